@@ -1,0 +1,585 @@
+//! Measuring thalweg itself: one session is one endpoint between two nodes made for the occasion.
+//!
+//! The first message of a session goes from the connecting side to the listening one and says what
+//! will be measured, so that a listener needs no options. A listener whose node was configured
+//! differently answers [`Reply::Again`], makes a suitable node at the same address, and the
+//! connector connects once more. The last message brings the listener's consumption.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thalweg::{CloseReason, Config, Endpoint, Failed, Frame, INLINE_MAX, Listener, Message, Node};
+
+use crate::baseline::raw_tcp;
+use crate::case::{Baseline, Case, Memory, Program, Subject, Transport, Wake};
+use crate::pattern::{self, Way};
+use crate::stats::{Lap, Recorder, Sample, Usage};
+
+/// How long connecting and each exchange of words may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a node has to be configured with before it can serve a case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setup {
+    transport: Transport,
+    wake: Wake,
+    single_copy: bool,
+}
+
+impl Setup {
+    /// Suits any connector that leaves the choice to the library.
+    pub fn any() -> Setup {
+        Setup {
+            transport: Transport::auto(),
+            wake: Wake::Adaptive,
+            single_copy: true,
+        }
+    }
+
+    /// What a case asks for; `None` if it is a baseline.
+    pub fn of(case: &Case) -> Option<Setup> {
+        match &case.subject {
+            Subject::Thalweg {
+                transport,
+                wake,
+                single_copy,
+                ..
+            } => Some(Setup {
+                transport: transport.clone(),
+                wake: *wake,
+                single_copy: *single_copy,
+            }),
+            Subject::Baseline(_) => None,
+        }
+    }
+
+    fn config(&self) -> Config {
+        let wake = match self.wake {
+            Wake::Spin => thalweg::Wake::Spin,
+            Wake::Park => thalweg::Wake::Park,
+            Wake::Adaptive => thalweg::Wake::Adaptive,
+        };
+        let config = Config::new().wake(wake).single_copy(self.single_copy);
+        match self.transport.link() {
+            Some(link) => config.transports([link]),
+            None => config,
+        }
+    }
+
+    /// A node so configured. Must be called inside a runtime.
+    pub fn node(&self) -> Result<Node> {
+        Node::new(self.config()).context("making a node")
+    }
+}
+
+/// The first message.
+#[derive(Serialize, Deserialize)]
+struct Ask {
+    case: Case,
+    /// Whether the connector will not come back after this session.
+    last: bool,
+}
+
+/// The answer to it.
+#[derive(Serialize, Deserialize)]
+enum Reply {
+    /// Begin.
+    Go,
+    /// Connect again: the node has to be made anew.
+    Again,
+    /// A bare socket listens at this port.
+    RawTcp(u16),
+    /// Cannot be done here, and why.
+    Refused(String),
+}
+
+/// What a session gave.
+pub struct Outcome {
+    /// The figures.
+    pub sample: Sample,
+    /// The route that the endpoint chose, in words; none for a baseline.
+    pub route: Option<String>,
+    /// The link that carries messages; none for a baseline.
+    pub link: Option<String>,
+}
+
+/// Measures `case` against the listener at `address`. `last`: this process will not connect again.
+pub async fn measure(case: &Case, address: &str, last: bool) -> Result<Outcome> {
+    let setup = Setup::of(case).unwrap_or_else(Setup::any);
+    let limit = time_limit(case);
+    let node = setup.node()?;
+    let outcome = tokio::time::timeout(limit, measure_on(&node, case, address, last))
+        .await
+        .with_context(|| format!("no end after {} s", limit.as_secs()))?;
+    node.close(CloseReason::default()).await;
+    outcome
+}
+
+async fn measure_on(node: &Node, case: &Case, address: &str, last: bool) -> Result<Outcome> {
+    let endpoint = agree(node, case, address, last).await?;
+    let sample = match &case.subject {
+        Subject::Thalweg { memory, .. } => {
+            let mut side = Side::new(node, &endpoint, case, *memory);
+            match case.program {
+                Program::Pingpong => side.ping().await?,
+                Program::Bandwidth => side.pour().await?,
+            }
+        }
+        Subject::Baseline(_) => bail!("only the raw-tcp baseline can be measured between machines"),
+    };
+    let route = endpoint.route();
+    let link = Some(route.link().name().to_owned());
+    endpoint
+        .close(CloseReason::default())
+        .await
+        .context("closing")?;
+    Ok(Outcome {
+        sample,
+        route: Some(route.to_string()),
+        link,
+    })
+}
+
+/// Measures `raw-tcp` against the machine where a listener of ours runs.
+pub async fn measure_raw_tcp(case: &Case, address: &str, last: bool) -> Result<Outcome> {
+    let node = Setup::any().node()?;
+    let endpoint = connect(&node, address).await?;
+    say(
+        &endpoint,
+        &Ask {
+            case: case.clone(),
+            last,
+        },
+    )
+    .await?;
+    let port = match hear(&endpoint).await? {
+        Reply::RawTcp(port) => port,
+        Reply::Refused(why) => bail!("the listener refuses: {why}"),
+        Reply::Go | Reply::Again => bail!("the listener answers something else than was asked"),
+    };
+    let host: thalweg::Address = address.parse()?;
+    let target = resolve(host.host(), port).await?;
+    let sample = raw_tcp::measure_at(case, target).await?;
+    endpoint
+        .close(CloseReason::default())
+        .await
+        .context("closing")?;
+    node.close(CloseReason::default()).await;
+    Ok(Outcome {
+        sample,
+        route: None,
+        link: None,
+    })
+}
+
+async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
+    if let Ok(ip) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Ok(SocketAddr::new(ip, port));
+    }
+    let found = tokio::net::lookup_host((host, port)).await?.next();
+    found.with_context(|| format!("{host} has no address"))
+}
+
+/// Connects and says what will be measured, until the listener is ready for it.
+async fn agree(node: &Node, case: &Case, address: &str, last: bool) -> Result<Endpoint> {
+    for _ in 0..3 {
+        let endpoint = connect(node, address).await?;
+        say(
+            &endpoint,
+            &Ask {
+                case: case.clone(),
+                last,
+            },
+        )
+        .await?;
+        match hear(&endpoint).await? {
+            Reply::Go => return Ok(endpoint),
+            Reply::Again => endpoint.abort(),
+            Reply::Refused(why) => bail!("the listener refuses: {why}"),
+            Reply::RawTcp(_) => bail!("the listener answers something else than was asked"),
+        }
+    }
+    bail!("the listener keeps asking to connect again")
+}
+
+/// Connects, trying again for a while where that may help: the listener may be between two nodes.
+async fn connect(node: &Node, address: &str) -> Result<Endpoint> {
+    let start = Instant::now();
+    loop {
+        match node.connect(address).await {
+            Ok(endpoint) => return Ok(endpoint),
+            Err(error) if error.is_retryable() && start.elapsed() < PATIENCE / 4 => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(error) => return Err(error).with_context(|| format!("connecting to {address}")),
+        }
+    }
+}
+
+/// How a served session ended.
+pub enum Served {
+    /// Measured to the end; `true`: the connector will not come back.
+    Done(bool),
+    /// A node with this setup is needed at the same address. The caller stops listening, and then
+    /// lets the connector know through [`ask_again`].
+    Needs(Setup, Endpoint),
+}
+
+/// Serves one connector on a node made with `setup`.
+pub async fn serve(node: &Node, listener: &Listener, setup: &Setup) -> Result<Served> {
+    let endpoint = listener.accept().await.context("accepting")?;
+    let ask: Ask = hear(&endpoint)
+        .await
+        .context("hearing what is to be measured")?;
+    let case = &ask.case;
+    if let Some(wanted) = Setup::of(case).filter(|wanted| wanted != setup) {
+        return Ok(Served::Needs(wanted, endpoint));
+    }
+    match &case.subject {
+        Subject::Thalweg { memory, .. } => {
+            say(&endpoint, &Reply::Go).await?;
+            let mut side = Side::new(node, &endpoint, case, *memory);
+            let served = async {
+                match case.program {
+                    Program::Pingpong => side.pong().await,
+                    Program::Bandwidth => side.drain().await,
+                }
+            };
+            tokio::time::timeout(time_limit(case), served)
+                .await
+                .context("no end of it")??;
+        }
+        Subject::Baseline(Baseline::RawTcp) => {
+            let host: thalweg::Address = listener.address().clone();
+            let raw = raw_tcp::listen(resolve(host.host(), 0).await?)?;
+            say(&endpoint, &Reply::RawTcp(raw.local_addr()?.port())).await?;
+            raw_tcp::serve_one(case, raw).await?;
+        }
+        Subject::Baseline(other) => {
+            let why = format!("{} works on one machine only", other.name());
+            say(&endpoint, &Reply::Refused(why)).await?;
+        }
+    }
+    // The connector closes after it has read the last message.
+    let _ = tokio::time::timeout(PATIENCE, endpoint.closed()).await;
+    Ok(Served::Done(ask.last))
+}
+
+/// Tells a connector to connect once more; nobody may listen at that moment, or it would meet the
+/// old node again.
+pub async fn ask_again(endpoint: &Endpoint) -> Result<()> {
+    say(endpoint, &Reply::Again).await?;
+    // The connector ends this endpoint: then it has read the answer.
+    let _ = tokio::time::timeout(PATIENCE, endpoint.closed()).await;
+    Ok(())
+}
+
+/// A generous bound, so that a fault ends the program instead of hanging it: two minutes, and for
+/// each message a millisecond and its bytes at 20 MB/s.
+fn time_limit(case: &Case) -> Duration {
+    let messages = (case.messages() + 2 * case.warmup) as f64;
+    Duration::from_secs_f64(120.0 + messages * (1e-3 + case.size_bytes as f64 / 20e6))
+}
+
+/// Sends one word of the agreement.
+async fn say<T: Serialize>(endpoint: &Endpoint, word: &T) -> Result<()> {
+    let message = Message::from(serde_json::to_vec(word)?);
+    tokio::time::timeout(PATIENCE, endpoint.send(message))
+        .await
+        .context("the peer is silent")??;
+    Ok(())
+}
+
+/// Receives one word of the agreement.
+async fn hear<T: DeserializeOwned>(endpoint: &Endpoint) -> Result<T> {
+    let message = tokio::time::timeout(PATIENCE, endpoint.recv())
+        .await
+        .context("the peer is silent")??;
+    serde_json::from_slice(&message.to_vec()?).context("the peer is not this program")
+}
+
+/// One side of a session, with what it sends.
+struct Side<'a> {
+    node: &'a Node,
+    endpoint: &'a Endpoint,
+    case: &'a Case,
+    memory: Memory,
+    /// The frames of a measured message in host memory, shared by all of them.
+    frames: Vec<Bytes>,
+}
+
+impl<'a> Side<'a> {
+    fn new(node: &'a Node, endpoint: &'a Endpoint, case: &'a Case, memory: Memory) -> Self {
+        let frames = case
+            .frames
+            .iter()
+            .map(|&len| Bytes::from(vec![0x5A; len]))
+            .collect();
+        Side {
+            node,
+            endpoint,
+            case,
+            memory,
+            frames,
+        }
+    }
+
+    async fn ping(&mut self) -> Result<Sample> {
+        for index in 0..self.case.warmup as u64 {
+            let out = self.patterned(index, Way::Out)?;
+            let back = exchange(self.endpoint, out).await?;
+            verify(&back, self.case, index, Way::Back)?;
+        }
+        let mut recorder = Recorder::new(self.case.iters, Lap::RoundTrip);
+        let before = Usage::now();
+        let start = Instant::now();
+        recorder.start();
+        for _ in 0..self.case.iters {
+            let out = self.message()?;
+            let back = exchange(self.endpoint, out).await?;
+            self.consume(back)?;
+            recorder.lap();
+        }
+        let wall = start.elapsed();
+        let here = before.since();
+        let there: Usage = hear(self.endpoint).await?;
+        Ok(Sample::latency(
+            recorder,
+            self.case.messages(),
+            &[here, there],
+            wall,
+        ))
+    }
+
+    async fn pong(&mut self) -> Result<()> {
+        let mut sent = None;
+        for index in 0..self.case.warmup as u64 {
+            let out = received(self.endpoint, &mut sent).await?;
+            verify(&out, self.case, index, Way::Out)?;
+            drop(out);
+            finish(&mut sent).await?;
+            let back = self.patterned(index, Way::Back)?;
+            sent = begin(self.endpoint, back).await?;
+        }
+        let before = Usage::now();
+        for _ in 0..self.case.iters {
+            let out = received(self.endpoint, &mut sent).await?;
+            self.consume(out)?;
+            finish(&mut sent).await?;
+            let back = self.message()?;
+            sent = begin(self.endpoint, back).await?;
+        }
+        finish(&mut sent).await?;
+        say(self.endpoint, &before.since()).await
+    }
+
+    async fn pour(&mut self) -> Result<Sample> {
+        for index in 0..self.case.warmup as u64 {
+            let out = self.patterned(index, Way::Out)?;
+            self.endpoint.send(out).await?;
+        }
+        let () = hear(self.endpoint).await?;
+        let before = Usage::now();
+        let start = Instant::now();
+        self.stream().await?;
+        let () = hear(self.endpoint).await?;
+        let wall = start.elapsed();
+        let here = before.since();
+        let there: Usage = hear(self.endpoint).await?;
+        Ok(Sample::stream(&[here, there], wall))
+    }
+
+    /// Sends every message, at most `window` of them unfinished.
+    async fn stream(&mut self) -> Result<()> {
+        let mut unfinished = VecDeque::with_capacity(self.case.window);
+        for _ in 0..self.case.iters {
+            let out = self.message()?;
+            if let Some(sending) = begin(self.endpoint, out).await? {
+                unfinished.push_back(sending);
+                if unfinished.len() >= self.case.window
+                    && let Some(oldest) = unfinished.pop_front()
+                {
+                    oldest.await?;
+                }
+            }
+        }
+        for sending in unfinished {
+            sending.await?;
+        }
+        Ok(())
+    }
+
+    async fn drain(&mut self) -> Result<()> {
+        for index in 0..self.case.warmup as u64 {
+            let out = self.endpoint.recv().await?;
+            verify(&out, self.case, index, Way::Out)?;
+        }
+        say(self.endpoint, &()).await?;
+        let before = Usage::now();
+        for _ in 0..self.case.iters {
+            let out = self.endpoint.recv().await?;
+            self.consume(out)?;
+        }
+        say(self.endpoint, &()).await?;
+        say(self.endpoint, &before.since()).await
+    }
+
+    /// The next measured message. In loaned memory its first and last byte are written.
+    #[inline]
+    fn message(&self) -> Result<Message> {
+        match (self.memory, self.frames.as_slice()) {
+            (Memory::Host, [one]) if one.len() <= INLINE_MAX => {
+                Ok(Message::copy_from_slice(one))
+            }
+            (Memory::Host, [one]) => Ok(Message::from(one.clone())),
+            (Memory::Host, frames) => Ok(frames.iter().cloned().map(Frame::from).collect()),
+            (Memory::Loaned, _) => self.loaned(|loan, _| {
+                if let Some(first) = loan.first_mut() {
+                    *first = 1;
+                }
+                if let Some(last) = loan.last_mut() {
+                    *last = 2;
+                }
+            }),
+        }
+    }
+
+    /// A warm-up message, every byte of which depends on its place.
+    fn patterned(&self, index: u64, way: Way) -> Result<Message> {
+        match self.memory {
+            Memory::Host => {
+                let mut offset = 0;
+                let frames = self.case.frames.iter().map(|&len| {
+                    let mut frame = vec![0; len];
+                    pattern::fill(&mut frame, offset, index, way);
+                    offset += len;
+                    Frame::from(Bytes::from(frame))
+                });
+                Ok(frames.collect())
+            }
+            Memory::Loaned => self.loaned(|loan, offset| pattern::fill(loan, offset, index, way)),
+        }
+    }
+
+    /// A message whose frames are loans, filled in by `fill`, which is given each frame and its
+    /// place in the message.
+    #[inline]
+    fn loaned(&self, mut fill: impl FnMut(&mut [u8], usize)) -> Result<Message> {
+        if let [len] = *self.case.frames {
+            let mut loan = self.node.loan(len)?;
+            fill(&mut loan, 0);
+            return Ok(Message::from(loan));
+        }
+        let mut message = Message::new();
+        let mut offset = 0;
+        for &len in &self.case.frames {
+            let mut loan = self.node.loan(len)?;
+            fill(&mut loan, offset);
+            offset += len;
+            message.push(loan);
+        }
+        Ok(message)
+    }
+
+    /// Does with a measured message what the row says: a loan's first and last byte are read, then
+    /// it is given back.
+    #[inline]
+    fn consume(&self, message: Message) -> Result<()> {
+        ensure!(
+            message.len_bytes() == self.case.size_bytes,
+            "a message of another length"
+        );
+        if self.memory == Memory::Loaned {
+            let mut byte = [0];
+            for frame in message.frames().iter().filter(|frame| !frame.is_empty()) {
+                frame.copy_range(0, &mut byte)?;
+                frame.copy_range(frame.len() - 1, &mut byte)?;
+                std::hint::black_box(byte);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A send in progress.
+trait Sending: Future<Output = Result<Message, Failed<Message>>> + Unpin {}
+
+impl<F: Future<Output = Result<Message, Failed<Message>>> + Unpin> Sending for F {}
+
+/// Starts sending: `None` if that was all.
+#[inline]
+async fn begin(endpoint: &Endpoint, message: Message) -> Result<Option<impl Sending>> {
+    let mut sending = endpoint.send(message);
+    let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut sending).poll(cx))).await;
+    match first {
+        Poll::Ready(Ok(_)) => Ok(None),
+        Poll::Ready(Err(failed)) => Err(failed.error.into()),
+        Poll::Pending => Ok(Some(sending)),
+    }
+}
+
+/// Receives, and meanwhile goes on with what is still being sent.
+#[inline]
+async fn received(endpoint: &Endpoint, sent: &mut Option<impl Sending>) -> Result<Message> {
+    let mut receiving = endpoint.recv();
+    poll_fn(|cx| {
+        if let Some(sending) = sent
+            && let Poll::Ready(result) = Pin::new(sending).poll(cx)
+        {
+            *sent = None;
+            if let Err(failed) = result {
+                return Poll::Ready(Err(failed.error.into()));
+            }
+        }
+        Pin::new(&mut receiving)
+            .poll(cx)
+            .map(|result| result.map_err(anyhow::Error::from))
+    })
+    .await
+}
+
+/// Sends a message and receives the answer. A send that ends only when the peer lets go of the
+/// message (a loan) goes on beside the receive.
+#[inline]
+async fn exchange(endpoint: &Endpoint, message: Message) -> Result<Message> {
+    let mut sent = begin(endpoint, message).await?;
+    let answer = received(endpoint, &mut sent).await?;
+    finish(&mut sent).await?;
+    Ok(answer)
+}
+
+/// Waits for a send to end. After an answer this returns at once: the peer answers when it has let
+/// go of what it got.
+#[inline]
+async fn finish(sent: &mut Option<impl Sending>) -> Result<()> {
+    if let Some(sending) = sent.take() {
+        sending.await?;
+    }
+    Ok(())
+}
+
+/// Compares a warm-up message with what was sent, byte for byte.
+fn verify(message: &Message, case: &Case, index: u64, way: Way) -> Result<()> {
+    let lens: Vec<usize> = message.frames().iter().map(Frame::len).collect();
+    if lens != case.frames {
+        let text = format!("warm-up message {index} has frames of {lens:?} bytes");
+        return Err(pattern::Mismatch::new(text).into());
+    }
+    let mut offset = 0;
+    for frame in message.frames() {
+        match frame.as_slice() {
+            Some(bytes) => pattern::verify(bytes, offset, index, way)?,
+            None => pattern::verify(&frame.to_vec()?, offset, index, way)?,
+        }
+        offset += frame.len();
+    }
+    Ok(())
+}

@@ -1,0 +1,541 @@
+//! From a TCP connection to an endpoint: hellos both ways, then links, best first.
+//!
+//! Both sides send a preface and a hello at once (limits, windows, the application's own hello,
+//! one capability blob a link). Then the connecting side names one link after the other, in its
+//! order of preference, and both try to bring it up and tell each other how it went; the first
+//! that comes up on both sides carries the endpoint. TCP is the last candidate and cannot fail:
+//! the bootstrap connection itself becomes the link. When another link is chosen the bootstrap
+//! connection is closed.
+//!
+//! What a stranger can cost: one descriptor, one hello of at most 64 KiB, and the handshake
+//! timeout; how many may be at it at once is limited by the listener.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use smallvec::smallvec;
+
+use super::core::Limits;
+use super::endpoint::EndpointShared;
+use super::node::NodeShared;
+use crate::address::Address;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::link::shm::{Blob, verdict};
+use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
+use crate::link::{Link, LinkKind};
+use crate::peer::Peer;
+use crate::proto::hello::{
+    Failure, Hello, PREFACE_BYTES, PrefaceError, SETUP_PREFIX_BYTES, Setup, VERSION_MAJOR,
+    preface_decode, preface_encode,
+};
+use crate::route::{Candidate, Objection, Policy, Side, Verdict, explain, plan};
+use crate::runtime::{Stream, is_runtime_gone, resolve};
+
+/// Which end of the bootstrap this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Connector,
+    Acceptor,
+}
+
+/// The error for `what`, seen on the bootstrap connection.
+fn lost(peer: &str, what: &str, error: &io::Error) -> Error {
+    if is_runtime_gone(error) {
+        return super::node::runtime_gone();
+    }
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return Error::new(
+            ErrorKind::ConnectionLost,
+            Phase::Connect,
+            format!("{what}: the other side closed the connection"),
+        )
+        .with_peer(peer);
+    }
+    Error::from_io(Phase::Connect, what, error).with_peer(peer)
+}
+
+fn bad(peer: &str, what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Protocol, Phase::Connect, what).with_peer(peer)
+}
+
+/// `work`, or a timeout error.
+pub(crate) async fn within<T>(
+    node: &NodeShared,
+    limit: Duration,
+    peer: &str,
+    doing: &str,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let mut work = pin!(work);
+    let mut timer = pin!(node.timers.sleep_until(Instant::now() + limit));
+    poll_fn(|cx| {
+        if let Poll::Ready(done) = work.as_mut().poll(cx) {
+            return Poll::Ready(done);
+        }
+        if let Err(error) = node.usable() {
+            return Poll::Ready(Err(error));
+        }
+        timer.as_mut().poll(cx).map(|()| {
+            Err(Error::new(
+                ErrorKind::TimedOut,
+                Phase::Connect,
+                format!("{doing} took longer than {limit:?}"),
+            )
+            .with_peer(peer))
+        })
+    })
+    .await
+}
+
+/// Connects to a listener.
+pub(crate) async fn connect(node: Arc<NodeShared>, address: Address) -> Result<Arc<EndpointShared>> {
+    node.usable()?;
+    let shown = address.to_string();
+    let limit = node.config.connect_timeout;
+    let counted = Counted::new(&node);
+    let made = within(&node, limit, &shown, "connecting", async {
+        let stream = dial(&node, &address, &shown).await?;
+        establish(&node, stream, shown.clone(), Role::Connector).await
+    })
+    .await;
+    counted.done(&made);
+    made
+}
+
+async fn dial(node: &NodeShared, address: &Address, shown: &str) -> Result<Stream> {
+    let unresolved = |why: String| {
+        Error::new(ErrorKind::NameResolution, Phase::Connect, why).with_peer(shown)
+    };
+    let addresses = resolve(address.host(), address.port())
+        .await
+        .map_err(|error| unresolved(format!("{}: {error}", address.host())))?;
+    let mut last = unresolved(format!("{} has no address", address.host()));
+    for candidate in addresses {
+        match Stream::connect(&node.reactor, candidate, node.config.tcp_buffer()).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = lost(shown, &format!("connecting to {candidate}"), &error),
+        }
+    }
+    Err(last)
+}
+
+/// Turns an accepted connection into an endpoint.
+pub(crate) async fn accept(node: Arc<NodeShared>, stream: Stream) -> Result<Arc<EndpointShared>> {
+    let shown = stream
+        .peer_address()
+        .map_or_else(|| "an unknown address".to_owned(), |from| Address::from(from).to_string());
+    let limit = node.config.handshake_timeout;
+    let counted = Counted::new(&node);
+    let made = within(&node, limit, &shown, "the handshake", async {
+        establish(&node, stream, shown.clone(), Role::Acceptor).await
+    })
+    .await;
+    counted.done(&made);
+    made
+}
+
+/// Counts a handshake for as long as it lasts, also when it is dropped.
+struct Counted<'a>(&'a NodeShared);
+
+impl<'a> Counted<'a> {
+    fn new(node: &'a NodeShared) -> Self {
+        node.handshakes.fetch_add(1, Ordering::Relaxed);
+        Counted(node)
+    }
+
+    fn done<T>(self, made: &Result<T>) {
+        if made.is_err() {
+            self.0.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A window that goes back to the node's budget unless an endpoint takes it.
+struct Window<'a> {
+    node: &'a NodeShared,
+    bytes: u64,
+}
+
+impl Window<'_> {
+    fn keep(mut self) -> u64 {
+        std::mem::take(&mut self.bytes)
+    }
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        self.node.return_window(self.bytes);
+    }
+}
+
+async fn establish(
+    node: &Arc<NodeShared>,
+    stream: Stream,
+    shown: String,
+    role: Role,
+) -> Result<Arc<EndpointShared>> {
+    let config = &node.config;
+    let keepalive = Keepalive::within(config.keepalive);
+    configure_socket(&stream, keepalive, None)
+        .map_err(|error| lost(&shown, "setting the socket up", &error))?;
+    let window = Window { node, bytes: node.take_window() };
+    let mut token = [0; 16];
+    if role == Role::Connector {
+        getrandom::fill(&mut token)
+            .map_err(|error| lost(&shown, "random numbers", &io::Error::other(error)))?;
+    }
+    let own = own_hello(node, token, window.bytes);
+    let (theirs, minor) = exchange(&stream, &own, &shown, role).await?;
+    if role == Role::Acceptor {
+        token = theirs.token;
+    }
+    let mut setup = SetUp { node, stream, shown, theirs, token, candidates: Vec::new() };
+    let (prepared, kind, attempts, rejected) = match role {
+        Role::Connector => setup.lead().await?,
+        Role::Acceptor => setup.follow().await?,
+    };
+    let SetUp { stream, shown, theirs, candidates, .. } = setup;
+    let link = match prepared {
+        Prepared::Link(link) => link,
+        Prepared::Bootstrap => {
+            let options = TcpOptions {
+                eager_max: config.eager_max_bytes,
+                unacked_timeout: config.keepalive,
+                max_payload: config.max_message_bytes,
+                ..TcpOptions::default()
+            };
+            Box::new(TcpLink::new(stream.into_source(), Vec::new(), options)) as Box<dyn Link>
+        }
+    };
+    let ways = link.caps().ways.clone();
+    let route =
+        explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
+    let limits = Limits {
+        peer_message_window: theirs.message_window,
+        peer_tag_window: theirs.tag_window,
+        peer_max_message: theirs.max_message,
+        peer_max_frames: theirs.max_frames,
+        message_window: window.bytes,
+        tag_window: config.tag_window_bytes,
+        max_message: config.max_message_bytes,
+        max_frames: config.max_frames,
+        eager_max: config.eager_max_bytes,
+    };
+    let peer = Peer {
+        address: shown,
+        node_id: theirs.node_id,
+        hello: Bytes::from(theirs.app),
+        version: (VERSION_MAJOR, minor),
+    };
+    tracing::info!(peer = %peer.address, link = %kind, "endpoint up");
+    let endpoint = EndpointShared::new(
+        node.clone(),
+        peer,
+        route,
+        kind,
+        node.new_pulse(),
+        smallvec![link],
+        limits,
+        window.keep(),
+    );
+    node.add_endpoint(&endpoint);
+    Ok(endpoint)
+}
+
+fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
+    let config = &node.config;
+    let mut links = Vec::new();
+    for kind in &config.transports {
+        match kind {
+            LinkKind::Shm => {
+                if let Some(shm) = &node.shm {
+                    links.push((kind.name().to_owned(), shm.blob()));
+                }
+            }
+            LinkKind::Tcp => links.push((kind.name().to_owned(), Vec::new())),
+            #[cfg(feature = "mock")]
+            LinkKind::Mock => {
+                links.push((kind.name().to_owned(), crate::link::mock::blob()));
+            }
+            #[cfg(not(feature = "mock"))]
+            LinkKind::Mock => {}
+        }
+    }
+    Hello {
+        node_id: node.id,
+        token,
+        app: config.hello.to_vec(),
+        links,
+        message_window: window,
+        tag_window: config.tag_window_bytes,
+        max_message: config.max_message_bytes,
+        max_frames: config.max_frames,
+        features: 0,
+    }
+}
+
+/// Both hellos. The connector speaks first; the acceptor answers a stranger only once it knows
+/// that it is none.
+async fn exchange(
+    stream: &Stream,
+    own: &Hello,
+    shown: &str,
+    role: Role,
+) -> Result<(Hello, u16)> {
+    let body = own.encode().map_err(|error| bad(shown, error.to_string()))?;
+    let mut message = preface_encode(body.len()).to_vec();
+    message.extend_from_slice(&body);
+    let sending = "sending the hello";
+    if role == Role::Connector {
+        stream.write_all(&message).await.map_err(|error| lost(shown, sending, &error))?;
+    }
+    let mut preface = [0; PREFACE_BYTES];
+    stream
+        .read_exact(&mut preface)
+        .await
+        .map_err(|error| lost(shown, "reading the peer's hello", &error))?;
+    let preface = match preface_decode(&preface) {
+        Ok(preface) => preface,
+        Err(error) => {
+            if role == Role::Acceptor && matches!(error, PrefaceError::Major { .. }) {
+                // So that it can name both versions too. It may be gone already.
+                let _ = stream.write_all(&preface_encode(0)).await;
+            }
+            return Err(preface_error(&error, shown));
+        }
+    };
+    let mut body = vec![0; preface.body_len];
+    stream
+        .read_exact(&mut body)
+        .await
+        .map_err(|error| lost(shown, "reading the peer's hello", &error))?;
+    let theirs = Hello::decode(&body)
+        .map_err(|error| bad(shown, format!("the peer's hello: {error}")))?;
+    if role == Role::Acceptor {
+        stream.write_all(&message).await.map_err(|error| lost(shown, sending, &error))?;
+    }
+    Ok((theirs, preface.minor_in_common()))
+}
+
+fn preface_error(error: &PrefaceError, shown: &str) -> Error {
+    let (kind, hint) = match error {
+        PrefaceError::NotThalweg { .. } => {
+            (ErrorKind::NotThalweg, "check the port: something else listens or calls there")
+        }
+        PrefaceError::Major { .. } => {
+            (ErrorKind::VersionMismatch, "install the same major version on both sides")
+        }
+        PrefaceError::TooLong { .. } => (ErrorKind::Protocol, "check what is at that address"),
+    };
+    Error::new(kind, Phase::Connect, error.to_string()).with_peer(shown).with_hint(hint)
+}
+
+type Chosen = (Prepared, LinkKind, Vec<LinkKind>, Vec<Candidate>);
+
+struct SetUp<'a> {
+    node: &'a Arc<NodeShared>,
+    stream: Stream,
+    shown: String,
+    theirs: Hello,
+    token: [u8; 16],
+    /// Links that were tried and did not come up.
+    candidates: Vec<Candidate>,
+}
+
+impl SetUp<'_> {
+    fn blob(&self, kind: LinkKind) -> Option<&[u8]> {
+        self.theirs
+            .links
+            .iter()
+            .find(|(name, _)| name == kind.name())
+            .map(|(_, blob)| blob.as_slice())
+    }
+
+    fn plan(&self) -> (Vec<LinkKind>, Vec<Candidate>) {
+        let config = &self.node.config;
+        let policy = Policy {
+            order: config.transports.clone(),
+            require_encryption: config.require_encryption,
+        };
+        let offers = self.theirs.links.iter().filter_map(|(name, _)| LinkKind::from_name(name));
+        let mut objections = Vec::new();
+        if let (Some(shm), Some(blob)) = (&self.node.shm, self.blob(LinkKind::Shm)) {
+            let objection = match Blob::from_bytes(blob) {
+                Some(theirs) => verdict(shm.own(), &theirs).err(),
+                None => Some("the peer's offer is malformed".into()),
+            };
+            objections.extend(objection.map(|reason| Objection {
+                link: LinkKind::Shm,
+                reason,
+                fix: None,
+            }));
+        }
+        let peer = Side { offers: offers.collect() };
+        plan(&policy, &self.node.capabilities, &peer, &objections)
+    }
+
+    /// Names links, best first, until one comes up.
+    async fn lead(&mut self) -> Result<Chosen> {
+        let (attempts, rejected) = self.plan();
+        for &kind in &attempts {
+            self.say(&Setup::Attempt { link: kind.name().into() }).await?;
+            if let Some(link) = self.attempt(kind, Role::Connector).await? {
+                self.say(&Setup::Go).await?;
+                return Ok((link, kind, attempts, rejected));
+            }
+        }
+        let error = self.no_route(&rejected);
+        self.say(&Setup::Refuse { code: 1, text: error.to_string() }).await?;
+        Err(error)
+    }
+
+    /// Tries the links that the connector names.
+    async fn follow(&mut self) -> Result<Chosen> {
+        let (attempts, rejected) = self.plan();
+        // Bounded: a kind is tried once.
+        let mut tried = Vec::new();
+        loop {
+            match self.hear().await? {
+                Setup::Attempt { link } => {
+                    let kind = LinkKind::from_name(&link).filter(|kind| !tried.contains(kind));
+                    let Some(kind) = kind else {
+                        return Err(bad(&self.shown, format!("an attempt at {link:?}")));
+                    };
+                    tried.push(kind);
+                    let up = if attempts.contains(&kind) {
+                        self.attempt(kind, Role::Acceptor).await?
+                    } else {
+                        let why = rejected.iter().find(|candidate| candidate.link == kind);
+                        let failure = Failure {
+                            reason: why.map_or("not offered".into(), |c| c.reason.clone()),
+                            fix: why.and_then(|c| c.fix.clone()).unwrap_or_default(),
+                        };
+                        self.say(&Setup::Result(Err(failure))).await?;
+                        self.hear().await?;
+                        None
+                    };
+                    if let Some(link) = up {
+                        return match self.hear().await? {
+                            Setup::Go => Ok((link, kind, attempts, rejected)),
+                            other => Err(self.unexpected(&other)),
+                        };
+                    }
+                }
+                Setup::Refuse { text, .. } => {
+                    return Err(Error::new(ErrorKind::NoRoute, Phase::LinkSetup, text)
+                        .with_peer(self.shown.clone()));
+                }
+                other => return Err(self.unexpected(&other)),
+            }
+        }
+    }
+
+    fn unexpected(&self, setup: &Setup) -> Error {
+        bad(&self.shown, format!("unexpected in link set-up: {setup:?}"))
+    }
+
+    fn no_route(&self, rejected: &[Candidate]) -> Error {
+        let reasons: Vec<String> = rejected
+            .iter()
+            .chain(&self.candidates)
+            .map(|candidate| format!("{}: {}", candidate.link, candidate.reason))
+            .collect();
+        Error::new(ErrorKind::NoRoute, Phase::LinkSetup, reasons.join("; "))
+            .with_peer(self.shown.clone())
+    }
+
+    /// Brings one link up on this side, and compares notes. `None`: one side failed, and it is
+    /// recorded why.
+    async fn attempt(&mut self, kind: LinkKind, role: Role) -> Result<Option<Prepared>> {
+        let own = self.bring_up(kind, role).await;
+        let report = match &own {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(failure.clone()),
+        };
+        self.say(&Setup::Result(report)).await?;
+        let theirs = match self.hear().await? {
+            Setup::Result(result) => result,
+            other => return Err(self.unexpected(&other)),
+        };
+        let failure = match (own, theirs) {
+            (Ok(prepared), Ok(())) => return Ok(Some(prepared)),
+            (Err(failure), _) => failure,
+            (Ok(_), Err(failure)) => Failure {
+                reason: format!("at the peer: {}", failure.reason),
+                fix: failure.fix,
+            },
+        };
+        tracing::info!(peer = %self.shown, link = %kind, reason = %failure.reason, "link not up");
+        self.candidates.push(Candidate {
+            link: kind,
+            verdict: Verdict::Rejected,
+            reason: failure.reason,
+            fix: Some(failure.fix).filter(|fix| !fix.is_empty()),
+        });
+        Ok(None)
+    }
+
+    async fn bring_up(&self, kind: LinkKind, role: Role) -> Result<Prepared, Failure> {
+        match kind {
+            LinkKind::Tcp => Ok(Prepared::Bootstrap),
+            LinkKind::Shm => {
+                let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+                let engine = self.node.shm.as_ref().ok_or_else(absent)?;
+                let blob = self.blob(kind).ok_or_else(absent)?;
+                let link = match role {
+                    Role::Connector => engine.connect(blob, self.token).await,
+                    Role::Acceptor => engine.accept(blob, self.token).await,
+                };
+                link.map(|link| Prepared::Link(Box::new(link)))
+                    .map_err(|error| Failure { reason: error.reason, fix: error.fix })
+            }
+            #[cfg(feature = "mock")]
+            LinkKind::Mock => {
+                crate::link::mock::pair(self.token, &self.node.config.mock, self.blob(kind))
+                    .map(|link| Prepared::Link(Box::new(link)))
+                    .map_err(|reason| Failure { reason, fix: String::new() })
+            }
+            #[cfg(not(feature = "mock"))]
+            LinkKind::Mock => {
+                Err(Failure { reason: "not in this build".into(), fix: String::new() })
+            }
+        }
+    }
+
+    async fn say(&self, setup: &Setup) -> Result<()> {
+        let bytes = setup.encode();
+        self.stream
+            .write_all(&bytes)
+            .await
+            .map_err(|error| lost(&self.shown, "setting links up", &error))
+    }
+
+    async fn hear(&self) -> Result<Setup> {
+        let lost = |error: io::Error| lost(&self.shown, "setting links up", &error);
+        let mut prefix = [0; SETUP_PREFIX_BYTES];
+        self.stream.read_exact(&mut prefix).await.map_err(lost)?;
+        let len = Setup::body_len(prefix).map_err(|error| bad(&self.shown, error.to_string()))?;
+        let mut body = vec![0; len];
+        self.stream.read_exact(&mut body).await.map_err(lost)?;
+        Setup::decode(&body).map_err(|error| bad(&self.shown, error.to_string()))
+    }
+}
+
+/// A link that is up on this side.
+enum Prepared {
+    Link(Box<dyn Link>),
+    /// The connection that the bootstrap runs on.
+    Bootstrap,
+}

@@ -1,0 +1,943 @@
+//! What an endpoint's lock guards: its lanes, and the state of everything in flight on them.
+//!
+//! [`Core`] is driven by whoever polls an operation of the endpoint, and by the resident task when
+//! nobody does. Links report into [`State`] through the [`Sink`] trait; what follows from a report
+//! and needs a lane (answers, landings, queued sends) is done in [`Core::flush`] after the poll.
+
+use std::any::Any;
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use smallvec::SmallVec;
+
+use super::keys::{Keys, RegionUse};
+use super::messages::Tables;
+use super::table::{Slot, Stage, Table, What};
+use super::tags::Stray;
+use super::view::Views;
+use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
+use crate::link::{
+    Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Link, LinkCounters, OpId, PayloadId,
+    Post, Progress, Segment, Sink,
+};
+use crate::memory::Allocator;
+use crate::message::{Frame, Message};
+use crate::proto;
+use crate::proto::credit::{RecvCredit, SendCredit};
+use crate::proto::fence::FenceLedger;
+use crate::proto::sequence::Sequencer;
+use crate::proto::tags::{TagMatcher, Unexpected};
+use crate::proto::wire::{Head, HeadBuf};
+use crate::stats::Stats;
+
+const _: () = assert!(HEAD_MAX == proto::wire::HEAD_MAX);
+
+/// One-sided operations of one endpoint that may be on their way at once; more wait here. The
+/// target refuses a peer that exceeds it.
+pub(super) const ONE_SIDED_MAX: usize = 1024;
+
+/// Frames of at least this many bytes come from the node's allocator; shorter ones from the heap.
+const POOLED_MIN: usize = 4096;
+
+/// What both sides may expect of each other, from the hellos and the configuration.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Credit that the peer gives us.
+    pub peer_message_window: u64,
+    pub peer_tag_window: u64,
+    /// What the peer accepts.
+    pub peer_max_message: u64,
+    pub peer_max_frames: u32,
+    /// What we give and accept.
+    pub message_window: u64,
+    pub tag_window: u64,
+    pub max_message: u64,
+    pub max_frames: u32,
+    pub eager_max: usize,
+}
+
+/// Things to do once the lock is released: user code may hide in them.
+#[derive(Default)]
+pub(crate) struct After {
+    wakers: SmallVec<[Waker; 2]>,
+    garbage: SmallVec<[Garbage; 1]>,
+}
+
+#[allow(dead_code, reason = "held for their drop")]
+enum Garbage {
+    Slot(Slot),
+    Any(Box<dyn Any + Send>),
+    Use(RegionUse),
+    Message(Message),
+    Frame(Frame),
+}
+
+impl After {
+    pub fn wake(&mut self, waker: Waker) {
+        self.wakers.push(waker);
+    }
+
+    pub fn discard_slot(&mut self, slot: Slot) {
+        self.garbage.push(Garbage::Slot(slot));
+    }
+
+    pub fn discard_any(&mut self, any: Box<dyn Any + Send>) {
+        self.garbage.push(Garbage::Any(any));
+    }
+
+    pub fn discard_use(&mut self, used: RegionUse) {
+        self.garbage.push(Garbage::Use(used));
+    }
+
+    pub fn discard_message(&mut self, message: Message) {
+        self.garbage.push(Garbage::Message(message));
+    }
+
+    pub fn discard_frame(&mut self, frame: Frame) {
+        self.garbage.push(Garbage::Frame(frame));
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.wakers.is_empty() && self.garbage.is_empty()
+    }
+
+    /// Runs it. Never under a lock.
+    pub fn run(self) {
+        for waker in self.wakers {
+            waker.wake();
+        }
+        drop(self.garbage);
+    }
+}
+
+/// How far the end of the endpoint has come.
+#[derive(Debug)]
+pub(crate) enum Life {
+    Open,
+    /// This side wants to close: what is queued still goes out.
+    Closing(CloseReason),
+    /// The goodbye has been posted; the peer's answer is awaited.
+    CloseSent(CloseReason),
+    /// The peer has said goodbye and our answer has been posted; lanes end when it is out.
+    ClosedByPeer(CloseReason),
+    /// Over. Every operation gets this error.
+    Dead(Error),
+}
+
+/// A control parcel that waits for the next flush.
+pub(super) enum Control {
+    PutDone { id: u32, status: proto::wire::Status },
+    GetFailed { id: u32, status: proto::wire::Status },
+    FenceDone { id: u32 },
+    CloseDone,
+}
+
+/// The peer's get, validated, that waits for room on the lane.
+pub(super) struct Reply {
+    pub id: u32,
+    pub used: RegionUse,
+    pub offset: u64,
+    pub len: usize,
+}
+
+pub(crate) struct State {
+    pub limits: Limits,
+    pub peer: String,
+    pub ops: Table,
+    pub after: After,
+    pub life: Life,
+    pub stats: Stats,
+    pub(super) keys: Arc<Keys>,
+    allocator: Arc<dyn Allocator>,
+    /// Counts drives, so that the watch can tell whether anybody drives.
+    pub activity: u64,
+
+    // Messages out.
+    pub(super) send_queue: VecDeque<OpId>,
+    pub(super) message_credit: SendCredit,
+    pub(super) message_seq: u32,
+    /// Frame tables of the message at the head of the queue have been posted.
+    pub(super) tables_posted: bool,
+    // Messages in.
+    pub(super) arriving: Sequencer<Message>,
+    pub(super) inbox: VecDeque<Message>,
+    pub(super) receivers: VecDeque<OpId>,
+    pub(super) message_charge: RecvCredit,
+    pub(super) message_starved: bool,
+    pub(super) tables: Tables,
+    /// Asked again for message credit since the last grant.
+    pub(super) message_credit_asked: bool,
+    /// The node's `recv_any` is to be told when the lock is released.
+    pub announce: bool,
+    /// It has been told, and has not looked since.
+    pub announced: bool,
+    /// Hands out leases for views.
+    pub(super) views: Views,
+
+    // Tags out.
+    pub(super) tag_queue: VecDeque<OpId>,
+    pub(super) tag_credit: SendCredit,
+    pub(super) tag_seq: u32,
+    // Tags in.
+    pub(super) matcher: TagMatcher<OpId, Stray>,
+    pub(super) early_tags: Sequencer<(u64, Stray)>,
+    pub(super) deliveries: Vec<(OpId, Unexpected<Stray>)>,
+    pub(super) tag_charge: RecvCredit,
+    pub(super) tag_starved: bool,
+    pub(super) tag_credit_asked: bool,
+
+    // One-sided.
+    pub(super) one_sided_queue: VecDeque<OpId>,
+    pub(super) one_sided_posted: usize,
+    pub(super) one_sided_number: u64,
+    /// Numbers of the one-sided operations that are not over, for fences.
+    pub(super) one_sided_open: BTreeSet<u64>,
+    pub(super) replies: VecDeque<Reply>,
+    /// The peer's one-sided operations in progress here.
+    pub(super) serving: usize,
+    pub(super) fences: FenceLedger,
+    pub(super) fence_queue: Vec<(OpId, u32, u32)>,
+    /// Fences whose answer is awaited.
+    pub(super) local_fences: Vec<OpId>,
+    /// Refusals of puts whose memory a link still holds.
+    pub(super) put_errors: Vec<(OpId, Error)>,
+
+    pub(super) outbox: VecDeque<Control>,
+    /// The peer asked for credit: report what there is at the next flush.
+    pub(super) credit_due: bool,
+    pub end_waiters: Vec<Waker>,
+    pub spin: SpinTracker,
+}
+
+pub(crate) type Lanes = SmallVec<[Box<dyn Link>; 1]>;
+
+pub(crate) struct Core {
+    pub lanes: Lanes,
+    pub state: State,
+    /// What the lanes had counted when they were killed.
+    final_counters: Option<LinkCounters>,
+}
+
+/// A sink that knows which lane speaks.
+struct LaneSink<'a> {
+    state: &'a mut State,
+    lane: u8,
+}
+
+impl Sink for LaneSink<'_> {
+    fn parcel(&mut self, arrival: Arrival<'_>) -> Disposition {
+        self.state.parcel(self.lane, arrival)
+    }
+
+    fn done(&mut self, op: OpId, result: Result<(), LinkError>) {
+        self.state.done(op, result);
+    }
+}
+
+impl State {
+    pub fn new(
+        limits: Limits,
+        peer: String,
+        keys: Arc<Keys>,
+        allocator: Arc<dyn Allocator>,
+        views: Views,
+    ) -> Self {
+        State {
+            limits,
+            peer,
+            ops: Table::default(),
+            after: After::default(),
+            life: Life::Open,
+            stats: Stats::default(),
+            keys,
+            allocator,
+            activity: 0,
+            send_queue: VecDeque::new(),
+            message_credit: SendCredit::new(limits.peer_message_window),
+            message_seq: 0,
+            tables_posted: false,
+            arriving: Sequencer::new(),
+            inbox: VecDeque::new(),
+            receivers: VecDeque::new(),
+            message_charge: RecvCredit::new(limits.message_window),
+            message_starved: false,
+            tables: Tables::default(),
+            message_credit_asked: false,
+            announce: false,
+            announced: false,
+            views,
+            tag_queue: VecDeque::new(),
+            tag_credit: SendCredit::new(limits.peer_tag_window),
+            tag_seq: 0,
+            matcher: TagMatcher::new(),
+            early_tags: Sequencer::new(),
+            deliveries: Vec::new(),
+            tag_charge: RecvCredit::new(limits.tag_window),
+            tag_starved: false,
+            tag_credit_asked: false,
+            one_sided_queue: VecDeque::new(),
+            one_sided_posted: 0,
+            one_sided_number: 0,
+            one_sided_open: BTreeSet::new(),
+            replies: VecDeque::new(),
+            serving: 0,
+            fences: FenceLedger::new(),
+            fence_queue: Vec::new(),
+            local_fences: Vec::new(),
+            put_errors: Vec::new(),
+            outbox: VecDeque::new(),
+            credit_due: false,
+            end_waiters: Vec::new(),
+            spin: SpinTracker::default(),
+        }
+    }
+
+    /// Memory for a received frame.
+    pub(super) fn allocate(&self, len: usize) -> Option<Frame> {
+        if len < POOLED_MIN {
+            Some(Frame::heap(len))
+        } else {
+            self.allocator.allocate(len).map(Frame::from)
+        }
+    }
+
+    pub(super) fn protocol(what: impl Into<String>) -> Disposition {
+        Disposition::Fatal(LinkError {
+            kind: ErrorKind::Protocol,
+            link: None,
+            detail: what.into(),
+            os: None,
+            close: None,
+        })
+    }
+
+    pub(super) fn no_memory(len: u64) -> Disposition {
+        Disposition::Fatal(LinkError {
+            kind: ErrorKind::Resources,
+            link: None,
+            detail: format!("no memory for {len} received bytes"),
+            os: None,
+            close: None,
+        })
+    }
+
+    /// Ends an operation: its result waits for the `Op`, or the slot is freed if that is gone.
+    pub(super) fn finish(&mut self, id: OpId, result: Result<(), Error>) {
+        let Some(slot) = self.ops.get(id) else { return };
+        if slot.abandoned {
+            if let Some(slot) = self.ops.remove(id) {
+                self.after.discard_slot(slot);
+            }
+            return;
+        }
+        slot.stage = Stage::Done(result);
+        if let Some(waker) = slot.waker.take() {
+            self.after.wake(waker);
+        }
+    }
+
+    /// Frees a slot; what it held is dropped outside of the lock.
+    pub(super) fn free(&mut self, id: OpId) {
+        if let Some(slot) = self.ops.remove(id) {
+            self.after.discard_slot(slot);
+        }
+    }
+
+    pub(super) fn link_error(&self, error: &LinkError) -> Error {
+        match &self.life {
+            Life::Dead(error) => error.clone(),
+            _ => Error::from_link(error, Phase::Transfer).with_peer(self.peer.clone()),
+        }
+    }
+
+    /// The error that operations get from now on, if any.
+    pub fn refusal(&self) -> Option<Error> {
+        match &self.life {
+            Life::Open => None,
+            Life::Closing(reason) | Life::CloseSent(reason) | Life::ClosedByPeer(reason) => {
+                Some(self.closed_error(reason))
+            }
+            Life::Dead(error) => Some(error.clone()),
+        }
+    }
+
+    pub(super) fn closed_error(&self, reason: &CloseReason) -> Error {
+        Error::new(ErrorKind::Closed, Phase::Transfer, "")
+            .with_peer(self.peer.clone())
+            .with_close(reason.clone())
+    }
+
+    fn parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
+        let head = match Head::decode(arrival.head) {
+            Ok(head) => head,
+            Err(error) => return State::protocol(format!("bad head: {error}")),
+        };
+        if matches!(self.life, Life::ClosedByPeer(_)) {
+            return State::protocol("a parcel after the goodbye");
+        }
+        match head {
+            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &arrival),
+            Head::MessageTable { seq, total, first, lens } => {
+                without_payload(&arrival, || self.on_table(seq, total, first, lens))
+            }
+            Head::Tag { seq, tag } => self.on_tag(lane, seq, tag, &arrival),
+            Head::Put { id, key, offset } => self.on_put(id, key, offset, &arrival),
+            Head::PutDone { id, status } => {
+                without_payload(&arrival, || self.on_put_done(id, status))
+            }
+            Head::Get { id, key, offset, len } => {
+                without_payload(&arrival, || self.on_get(id, key, offset, len))
+            }
+            Head::GetReply { id, status } => self.on_get_reply(id, status, &arrival),
+            Head::Fence { id, messages, tags } => without_payload(&arrival, || {
+                self.fences
+                    .request(id, messages, tags)
+                    .map_err(|error| State::protocol(error.to_string()))?;
+                self.answer_fences();
+                Ok(())
+            }),
+            Head::FenceDone { id } => without_payload(&arrival, || self.on_fence_done(id)),
+            Head::Credit { messages, tags } => without_payload(&arrival, || {
+                self.message_credit_asked = false;
+                self.tag_credit_asked = false;
+                self.message_credit
+                    .grant(messages)
+                    .and_then(|()| self.tag_credit.grant(tags))
+                    .map_err(|error| State::protocol(error.to_string()))
+            }),
+            Head::CreditWanted { messages, tags } => without_payload(&arrival, || {
+                self.message_starved |= messages;
+                self.tag_starved |= tags;
+                self.credit_due = true;
+                Ok(())
+            }),
+            Head::Close { code, text } => {
+                let reason = CloseReason { code, text: text.to_owned(), by_peer: true };
+                without_payload(&arrival, || {
+                    self.on_close(reason);
+                    Ok(())
+                })
+            }
+            Head::CloseDone => without_payload(&arrival, || self.on_close_done()),
+        }
+    }
+
+    fn on_close(&mut self, reason: CloseReason) {
+        // Both sides closing at once: each answers the other, and each is done with the answer.
+        self.outbox.push_back(Control::CloseDone);
+        if let Life::Open | Life::Closing(_) = self.life {
+            self.life = Life::ClosedByPeer(reason);
+            self.fail_queued();
+        }
+    }
+
+    fn on_close_done(&mut self) -> Result<(), Disposition> {
+        let Life::CloseSent(reason) = &self.life else {
+            return Err(State::protocol("an answer to a goodbye that was not said"));
+        };
+        self.life = Life::Dead(self.closed_error(&reason.clone()));
+        Ok(())
+    }
+
+    /// Ends every operation that no link is at work on, and wakes the receivers (which still get
+    /// what has arrived before they get the error).
+    fn fail_queued(&mut self) {
+        let Some(error) = self.refusal() else { return };
+        self.send_queue.clear();
+        self.tag_queue.clear();
+        self.one_sided_queue.clear();
+        self.local_fences.clear();
+        self.fence_queue.clear();
+        self.matcher.drain_posted().for_each(drop);
+        for id in self.ops.ids() {
+            let Some(slot) = self.ops.get(id) else { continue };
+            match (&slot.stage, &slot.what) {
+                (_, What::Recv) => {
+                    if let Some(waker) = slot.waker.take() {
+                        self.after.wake(waker);
+                    }
+                }
+                (Stage::Queued, _) => self.finish(id, Err(error.clone())),
+                _ => {}
+            }
+        }
+    }
+
+    /// The far side has answered nothing and never will: ends what waits for an answer only.
+    fn fail_unanswered(&mut self, error: &Error) {
+        for id in self.ops.ids() {
+            let Some(slot) = self.ops.get(id) else { continue };
+            let over = match &slot.what {
+                What::Put { local, .. } => *local,
+                What::Get { .. } | What::Fence { .. } | What::TagRecv { .. } => true,
+                _ => false,
+            };
+            if over && !matches!(slot.stage, Stage::Done(_)) {
+                self.finish(id, Err(error.clone()));
+            }
+        }
+        self.one_sided_open.clear();
+        self.one_sided_posted = 0;
+    }
+
+    fn done(&mut self, id: OpId, result: Result<(), LinkError>) {
+        let result = result.map_err(|error| self.link_error(&error));
+        let Some(slot) = self.ops.get(id) else { return };
+        match &mut slot.what {
+            What::Send { .. } | What::TagSend { .. } => self.finish(id, result),
+            What::LandMessage { .. } => self.message_landed(id, result),
+            What::TagRecv { .. } | What::LandTag { .. } => self.tag_landed(id, result),
+            What::Put { .. } => self.put_posted(id, result),
+            What::Get { .. } => self.one_sided_over(id, result),
+            What::PutIn { .. } => self.put_landed(id, result),
+            What::GetOut { .. } => {
+                self.serving -= 1;
+                self.free(id);
+            }
+            What::Recv | What::Fence { .. } => {}
+        }
+    }
+
+    pub(super) fn answer_fences(&mut self) {
+        while let Some(id) = self.fences.progress(self.arriving.next(), self.early_tags.next()) {
+            self.outbox.push_back(Control::FenceDone { id });
+        }
+    }
+
+    /// Whether [`Core::flush`] has anything to do.
+    #[inline]
+    fn needs_flush(&self) -> bool {
+        !(self.outbox.is_empty()
+            && !self.credit_due
+            && self.send_queue.is_empty()
+            && self.tag_queue.is_empty()
+            && self.one_sided_queue.is_empty()
+            && self.replies.is_empty()
+            && self.deliveries.is_empty()
+            && self.fence_queue.is_empty()
+            && matches!(self.life, Life::Open))
+    }
+}
+
+/// Heads without payload that come with one are refused.
+fn without_payload(
+    arrival: &Arrival<'_>,
+    act: impl FnOnce() -> Result<(), Disposition>,
+) -> Disposition {
+    if arrival.len != 0 {
+        return State::protocol("a payload where there is none");
+    }
+    match act() {
+        Ok(()) => Disposition::Taken,
+        Err(fatal) => fatal,
+    }
+}
+
+impl Core {
+    pub fn new(lanes: Lanes, state: State) -> Self {
+        Core { lanes, state, final_counters: None }
+    }
+
+    /// Polls every lane once and does what follows. Errors end the endpoint and are found in its
+    /// state.
+    pub fn drive(
+        &mut self,
+        cx: &mut Context<'_>,
+        spinning: bool,
+        budget: &mut Budget,
+    ) -> Progress {
+        self.state.activity = self.state.activity.wrapping_add(1);
+        let mut progress = Progress::Idle;
+        for lane in 0..self.lanes.len() {
+            let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
+            match self.lanes[lane].poll(cx, spinning, budget, &mut sink) {
+                Ok(Progress::Idle) => {}
+                Ok(Progress::Some) if progress == Progress::Idle => progress = Progress::Some,
+                Ok(Progress::Some) => {}
+                Ok(Progress::More) => progress = Progress::More,
+                Err(error) => {
+                    self.fail_link(&error);
+                    return Progress::Some;
+                }
+            }
+        }
+        self.flush();
+        progress
+    }
+
+    /// Registers the waker with every lane. `Busy`: drive again.
+    pub fn arm(&mut self, cx: &mut Context<'_>) -> Armed {
+        for lane in 0..self.lanes.len() {
+            match self.lanes[lane].arm(cx) {
+                Ok(Armed::Yes) => {}
+                Ok(Armed::Busy) => return Armed::Busy,
+                Err(error) => {
+                    self.fail_link(&error);
+                    return Armed::Yes;
+                }
+            }
+        }
+        Armed::Yes
+    }
+
+    fn fail_link(&mut self, error: &LinkError) {
+        let gone = matches!(error.kind, ErrorKind::PeerGone | ErrorKind::ConnectionLost);
+        let error = match &self.state.life {
+            // A peer that has said goodbye, or was told, may hang up first.
+            Life::ClosedByPeer(reason) | Life::CloseSent(reason) if gone => {
+                self.state.closed_error(reason)
+            }
+            Life::Dead(_) => return self.end(),
+            _ => self.state.link_error(error),
+        };
+        self.fail(error);
+    }
+
+    /// Ends the endpoint: every operation gets `error` (receivers first what has arrived).
+    pub fn fail(&mut self, error: Error) {
+        if !matches!(self.state.life, Life::Dead(_)) {
+            if error.kind() == ErrorKind::Closed {
+                tracing::debug!(peer = %self.state.peer, %error, "endpoint closed");
+            } else {
+                tracing::warn!(peer = %self.state.peer, %error, "endpoint failed");
+            }
+            self.state.life = Life::Dead(error);
+        }
+        self.end();
+    }
+
+    /// Kills the lanes of a dead endpoint and settles all operations.
+    fn end(&mut self) {
+        let Life::Dead(error) = &self.state.life else { return };
+        let error = error.clone();
+        if self.final_counters.is_none() {
+            self.final_counters = Some(self.counters());
+        }
+        let link_error = LinkError {
+            kind: error.kind(),
+            link: error.link(),
+            detail: String::new(),
+            os: error.os_code(),
+            close: None,
+        };
+        let mut lanes = std::mem::take(&mut self.lanes);
+        for (lane, link) in lanes.iter_mut().enumerate() {
+            let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
+            link.kill(&link_error, &mut sink);
+        }
+        self.state.after.discard_any(Box::new(lanes));
+        self.state.deliveries.clear();
+        self.state.outbox.clear();
+        for reply in self.state.replies.drain(..) {
+            self.state.after.discard_use(reply.used);
+        }
+        self.state.fail_queued();
+        self.state.fail_unanswered(&error);
+        for waker in self.state.end_waiters.drain(..) {
+            self.state.after.wake(waker);
+        }
+    }
+
+    /// Whether the lanes are gone.
+    pub fn ended(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
+    pub fn counters(&self) -> LinkCounters {
+        self.final_counters.unwrap_or_else(|| {
+            self.lanes.iter().map(|lane| lane.counters()).fold(LinkCounters::default(), add)
+        })
+    }
+
+    /// The lane of a family, kind and size. One lane carries everything so far.
+    pub(super) fn lane_for(&self, _class: Class, _len: usize) -> usize {
+        0
+    }
+
+    /// Posts a parcel; a link's error ends the endpoint and is returned.
+    pub(super) fn post(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &Head<'_>,
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<Post, Error> {
+        let mut encoded = HeadBuf::new();
+        head.encode(&mut encoded);
+        let lane = self.lane_for(class, len);
+        let Some(link) = self.lanes.get_mut(lane) else {
+            return Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)));
+        };
+        match link.post(op, class, how, &encoded, payload) {
+            Ok(post) => Ok(post),
+            Err(error) => {
+                self.fail_link(&error);
+                Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)))
+            }
+        }
+    }
+
+    pub(super) fn control(&mut self, head: &Head<'_>) -> Result<(), Error> {
+        let post = self.post(OpId::NONE, Class::Control, How::Eager, head, &[], 0)?;
+        debug_assert_ne!(post, Post::Full, "control always has room");
+        Ok(())
+    }
+
+    /// Does what waits for a lane. Stops at the first thing that finds no room.
+    #[inline]
+    pub fn flush(&mut self) {
+        if self.state.needs_flush() {
+            self.flush_slow();
+        }
+    }
+
+    fn flush_slow(&mut self) {
+        if self.lanes.is_empty() {
+            return self.end();
+        }
+        // Each step ends the endpoint itself when a lane fails; nothing is left to do then.
+        let _ = self.flush_steps();
+    }
+
+    fn flush_steps(&mut self) -> Result<(), Error> {
+        self.deliver_tags()?;
+        if std::mem::take(&mut self.state.credit_due) {
+            self.grant_credit();
+        }
+        while let Some(control) = self.state.outbox.pop_front() {
+            self.control(&match control {
+                Control::PutDone { id, status } => Head::PutDone { id, status },
+                Control::GetFailed { id, status } => Head::GetReply { id, status },
+                Control::FenceDone { id } => Head::FenceDone { id },
+                Control::CloseDone => Head::CloseDone,
+            })?;
+        }
+        self.post_replies()?;
+        self.post_queued_tags()?;
+        self.post_queued_one_sided()?;
+        self.post_queued_messages()?;
+        self.post_fences()?;
+        self.advance_close()
+    }
+
+    /// Reports consumed bytes to the peer, if it is time.
+    #[inline]
+    pub(super) fn grant_credit(&mut self) {
+        let state = &mut self.state;
+        let messages = state.message_charge.take_due(state.message_starved);
+        let tags = state.tag_charge.take_due(state.tag_starved);
+        if messages.is_none() && tags.is_none() {
+            return;
+        }
+        // A peer that still lacks credit asks again.
+        state.message_starved &= messages.is_none();
+        state.tag_starved &= tags.is_none();
+        let head = Head::Credit {
+            messages: state.message_charge.reported(),
+            tags: state.tag_charge.reported(),
+        };
+        state.stats.credit_grants_sent += 1;
+        // A failure has ended the endpoint already.
+        let _ = self.control(&head);
+    }
+
+    /// Begins to close. What was queued before still goes out.
+    pub fn close(&mut self, reason: CloseReason) {
+        if matches!(self.state.life, Life::Open) {
+            self.state.life = Life::Closing(reason);
+            // Receives and fences cannot end well any more; sends can.
+            let error = self.state.refusal();
+            for id in self.state.ops.ids() {
+                let Some(slot) = self.state.ops.get(id) else { continue };
+                match (&slot.stage, &slot.what) {
+                    (_, What::Recv) => {
+                        if let Some(waker) = slot.waker.take() {
+                            self.state.after.wake(waker);
+                        }
+                    }
+                    (Stage::Queued, What::TagRecv { .. }) => {
+                        self.state.matcher.withdraw(id);
+                        if let Some(error) = &error {
+                            self.state.finish(id, Err(error.clone()));
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            self.flush();
+        }
+    }
+
+    /// Whether everything that was handed over so far has left and been let go of.
+    pub fn drained(&self) -> bool {
+        let state = &self.state;
+        state.send_queue.is_empty()
+            && state.tag_queue.is_empty()
+            && state.one_sided_queue.is_empty()
+            && state.one_sided_open.is_empty()
+            && state.replies.is_empty()
+            && !state.ops.any_posted_send()
+            && self.lanes.iter().all(|lane| lane.flushed())
+    }
+
+    fn advance_close(&mut self) -> Result<(), Error> {
+        match &self.state.life {
+            Life::Closing(reason) if self.drained() => {
+                let reason = reason.clone();
+                self.control(&Head::Close { code: reason.code, text: &reason.text })?;
+                self.state.life = Life::CloseSent(reason);
+            }
+            Life::ClosedByPeer(reason)
+                if self.state.outbox.is_empty() && self.lanes.iter().all(|l| l.flushed()) =>
+            {
+                let error = self.state.closed_error(&reason.clone());
+                self.fail(error);
+            }
+            Life::Dead(_) => self.end(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub fn release(&mut self, lane: u8, payload: PayloadId) {
+        if let Some(link) = self.lanes.get_mut(usize::from(lane)) {
+            link.release(payload);
+        }
+    }
+}
+
+#[cold]
+fn unreachable_lane(peer: &str) -> Error {
+    Error::new(ErrorKind::Closed, Phase::Transfer, "no lane is up").with_peer(peer)
+}
+
+fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
+    LinkCounters {
+        parcels_sent: a.parcels_sent + b.parcels_sent,
+        parcels_received: a.parcels_received + b.parcels_received,
+        inline_bytes_sent: a.inline_bytes_sent + b.inline_bytes_sent,
+        inline_bytes_received: a.inline_bytes_received + b.inline_bytes_received,
+        loaned_bytes_sent: a.loaned_bytes_sent + b.loaned_bytes_sent,
+        loaned_bytes_received: a.loaned_bytes_received + b.loaned_bytes_received,
+        single_copy_bytes_received: a.single_copy_bytes_received + b.single_copy_bytes_received,
+        arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
+        arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
+        wakes_sent: a.wakes_sent + b.wakes_sent,
+        stalls: a.stalls + b.stalls,
+    }
+}
+
+/// Whether polling before sleeping has paid lately.
+#[derive(Default)]
+pub(crate) struct SpinTracker {
+    score: i8,
+    skipped: u8,
+}
+
+impl SpinTracker {
+    /// A poll found something before the limit.
+    pub fn paid(&mut self) {
+        self.score = (self.score + 2).min(8);
+    }
+
+    /// The limit passed in vain.
+    pub fn failed(&mut self) {
+        self.score = (self.score - 1).max(-4);
+    }
+
+    /// Whether to try. After a row of failures only every 16th time, to notice when it pays again.
+    pub fn worthwhile(&mut self) -> bool {
+        if self.score > -4 {
+            return true;
+        }
+        self.skipped = (self.skipped + 1) % 16;
+        self.skipped == 0
+    }
+}
+
+impl State {
+    /// Takes a send out of the queue.
+    pub(super) fn unqueue_send(&mut self, id: OpId) {
+        if let Some(at) = self.send_queue.iter().position(|queued| *queued == id) {
+            self.send_queue.remove(at);
+        }
+    }
+
+    /// Withdraws a tagged send that has not been posted. `true`: the slot is gone.
+    pub(super) fn withdraw_tag_send(&mut self, id: OpId) -> bool {
+        match self.ops.get(id) {
+            Some(Slot { stage: Stage::Queued, .. }) => {
+                if let Some(at) = self.tag_queue.iter().position(|queued| *queued == id) {
+                    self.tag_queue.remove(at);
+                }
+                self.free(id);
+                true
+            }
+            Some(_) => false,
+            None => true,
+        }
+    }
+
+    /// The `Op` is gone: its slot keeps what it owned until the operation is over.
+    pub(super) fn abandon_slot(&mut self, id: OpId, orphan: Option<Box<dyn Any + Send>>) {
+        let Some(slot) = self.ops.get(id) else {
+            self.after.garbage.extend(orphan.map(Garbage::Any));
+            return;
+        };
+        slot.orphan = orphan;
+        slot.abandoned = true;
+        if let Some(waker) = slot.waker.take() {
+            self.after.discard_any(Box::new(waker));
+        }
+        if matches!(self.ops.get(id), Some(Slot { stage: Stage::Done(_), .. })) {
+            self.free(id);
+        }
+    }
+
+    /// Whether no message is here or landing: an ended endpoint will not have another.
+    pub(super) fn nothing_left_to_receive(&self) -> bool {
+        self.inbox.is_empty()
+    }
+}
+
+impl Core {
+    /// Asks the lanes whether the peer has fallen silent. `true`: something is owed, ask again.
+    pub fn check(&mut self) -> bool {
+        let mut again = false;
+        for lane in 0..self.lanes.len() {
+            match self.lanes[lane].check() {
+                Ok(owed) => again |= owed,
+                Err(error) => {
+                    self.fail_link(&error);
+                    return false;
+                }
+            }
+        }
+        again
+    }
+
+    /// Whether a message is here.
+    pub fn has_message(&self) -> bool {
+        !self.state.inbox.is_empty()
+    }
+
+    /// Lets an operation go on without anybody waiting for it.
+    pub fn detach(&mut self, id: OpId) {
+        self.state.abandon_slot(id, None);
+    }
+
+    pub fn stats(&self, link: crate::link::LinkKind) -> Stats {
+        Stats {
+            message_credit_bytes: self.state.message_credit.available(),
+            inbox_bytes: self.state.message_charge.resident(),
+            inbox_messages: self.state.inbox.len() as u64,
+            operations: self.state.ops.len() as u64,
+            link: Some(link),
+            link_counters: self.counters(),
+            ..self.state.stats.clone()
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! An endpoint as the driver sees it: the locked core, its pulse, and how both are woken.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use super::board::Pulse;
+use super::core::{Core, Lanes, Life, Limits, State};
+use super::node::NodeShared;
+use super::shard::{Shard, ShardGuard};
+use super::sync::{Mutex, lock};
+use super::view::Views;
+use crate::config::Wake;
+use crate::error::{CloseReason, Error, ErrorKind, Phase};
+use crate::link::{Armed, Budget, LinkKind, PayloadId, Progress};
+use crate::peer::Peer;
+use crate::route::Route;
+
+/// How many turns the resident task gives one endpoint before the next one has its turn.
+const RESIDENT_TURNS: usize = 4;
+
+pub(crate) struct EndpointShared {
+    pub node: Arc<NodeShared>,
+    pub peer: Peer,
+    pub route: Route,
+    pub link: LinkKind,
+    pub pulse: Arc<Pulse>,
+    waker: Waker,
+    core: Shard<Core>,
+    /// Views that were dropped while somebody else held the lock.
+    released: Mutex<Vec<(u8, PayloadId)>>,
+    any_released: AtomicBool,
+    ended: AtomicBool,
+    /// The window that was taken from the node's budget.
+    window_bytes: u64,
+    /// Public handles; the endpoint closes with the last.
+    handles: AtomicUsize,
+}
+
+/// The lock, and what is to be done when it is released.
+pub(crate) struct CoreGuard<'a> {
+    endpoint: &'a EndpointShared,
+    guard: Option<ShardGuard<'a, Core>>,
+}
+
+impl Deref for CoreGuard<'_> {
+    type Target = Core;
+
+    #[inline]
+    fn deref(&self) -> &Core {
+        self.guard.as_ref().expect("present until dropped")
+    }
+}
+
+impl DerefMut for CoreGuard<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Core {
+        self.guard.as_mut().expect("present until dropped")
+    }
+}
+
+impl Drop for CoreGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        let Some(mut core) = self.guard.take() else { return };
+        let state = &mut core.state;
+        if state.after.is_empty() && !state.announce && !matches!(state.life, Life::Dead(_)) {
+            return;
+        }
+        let after = std::mem::take(&mut state.after);
+        let announce = std::mem::take(&mut state.announce);
+        let ended = core.ended();
+        drop(core);
+        if ended && !self.endpoint.ended.swap(true, Ordering::AcqRel) {
+            self.endpoint.node.endpoint_ended(self.endpoint);
+        }
+        if announce {
+            self.endpoint.node.announce(self.endpoint.pulse.id);
+        }
+        after.run();
+    }
+}
+
+impl EndpointShared {
+    #[expect(clippy::too_many_arguments, reason = "one caller, and each is another thing")]
+    pub fn new(
+        node: Arc<NodeShared>,
+        peer: Peer,
+        route: Route,
+        link: LinkKind,
+        pulse: Arc<Pulse>,
+        lanes: Lanes,
+        limits: Limits,
+        window_bytes: u64,
+    ) -> Arc<Self> {
+        let (keys, allocator) = (node.keys.clone(), node.allocator.clone());
+        Arc::new_cyclic(|weak| {
+            let views = Views(weak.clone());
+            let state = State::new(limits, peer.address.clone(), keys, allocator, views);
+            EndpointShared {
+                node,
+                peer,
+                route,
+                link,
+                waker: Waker::from(pulse.clone()),
+                pulse,
+                core: Shard::new(Core::new(lanes, state)),
+                released: Mutex::new(Vec::new()),
+                any_released: AtomicBool::new(false),
+                ended: AtomicBool::new(false),
+                window_bytes,
+                handles: AtomicUsize::new(0),
+            }
+        })
+    }
+
+    pub fn window_bytes(&self) -> u64 {
+        self.window_bytes
+    }
+
+    /// Whether the lanes are gone.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// The waker that lanes register.
+    pub fn waker(&self) -> &Waker {
+        &self.waker
+    }
+
+    fn guard<'a>(&'a self, guard: ShardGuard<'a, Core>) -> CoreGuard<'a> {
+        let mut guard = CoreGuard { endpoint: self, guard: Some(guard) };
+        if self.any_released.load(Ordering::Acquire) {
+            self.take_released(&mut guard);
+        }
+        guard
+    }
+
+    /// The core, or a promise to wake `waker`.
+    #[inline]
+    pub fn core_or_queue(&self, waker: &Waker) -> Option<CoreGuard<'_>> {
+        self.core.lock_or_queue(waker).map(|guard| self.guard(guard))
+    }
+
+    /// The core; blocks the thread for at most the turns of those before.
+    pub fn core(&self) -> CoreGuard<'_> {
+        self.guard(self.core.lock_blocking())
+    }
+
+    #[cold]
+    fn take_released(&self, core: &mut Core) {
+        self.any_released.store(false, Ordering::Release);
+        let released = std::mem::take(&mut *lock(&self.released));
+        for (lane, payload) in released {
+            core.release(lane, payload);
+        }
+    }
+
+    /// A view is no longer used. Tells the sender at once, unless somebody is at work here: then
+    /// they, or the resident task, do.
+    pub fn release_view(self: &Arc<Self>, lane: u8, payload: PayloadId) {
+        if let Some(guard) = self.core.try_lock() {
+            let mut guard = self.guard(guard);
+            guard.release(lane, payload);
+            drop(guard);
+            return;
+        }
+        lock(&self.released).push((lane, payload));
+        self.any_released.store(true, Ordering::Release);
+        self.pulse.enqueue();
+    }
+
+    /// The resident task's turn: moves what there is to move, and arms. `true`: it is armed (or
+    /// over); otherwise it has been queued for another turn.
+    pub fn resident_turn(&self) -> bool {
+        let Some(mut core) = self.core_or_queue(&self.waker) else { return false };
+        let mut cx = Context::from_waker(&self.waker);
+        for _ in 0..RESIDENT_TURNS {
+            let mut budget = Budget::TURN;
+            let progress = core.drive(&mut cx, false, &mut budget);
+            if core.ended() {
+                return true;
+            }
+            if progress == Progress::More {
+                continue;
+            }
+            if core.arm(&mut cx) == Armed::Yes {
+                return true;
+            }
+        }
+        drop(core);
+        self.pulse.enqueue();
+        false
+    }
+
+    /// One look of the watch: takes over if nobody drove since the look that saw `last`. Gives the
+    /// count to compare with next time, or `None` if the endpoint is off the list.
+    pub fn watch_turn(&self, last: Option<u64>) -> Option<u64> {
+        let activity = match self.core.try_lock() {
+            Some(guard) => self.guard(guard).state.activity,
+            None => return Some(last.map_or(0, |last| last.wrapping_sub(1))),
+        };
+        if last != Some(activity) {
+            return Some(activity);
+        }
+        // Off the list before arming: an event that comes between puts it on again.
+        self.pulse.unwatched();
+        if self.resident_turn() || !self.pulse.watched_again() {
+            return None;
+        }
+        Some(activity)
+    }
+
+    /// Looks whether the peer has fallen silent. `true`: look again.
+    pub fn check(&self) -> bool {
+        let mut core = self.core();
+        core.check()
+    }
+
+    /// Ends it now.
+    pub fn fail(&self, error: Error) {
+        self.core().fail(error);
+    }
+
+    pub fn add_handle(&self) {
+        self.handles.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// `true`: it was the last.
+    pub fn drop_handle(&self) -> bool {
+        self.handles.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Nobody holds the endpoint any more: lets what was sent go out, within the close timeout.
+    pub fn close_in_background(self: &Arc<Self>) {
+        if self.has_ended() {
+            return;
+        }
+        self.core().close(CloseReason::new(0, "the endpoint was dropped"));
+        self.pulse.enqueue();
+        let endpoint = Arc::downgrade(self);
+        let sleep = self.node.timers.sleep_until(Instant::now() + self.node.config.close_timeout);
+        self.node.spawn(Box::pin(async move {
+            sleep.await;
+            if let Some(endpoint) = endpoint.upgrade() {
+                endpoint.fail(Error::new(
+                    ErrorKind::TimedOut,
+                    Phase::Close,
+                    "the peer did not answer the goodbye",
+                ));
+            }
+        }));
+    }
+
+    pub fn forked(&self) -> bool {
+        self.node.fork.forked()
+    }
+
+    /// How long an operation may poll before it sleeps; zero: not at all.
+    pub fn spin_limit(&self) -> Duration {
+        match self.node.config.wake {
+            Wake::Spin => self.node.config.spin_limit,
+            Wake::Adaptive => self.node.config.adaptive_spin,
+            Wake::Park => Duration::ZERO,
+        }
+    }
+}

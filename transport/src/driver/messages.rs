@@ -1,0 +1,397 @@
+//! Messages: ordered, whole, under credit; landed as they come, fetched by receives in order.
+
+use std::collections::BTreeMap;
+
+use smallvec::SmallVec;
+
+use super::core::{Core, State};
+use super::table::{Slot, Stage, What};
+use crate::error::{Error, ErrorKind, Phase};
+use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment, SegmentMut};
+use crate::memory::MemoryKind;
+use crate::message::{Frame, Message};
+use crate::proto::credit::message_cost;
+use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX};
+
+/// Messages whose frame lengths have begun to arrive. A peer sends the table of one message after
+/// the other; the slack allows for lanes that reorder.
+const TABLES_MAX: usize = 64;
+
+#[derive(Default)]
+pub(super) struct Tables(BTreeMap<u32, Vec<u64>>);
+
+/// What became of a `send` that was just started.
+pub(crate) enum Sent {
+    Done,
+    Waits(OpId),
+}
+
+impl Core {
+    /// Starts a send. Takes the message out of `message` unless it is done at once.
+    pub fn start_send(&mut self, message: &mut Option<Message>) -> Result<Sent, Error> {
+        if let Some(error) = self.state.refusal() {
+            return Err(error);
+        }
+        let Some(held) = message.as_ref() else {
+            return Err(Error::new(ErrorKind::InvalidInput, Phase::Transfer, "nothing to send"));
+        };
+        let len = held.len_bytes();
+        let frames = held.frame_count();
+        self.check_limits(len, frames)?;
+        let cost = message_cost(len as u64, frames as u32);
+        if !self.state.send_queue.is_empty() {
+            return Ok(self.queue_send(message, cost));
+        }
+        if !self.state.message_credit.try_take(cost) {
+            let sent = self.queue_send(message, cost);
+            self.flush();
+            return Ok(sent);
+        }
+        // Inline frames move with the message: unless the link copies them at once, they need an
+        // address that stays.
+        let stable = len <= crate::link::COPIED_MAX || !held.frames().iter().any(Frame::is_inline);
+        if !stable {
+            self.state.message_credit.give_back(cost);
+            let sent = self.queue_send(message, cost);
+            self.flush();
+            return Ok(sent);
+        }
+        let id = self.state.ops.next_id();
+        match self.post_message(id, held, len)? {
+            Post::Done => Ok(Sent::Done),
+            Post::Pending => {
+                let message = message.take().map(Box::new);
+                let slot = Slot::new(Stage::Posted, What::Send { message, cost });
+                Ok(Sent::Waits(self.state.ops.insert(slot)))
+            }
+            Post::Full => {
+                self.state.message_credit.give_back(cost);
+                self.state.stats.room_stalls += 1;
+                Ok(self.queue_send(message, cost))
+            }
+        }
+    }
+
+    /// Whether a send could start now without waiting for credit or for others.
+    pub fn can_send(&self, message: &Message) -> bool {
+        let cost = message_cost(message.len_bytes() as u64, message.frame_count() as u32);
+        self.state.send_queue.is_empty() && self.state.message_credit.admits(cost)
+    }
+
+    fn check_limits(&self, len: usize, frames: usize) -> Result<(), Error> {
+        let limits = &self.state.limits;
+        if len as u64 > limits.peer_max_message || frames > limits.peer_max_frames as usize {
+            return Err(Error::new(
+                ErrorKind::LimitExceeded,
+                Phase::Transfer,
+                format!(
+                    "a message of {len} bytes in {frames} frames; the peer takes {} bytes in {} \
+                     frames",
+                    limits.peer_max_message, limits.peer_max_frames
+                ),
+            )
+            .with_peer(self.state.peer.clone())
+            .with_hint("split it, or raise THALWEG_MAX_MESSAGE or THALWEG_MAX_FRAMES at the peer"));
+        }
+        Ok(())
+    }
+
+    fn queue_send(&mut self, message: &mut Option<Message>, cost: u64) -> Sent {
+        let message = message.take().map(Box::new);
+        let slot = Slot::new(Stage::Queued, What::Send { message, cost });
+        let id = self.state.ops.insert(slot);
+        self.state.send_queue.push_back(id);
+        Sent::Waits(id)
+    }
+
+    /// Posts the next message in order.
+    fn post_message(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
+        let seq = self.state.message_seq;
+        let post = match message.frames() {
+            [] => {
+                let head = Head::Message { seq, frames: Frames::Zero };
+                self.post(op, Class::Message, How::Eager, &head, &[], 0)?
+            }
+            [frame] => {
+                let head = Head::Message { seq, frames: Frames::One };
+                self.post(op, Class::Message, How::Eager, &head, &[frame.segment()], len)?
+            }
+            frames => {
+                let lens: SmallVec<[u64; 16]> = frames.iter().map(|f| f.len() as u64).collect();
+                let segments: SmallVec<[Segment<'_>; 8]> =
+                    frames.iter().map(Frame::segment).collect();
+                let frames = if lens.len() <= INLINE_LENS_MAX {
+                    Frames::Inline(Lens::new(&lens))
+                } else {
+                    self.post_tables(seq, &lens)?;
+                    Frames::Table { count: lens.len() as u32 }
+                };
+                let head = Head::Message { seq, frames };
+                self.post(op, Class::Message, How::Eager, &head, &segments, len)?
+            }
+        };
+        if post != Post::Full {
+            self.state.message_seq = seq.wrapping_add(1);
+            self.state.tables_posted = false;
+            self.state.stats.messages_sent += 1;
+            self.state.stats.message_bytes_sent += len as u64;
+        }
+        Ok(post)
+    }
+
+    /// Frame lengths that do not fit the head go before it, as control parcels.
+    fn post_tables(&mut self, seq: u32, lens: &[u64]) -> Result<(), Error> {
+        if std::mem::replace(&mut self.state.tables_posted, true) {
+            return Ok(());
+        }
+        let total = lens.len() as u32;
+        for (index, part) in lens.chunks(TABLE_LENS_MAX).enumerate() {
+            let first = (index * TABLE_LENS_MAX) as u32;
+            self.control(&Head::MessageTable { seq, total, first, lens: Lens::new(part) })?;
+        }
+        Ok(())
+    }
+
+    /// Posts queued messages in order, until credit or room ends.
+    pub(super) fn post_queued_messages(&mut self) -> Result<(), Error> {
+        while let Some(&id) = self.state.send_queue.front() {
+            let Some(Slot { what: What::Send { message, cost }, .. }) = self.state.ops.get(id)
+            else {
+                self.state.send_queue.pop_front();
+                continue;
+            };
+            let (cost, held) = (*cost, message.take());
+            let Some(held) = held else {
+                self.state.send_queue.pop_front();
+                continue;
+            };
+            if !self.state.message_credit.try_take(cost) {
+                self.put_message(id, held);
+                if !std::mem::replace(&mut self.state.message_credit_asked, true) {
+                    self.state.stats.credit_stalls += 1;
+                    self.control(&Head::CreditWanted { messages: true, tags: false })?;
+                }
+                return Ok(());
+            }
+            let posted = self.post_message(id, &held, held.len_bytes());
+            self.put_message(id, held);
+            match posted? {
+                Post::Full => {
+                    self.state.message_credit.give_back(cost);
+                    self.state.stats.room_stalls += 1;
+                    return Ok(());
+                }
+                Post::Pending => {
+                    if let Some(slot) = self.state.ops.get(id) {
+                        slot.stage = Stage::Posted;
+                    }
+                }
+                Post::Done => self.state.finish(id, Ok(())),
+            }
+            self.state.send_queue.pop_front();
+        }
+        Ok(())
+    }
+
+    fn put_message(&mut self, id: OpId, held: Box<Message>) {
+        if let Some(Slot { what: What::Send { message, .. }, .. }) = self.state.ops.get(id) {
+            *message = Some(held);
+        }
+    }
+
+    /// The next message, if it is here.
+    pub fn take_message(&mut self) -> Option<Message> {
+        let message = self.state.inbox.pop_front()?;
+        let len = message.len_bytes() as u64;
+        self.state.message_charge.consume(message_cost(len, message.frame_count() as u32));
+        self.grant_credit();
+        Some(message)
+    }
+}
+
+impl State {
+    /// Registers a receive that has to wait.
+    pub fn wait_for_message(&mut self) -> OpId {
+        let id = self.ops.insert(Slot::new(Stage::Queued, What::Recv));
+        self.receivers.push_back(id);
+        id
+    }
+
+    /// Whether this receive is the first in line.
+    pub fn is_first_receiver(&self, id: OpId) -> bool {
+        self.receivers.front() == Some(&id)
+    }
+
+    /// The receive leaves the line; the next one is woken if something is there for it.
+    pub fn leave_line(&mut self, id: OpId) {
+        if let Some(at) = self.receivers.iter().position(|waiting| *waiting == id) {
+            self.receivers.remove(at);
+        }
+        self.free(id);
+        if !self.inbox.is_empty() {
+            self.wake_receiver();
+        }
+    }
+
+    pub fn has_receivers(&self) -> bool {
+        !self.receivers.is_empty()
+    }
+
+    fn wake_receiver(&mut self) {
+        if let Some(&first) = self.receivers.front()
+            && let Some(waker) = self.ops.get(first).and_then(|slot| slot.waker.take())
+        {
+            self.after.wake(waker);
+        }
+    }
+
+    pub(super) fn on_table(
+        &mut self,
+        seq: u32,
+        total: u32,
+        first: u32,
+        lens: Lens<'_>,
+    ) -> Result<(), Disposition> {
+        if total > self.limits.max_frames {
+            return Err(State::protocol(format!(
+                "a message of {total} frames; the limit is {}",
+                self.limits.max_frames
+            )));
+        }
+        let known = self.tables.0.len();
+        let table = self.tables.0.entry(seq).or_default();
+        if table.is_empty() && known >= TABLES_MAX {
+            return Err(State::protocol("too many frame tables at once"));
+        }
+        if table.len() != first as usize || table.len() + lens.len() > total as usize {
+            return Err(State::protocol("frame tables out of order"));
+        }
+        table.extend(lens);
+        Ok(())
+    }
+
+    pub(super) fn on_message(
+        &mut self,
+        lane: u8,
+        seq: u32,
+        frames: &Frames<'_>,
+        arrival: &Arrival<'_>,
+    ) -> Disposition {
+        if arrival.len > self.limits.max_message {
+            return State::protocol(format!(
+                "a message of {} bytes; the limit is {}",
+                arrival.len, self.limits.max_message
+            ));
+        }
+        let mut lens: SmallVec<[u64; 16]> = SmallVec::new();
+        match frames {
+            Frames::Zero => {}
+            Frames::One => lens.push(arrival.len),
+            Frames::Inline(table) => lens.extend(table.clone()),
+            Frames::Table { count } => match self.tables.0.remove(&seq) {
+                Some(table) if table.len() == *count as usize => lens = table.into(),
+                _ => return State::protocol("a message without its frame table"),
+            },
+        }
+        let sum = lens.iter().try_fold(0u64, |sum, len| sum.checked_add(*len));
+        if sum != Some(arrival.len) || lens.len() > self.limits.max_frames as usize {
+            return State::protocol("frame lengths that do not add up");
+        }
+        if let Err(error) = self.message_charge.charge(message_cost(arrival.len, lens.len() as u32))
+        {
+            return State::protocol(error.to_string());
+        }
+        if let (Some(views), true) = (arrival.views, arrival.inline.is_none())
+            && views.len() == lens.len()
+            && views.iter().zip(&lens).all(|(view, len)| view.len as u64 == *len)
+        {
+            let lease = self.views.lease(lane, arrival.payload);
+            let message =
+                views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
+            return self.message_arrived(seq, message).unwrap_or(Disposition::View);
+        }
+        if let Some(bytes) = arrival.inline.or((arrival.len == 0).then_some(&[][..])) {
+            let message = match lens.as_slice() {
+                // The one that matters for speed.
+                [_] => Message::copy_from_slice(bytes),
+                _ => split(bytes, &lens),
+            };
+            return self.message_arrived(seq, message).unwrap_or(Disposition::Taken);
+        }
+        self.land_message(seq, &lens, arrival.len)
+    }
+
+    fn land_message(&mut self, seq: u32, lens: &[u64], len: u64) -> Disposition {
+        let mut message = Message::new();
+        for len in lens {
+            let frame = usize::try_from(*len).ok().and_then(|len| self.allocate(len));
+            let Some(frame) = frame else { return State::no_memory(*len) };
+            message.push(frame);
+        }
+        let op = self.ops.insert(Slot::new(Stage::Posted, What::LandMessage { seq, message }));
+        // Frames have their final address only now: short ones are inside the message. A slot may
+        // still move when the table grows, so short frames get memory of their own.
+        let Some(Slot { what: What::LandMessage { message, .. }, .. }) = self.ops.get(op) else {
+            return State::no_memory(len);
+        };
+        let mut to = Landing::new();
+        for frame in message.frames_mut() {
+            frame.make_stable();
+            if let Some(bytes) = frame.as_mut_slice()
+                && !bytes.is_empty()
+            {
+                let (ptr, len) = (bytes.as_mut_ptr(), bytes.len());
+                to.push(SegmentMut { ptr, len, kind: MemoryKind::Host });
+            }
+        }
+        Disposition::Land { to, op }
+    }
+
+    pub(super) fn message_landed(&mut self, id: OpId, result: Result<(), Error>) {
+        let Some(Slot { what: What::LandMessage { seq, message }, .. }) = self.ops.remove(id) else {
+            return;
+        };
+        if result.is_err() {
+            // The endpoint is ending; a half message is nobody's.
+            self.after.discard_message(message);
+            return;
+        }
+        // The sequence number was checked when the message began to arrive.
+        let _ = self.message_arrived(seq, message);
+    }
+
+    /// `Some`: what to answer the link instead, because the peer broke the order.
+    fn message_arrived(&mut self, seq: u32, message: Message) -> Option<Disposition> {
+        self.stats.messages_received += 1;
+        self.stats.message_bytes_received += message.len_bytes() as u64;
+        if let Err(error) = self.arriving.insert(seq, message) {
+            return Some(State::protocol(error.to_string()));
+        }
+        let mut any = false;
+        while let Some(message) = self.arriving.pop() {
+            self.inbox.push_back(message);
+            any = true;
+        }
+        if any {
+            if self.receivers.is_empty() {
+                self.announce |= !std::mem::replace(&mut self.announced, true);
+            } else {
+                self.wake_receiver();
+            }
+            if !self.fences.is_empty() {
+                self.answer_fences();
+            }
+        }
+        None
+    }
+}
+
+fn split(mut bytes: &[u8], lens: &[u64]) -> Message {
+    lens.iter()
+        .map(|len| {
+            let (frame, rest) = bytes.split_at(*len as usize);
+            bytes = rest;
+            Frame::copy_from_slice(frame)
+        })
+        .collect()
+}

@@ -1,0 +1,28 @@
+//! Progress, wakeups, and the table of operations in flight.
+//!
+//! This room makes links and protocol into operations that can be awaited. It must not know how a
+//! link moves bytes, nor what an application means by them.
+//!
+//! - [`shard`]: the endpoint's lock; [`board`]: who is woken; [`resident`]: the task that sees to
+//!   progress when nobody polls.
+//! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`].
+//! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
+//! - [`bootstrap`]: from a TCP connection to an endpoint.
+
+pub(crate) mod board;
+pub(crate) mod bootstrap;
+pub(crate) mod core;
+pub(crate) mod endpoint;
+pub(crate) mod keys;
+pub(crate) mod messages;
+pub(crate) mod node;
+mod onesided;
+pub(crate) mod op;
+pub(crate) mod resident;
+mod shard;
+mod sync;
+pub(crate) mod table;
+mod tags;
+mod view;
+
+pub(crate) use sync::{Mutex, lock};

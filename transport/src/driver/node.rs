@@ -1,0 +1,320 @@
+//! What the endpoints of one node share.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Waker;
+
+use super::board::{Board, EndpointId, Pulse};
+use super::endpoint::EndpointShared;
+use super::keys::Keys;
+use super::sync::{Mutex, lock};
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::link::shm::{ShmEngine, ShmOptions};
+use crate::link::{Engine, LinkKind};
+use crate::memory::{Allocator, HostPool, SharedPool};
+use crate::proto::keys::RemoteKeyWire;
+use crate::route::Capability;
+use crate::runtime::{ForkGuard, Reactor, Timers};
+use crate::stats::{NodeStats, Stats};
+
+/// A background piece of work of the node: a handshake, an accept loop.
+pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The smallest window that an endpoint gets when the node's budget is used up.
+const WINDOW_MIN: u64 = 64 << 10;
+
+#[derive(Default)]
+struct Any {
+    ready: VecDeque<EndpointId>,
+    /// Emptied at every announcement.
+    waiters: Vec<Waker>,
+}
+
+#[derive(Default)]
+struct Totals {
+    ended: Stats,
+    window_bytes: u64,
+}
+
+pub(crate) struct NodeShared {
+    pub config: Config,
+    pub id: [u8; 16],
+    pub reactor: Reactor,
+    pub timers: Arc<Timers>,
+    pub board: Arc<Board>,
+    pub keys: Arc<Keys>,
+    pub allocator: Arc<dyn Allocator>,
+    pub pool: Arc<SharedPool>,
+    pub shm: Option<Arc<ShmEngine>>,
+    pub engines: Vec<Arc<dyn Engine>>,
+    pub capabilities: Vec<Capability>,
+    pub fork: ForkGuard,
+    pub handshakes: AtomicU64,
+    pub handshakes_failed: AtomicU64,
+    endpoints: Mutex<HashMap<EndpointId, Arc<EndpointShared>>>,
+    next_endpoint: AtomicU64,
+    new_tasks: Mutex<Vec<Task>>,
+    any: Mutex<Any>,
+    totals: Mutex<Totals>,
+    /// The last handle is gone, or the node was closed: the resident task winds up.
+    released: AtomicBool,
+    /// The resident task is gone.
+    gone: AtomicBool,
+}
+
+impl NodeShared {
+    pub fn new(config: Config, reactor: Reactor) -> Result<Arc<Self>> {
+        config.validate()?;
+        let io = |doing: &str, error: &std::io::Error| Error::from_io(Phase::Setup, doing, error);
+        let timers =
+            Arc::new(Timers::new(&reactor).map_err(|error| io("making a timer", &error))?);
+        let mut id = [0; 16];
+        getrandom::fill(&mut id)
+            .map_err(|error| io("asking for random numbers", &std::io::Error::other(error)))?;
+        let pool = Arc::new(SharedPool::new(config.loan_pool_bytes));
+        let allocator = config
+            .allocator
+            .clone()
+            .unwrap_or_else(|| Arc::new(HostPool::new(config.host_pool_bytes)));
+        let mut capabilities = Vec::new();
+        let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
+        let options = ShmOptions {
+            single_copy: config.single_copy,
+            loans: config.loans,
+            ptracer_any: config.ptracer_any,
+            max_payload: config.max_message_bytes,
+            handshake_timeout: config.handshake_timeout,
+            ..ShmOptions::default()
+        };
+        let shm = if config.transports.contains(&LinkKind::Shm) {
+            match ShmEngine::new(reactor.clone(), timers.clone(), options) {
+                Ok(engine) => {
+                    capabilities.push(present(LinkKind::Shm, "memfd, pidfd and Unix sockets work"));
+                    engines.push(engine.clone());
+                    Some(engine)
+                }
+                Err(unavailable) => {
+                    capabilities.push(Capability {
+                        link: LinkKind::Shm,
+                        present: false,
+                        reason: unavailable.reason,
+                        fix: Some(unavailable.fix).filter(|fix| !fix.is_empty()),
+                    });
+                    None
+                }
+            }
+        } else {
+            capabilities.push(present(LinkKind::Shm, "not tried: not among the transports"));
+            None
+        };
+        capabilities.push(present(LinkKind::Tcp, "always available"));
+        #[cfg(feature = "mock")]
+        capabilities.push(present(LinkKind::Mock, "for tests within one process"));
+        Ok(Arc::new(NodeShared {
+            config,
+            id,
+            reactor,
+            timers,
+            board: Arc::new(Board::default()),
+            keys: Arc::new(Keys::default()),
+            allocator,
+            pool,
+            shm,
+            engines,
+            capabilities,
+            fork: ForkGuard::get(),
+            handshakes: AtomicU64::new(0),
+            handshakes_failed: AtomicU64::new(0),
+            endpoints: Mutex::new(HashMap::new()),
+            next_endpoint: AtomicU64::new(1),
+            new_tasks: Mutex::new(Vec::new()),
+            any: Mutex::new(Any::default()),
+            totals: Mutex::new(Totals::default()),
+            released: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+        }))
+    }
+
+    /// Fails when the node can do nothing any more.
+    pub fn usable(&self) -> Result<()> {
+        if self.fork.forked() {
+            return Err(super::op::forked());
+        }
+        if self.gone.load(Ordering::Acquire) {
+            return Err(runtime_gone());
+        }
+        if self.released.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Closed, Phase::Setup, "the node is closed"));
+        }
+        Ok(())
+    }
+
+    /// Gives work to the resident task.
+    pub fn spawn(&self, task: Task) {
+        lock(&self.new_tasks).push(task);
+        self.board.wake_resident();
+    }
+
+    pub fn take_new_tasks(&self) -> Vec<Task> {
+        std::mem::take(&mut *lock(&self.new_tasks))
+    }
+
+    pub fn new_pulse(&self) -> Arc<Pulse> {
+        Pulse::new(self.next_endpoint.fetch_add(1, Ordering::Relaxed), self.board.clone())
+    }
+
+    /// The endpoint is up: the resident task looks after it from now on.
+    pub fn add_endpoint(&self, endpoint: &Arc<EndpointShared>) {
+        lock(&self.endpoints).insert(endpoint.pulse.id, endpoint.clone());
+        endpoint.pulse.enqueue();
+        if self.gone.load(Ordering::Acquire) {
+            endpoint.fail(runtime_gone());
+        }
+    }
+
+    pub fn endpoint(&self, id: EndpointId) -> Option<Arc<EndpointShared>> {
+        lock(&self.endpoints).get(&id).cloned()
+    }
+
+    pub fn all_endpoints(&self) -> Vec<Arc<EndpointShared>> {
+        lock(&self.endpoints).values().cloned().collect()
+    }
+
+    pub fn has_endpoints(&self) -> bool {
+        !lock(&self.endpoints).is_empty()
+    }
+
+    /// Called once per endpoint, when its lanes are gone.
+    pub fn endpoint_ended(&self, endpoint: &EndpointShared) {
+        let removed = lock(&self.endpoints).remove(&endpoint.pulse.id);
+        let stats = endpoint.core().stats(endpoint.link);
+        let mut totals = lock(&self.totals);
+        totals.window_bytes -= endpoint.window_bytes();
+        merge(&mut totals.ended, &stats);
+        drop(totals);
+        drop(removed);
+        // A closing node waits for this.
+        self.board.wake_resident();
+    }
+
+    /// A part of the node's budget for a new endpoint: half of what is left, within bounds.
+    pub fn take_window(&self) -> u64 {
+        let mut totals = lock(&self.totals);
+        let left = self.config.node_budget_bytes.saturating_sub(totals.window_bytes);
+        let wanted = self.config.message_window_bytes;
+        let window = (left / 2).min(wanted).max(WINDOW_MIN.min(wanted));
+        totals.window_bytes += window;
+        window
+    }
+
+    /// Returns what an endpoint that did not come to be had taken.
+    pub fn return_window(&self, window: u64) {
+        lock(&self.totals).window_bytes -= window;
+    }
+
+    /// An endpoint has a message that nobody is waiting for.
+    pub fn announce(&self, id: EndpointId) {
+        let mut any = lock(&self.any);
+        any.ready.push_back(id);
+        let waiters = std::mem::take(&mut any.waiters);
+        drop(any);
+        for waker in waiters {
+            waker.wake();
+        }
+    }
+
+    /// The next endpoint that announced itself, or a promise to wake `waker`.
+    pub fn next_announced(&self, waker: &Waker) -> Option<EndpointId> {
+        let mut any = lock(&self.any);
+        if let Some(id) = any.ready.pop_front() {
+            return Some(id);
+        }
+        if !any.waiters.iter().any(|known| known.will_wake(waker)) {
+            any.waiters.push(waker.clone());
+        }
+        None
+    }
+
+    /// Winds the node up: no handle is left, or it was closed.
+    pub fn release(&self) {
+        self.released.store(true, Ordering::Release);
+        self.wake_all_waiters();
+        self.board.wake_resident();
+    }
+
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
+    fn wake_all_waiters(&self) {
+        let waiters = std::mem::take(&mut lock(&self.any).waiters);
+        for waker in waiters {
+            waker.wake();
+        }
+    }
+
+    /// The resident task has ended: nothing will progress any more.
+    pub fn resident_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+        if self.fork.forked() {
+            return;
+        }
+        for endpoint in self.all_endpoints() {
+            endpoint.fail(runtime_gone());
+        }
+        drop(self.take_new_tasks());
+        self.wake_all_waiters();
+    }
+
+    pub fn stats(&self) -> NodeStats {
+        let endpoints = self.all_endpoints();
+        let mut sum = Stats::default();
+        let mut by_link: Vec<(LinkKind, u64)> = Vec::new();
+        for endpoint in &endpoints {
+            merge(&mut sum, &endpoint.core().stats(endpoint.link));
+            match by_link.iter_mut().find(|(link, _)| *link == endpoint.link) {
+                Some((_, count)) => *count += 1,
+                None => by_link.push((endpoint.link, 1)),
+            }
+        }
+        let totals = lock(&self.totals);
+        merge(&mut sum, &totals.ended);
+        NodeStats {
+            endpoints: endpoints.len() as u64,
+            endpoints_by_link: by_link,
+            handshakes: self.handshakes.load(Ordering::Relaxed),
+            handshakes_failed: self.handshakes_failed.load(Ordering::Relaxed),
+            messages_sent: sum.messages_sent,
+            messages_received: sum.messages_received,
+            message_bytes_sent: sum.message_bytes_sent,
+            message_bytes_received: sum.message_bytes_received,
+            shared_bytes: self.pool.allocated_bytes() as u64,
+            shared_bytes_used: self.pool.loaned_bytes() as u64,
+            window_bytes: totals.window_bytes,
+        }
+    }
+
+    pub fn remote_key(&self, key: u64, len: u64, access: u8) -> RemoteKeyWire {
+        RemoteKeyWire { node_id: self.id, key, len, access }
+    }
+}
+
+fn present(link: LinkKind, reason: &str) -> Capability {
+    Capability { link, present: true, reason: reason.into(), fix: None }
+}
+
+fn merge(into: &mut Stats, from: &Stats) {
+    into.messages_sent += from.messages_sent;
+    into.messages_received += from.messages_received;
+    into.message_bytes_sent += from.message_bytes_sent;
+    into.message_bytes_received += from.message_bytes_received;
+}
+
+pub(crate) fn runtime_gone() -> Error {
+    Error::new(ErrorKind::RuntimeGone, Phase::Transfer, "")
+        .with_hint("keep the runtime that made the node alive for as long as its endpoints")
+}

@@ -1,0 +1,384 @@
+//! Put, get and fence. Over every link so far the target's process serves them: it lands a put in
+//! the region, and answers a get out of it, after checking key, bounds and access itself.
+
+use smallvec::{SmallVec, smallvec};
+
+use super::core::{Control, Core, ONE_SIDED_MAX, Reply, State};
+use super::keys::RegionUse;
+use super::table::{RawSegment, Slot, Stage, What};
+use crate::error::{Error, ErrorKind, Phase};
+use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment};
+use crate::proto::wire::{Head, Status};
+
+impl Core {
+    /// Starts a put or a get, or queues it behind the others.
+    pub fn start_one_sided(&mut self, what: OneSided) -> Result<OpId, Error> {
+        if let Some(error) = self.state.refusal() {
+            return Err(error);
+        }
+        let number = self.state.one_sided_number;
+        self.state.one_sided_number += 1;
+        self.state.one_sided_open.insert(number);
+        let what = match what {
+            OneSided::Put { from, key, offset } => {
+                What::Put { from, key, offset, number, local: false, remote: false }
+            }
+            OneSided::Get { to, key, offset } => What::Get { to, key, offset, number, answered: false },
+        };
+        let id = self.state.ops.insert(Slot::new(Stage::Queued, what));
+        self.state.one_sided_queue.push_back(id);
+        self.flush();
+        Ok(id)
+    }
+
+    pub(super) fn post_queued_one_sided(&mut self) -> Result<(), Error> {
+        while let Some(&id) = self.state.one_sided_queue.front() {
+            if self.state.one_sided_posted >= ONE_SIDED_MAX {
+                return Ok(());
+            }
+            let Some(slot) = self.state.ops.get(id) else {
+                self.state.one_sided_queue.pop_front();
+                continue;
+            };
+            let post = match slot.what {
+                What::Put { from, key, offset, .. } => {
+                    let head = Head::Put { id: id.index, key, offset };
+                    let payload: SmallVec<[Segment<'_>; 1]> = match from.len {
+                        0 => SmallVec::new(),
+                        _ => smallvec![from.read()],
+                    };
+                    self.post(id, Class::OneSided, How::Eager, &head, &payload, from.len)?
+                }
+                What::Get { to, key, offset, .. } => {
+                    let head = Head::Get { id: id.index, key, offset, len: to.len as u64 };
+                    // Nothing of the get's own memory is posted: the link has nothing to report.
+                    self.post(OpId::NONE, Class::OneSided, How::Eager, &head, &[], 0)?
+                }
+                _ => Post::Done,
+            };
+            if post == Post::Full {
+                self.state.stats.room_stalls += 1;
+                return Ok(());
+            }
+            self.state.one_sided_queue.pop_front();
+            self.state.one_sided_posted += 1;
+            if let Some(slot) = self.state.ops.get(id) {
+                slot.stage = Stage::Posted;
+                match &mut slot.what {
+                    What::Put { local, from, .. } => {
+                        *local = post == Post::Done;
+                        self.state.stats.puts += 1;
+                        self.state.stats.put_bytes += from.len as u64;
+                    }
+                    What::Get { to, .. } => {
+                        self.state.stats.gets += 1;
+                        self.state.stats.get_bytes += to.len as u64;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers the peer's gets.
+    pub(super) fn post_replies(&mut self) -> Result<(), Error> {
+        while let Some(reply) = self.state.replies.pop_front() {
+            let op = self.state.ops.next_id();
+            let head = Head::GetReply { id: reply.id, status: Status::Ok };
+            let memory = reply.used.range(reply.offset, reply.len);
+            let payload: SmallVec<[Segment<'_>; 1]> = match reply.len {
+                0 => SmallVec::new(),
+                _ => smallvec![memory.read()],
+            };
+            let post =
+                self.post(op, Class::OneSided, How::Eager, &head, &payload, reply.len);
+            match post {
+                Ok(Post::Done) => {
+                    self.state.serving -= 1;
+                    self.state.after.discard_use(reply.used);
+                }
+                Ok(Post::Pending) => {
+                    let what = What::GetOut { used: reply.used };
+                    self.state.ops.insert(Slot::new(Stage::Posted, what));
+                }
+                Ok(Post::Full) => {
+                    self.state.replies.push_front(reply);
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.state.after.discard_use(reply.used);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a fence.
+    pub fn start_fence(&mut self) -> Result<OpId, Error> {
+        if let Some(error) = self.state.refusal() {
+            return Err(error);
+        }
+        let before = self.state.one_sided_number;
+        let what = What::Fence { before, remote: false };
+        let id = self.state.ops.insert(Slot::new(Stage::Posted, what));
+        // What waits in the queues counts as sent before.
+        let messages = self.state.message_seq.wrapping_add(self.state.send_queue.len() as u32);
+        let tags = self.state.tag_seq.wrapping_add(self.state.tag_queue.len() as u32);
+        self.state.fence_queue.push((id, messages, tags));
+        self.flush();
+        Ok(id)
+    }
+
+    pub(super) fn post_fences(&mut self) -> Result<(), Error> {
+        while let Some(&(id, messages, tags)) = self.state.fence_queue.first() {
+            if self.state.local_fences.len() >= crate::proto::fence::FENCES_MAX {
+                return Ok(());
+            }
+            self.state.fence_queue.remove(0);
+            self.control(&Head::Fence { id: id.index, messages, tags })?;
+            self.state.local_fences.push(id);
+        }
+        Ok(())
+    }
+}
+
+/// What to start.
+pub(crate) enum OneSided {
+    Put { from: RawSegment, key: u64, offset: u64 },
+    Get { to: RawSegment, key: u64, offset: u64 },
+}
+
+impl State {
+    pub(super) fn on_put(
+        &mut self,
+        id: u32,
+        key: u64,
+        offset: u64,
+        arrival: &Arrival<'_>,
+    ) -> Disposition {
+        let used = match self.serve(key, offset, arrival.len, true) {
+            Ok(Ok(used)) => used,
+            Ok(Err(status)) => {
+                self.outbox.push_back(Control::PutDone { id, status });
+                return if arrival.len == 0 { Disposition::Taken } else { Disposition::Discard };
+            }
+            Err(fatal) => return fatal,
+        };
+        let len = arrival.len as usize;
+        let memory = used.range(offset, len);
+        if let Some(bytes) = arrival.inline.or((len == 0).then_some(&[][..])) {
+            // SAFETY: `used` keeps the region's memory alive and was checked for bounds and write
+            // access. Other writers may race with this one, as with any remote memory: the
+            // region's owner was told to expect it, and copies out raw bytes only.
+            unsafe { memory.fill(bytes) };
+            self.serving -= 1;
+            self.after.discard_use(used);
+            self.outbox.push_back(Control::PutDone { id, status: Status::Ok });
+            return Disposition::Taken;
+        }
+        let to: Landing = smallvec![memory.write(len)];
+        let op = self.ops.insert(Slot::new(Stage::Posted, What::PutIn { id, used }));
+        Disposition::Land { to, op }
+    }
+
+    /// Admits a one-sided operation of the peer's. The outer error is the peer's breach, the inner
+    /// one an answer.
+    fn serve(
+        &mut self,
+        key: u64,
+        offset: u64,
+        len: u64,
+        write: bool,
+    ) -> Result<Result<RegionUse, Status>, Disposition> {
+        if self.serving >= ONE_SIDED_MAX {
+            return Err(State::protocol("too many one-sided operations at once"));
+        }
+        let used = self.keys.begin(key, offset, len, write);
+        self.serving += usize::from(used.is_ok());
+        Ok(used)
+    }
+
+    pub(super) fn put_landed(&mut self, id: OpId, result: Result<(), Error>) {
+        let Some(Slot { what: What::PutIn { id, used }, .. }) = self.ops.remove(id) else { return };
+        self.serving -= 1;
+        self.after.discard_use(used);
+        if result.is_ok() {
+            self.outbox.push_back(Control::PutDone { id, status: Status::Ok });
+        }
+    }
+
+    pub(super) fn on_put_done(&mut self, index: u32, status: Status) -> Result<(), Disposition> {
+        let id = self.ops.at_index(index);
+        let slot = id.and_then(|id| self.ops.get(id));
+        let (Some(id), Some(Slot { what: What::Put { remote, local, .. }, stage, .. })) =
+            (id, slot)
+        else {
+            return Err(State::protocol("an answer to a put that was not made"));
+        };
+        if *remote || !matches!(stage, Stage::Posted) {
+            return Err(State::protocol("a second answer to a put"));
+        }
+        *remote = true;
+        if status != Status::Ok {
+            // The link may still be about to let go of the memory: that must come first.
+            let error = self.refused(status);
+            return self.put_refused(id, error);
+        }
+        if *local {
+            self.one_sided_over(id, Ok(()));
+        }
+        Ok(())
+    }
+
+    fn put_refused(&mut self, id: OpId, error: Error) -> Result<(), Disposition> {
+        let Some(slot) = self.ops.get(id) else { return Ok(()) };
+        let What::Put { local, .. } = &slot.what else { return Ok(()) };
+        if *local {
+            self.one_sided_over(id, Err(error));
+        } else {
+            self.put_errors.push((id, error));
+        }
+        Ok(())
+    }
+
+    /// The link has let go of a put's memory.
+    pub(super) fn put_posted(&mut self, id: OpId, result: Result<(), Error>) {
+        let Some(Slot { what: What::Put { local, remote, .. }, .. }) = self.ops.get(id) else {
+            return;
+        };
+        *local = true;
+        let remote = *remote;
+        if let Some(at) = self.put_errors.iter().position(|(put, _)| *put == id) {
+            let (_, error) = self.put_errors.swap_remove(at);
+            self.one_sided_over(id, Err(error));
+        } else if remote || result.is_err() {
+            self.one_sided_over(id, result);
+        }
+    }
+
+    pub(super) fn on_get(
+        &mut self,
+        id: u32,
+        key: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Disposition> {
+        match self.serve(key, offset, len, false)? {
+            Ok(used) => self.replies.push_back(Reply { id, used, offset, len: len as usize }),
+            Err(status) => self.outbox.push_back(Control::GetFailed { id, status }),
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_get_reply(
+        &mut self,
+        index: u32,
+        status: Status,
+        arrival: &Arrival<'_>,
+    ) -> Disposition {
+        let id = self.ops.at_index(index);
+        let slot = id.and_then(|id| self.ops.get(id));
+        let (Some(id), Some(Slot { what: What::Get { to, answered, .. }, stage, .. })) = (id, slot)
+        else {
+            return State::protocol("an answer to a get that was not made");
+        };
+        if !matches!(stage, Stage::Posted) || std::mem::replace(answered, true) {
+            return State::protocol("a second answer to a get");
+        }
+        let to = *to;
+        if status != Status::Ok {
+            if arrival.len != 0 {
+                return State::protocol("a refused get with a payload");
+            }
+            let error = self.refused(status);
+            self.one_sided_over(id, Err(error));
+            return Disposition::Taken;
+        }
+        if arrival.len != to.len as u64 {
+            return State::protocol("an answer to a get of another length");
+        }
+        if let Some(bytes) = arrival.inline.or((to.len == 0).then_some(&[][..])) {
+            // SAFETY: the get's `Op` or slot owns its memory, and no link has been given it.
+            unsafe { to.fill(bytes) };
+            self.one_sided_over(id, Ok(()));
+            return Disposition::Taken;
+        }
+        Disposition::Land { to: smallvec![to.write(to.len)], op: id }
+    }
+
+    fn refused(&self, status: Status) -> Error {
+        let (kind, text) = match status {
+            Status::KeyUnknown => (ErrorKind::KeyRevoked, "the target does not know this key"),
+            Status::OutOfBounds => (ErrorKind::OutOfBounds, "refused by the target"),
+            Status::Denied => (ErrorKind::Unsupported, "the region does not grant this access"),
+            Status::Resources => (ErrorKind::Resources, "at the target"),
+            Status::Ok | Status::Other => (ErrorKind::Io, "at the target"),
+        };
+        Error::new(kind, Phase::Transfer, text).with_peer(self.peer.clone())
+    }
+
+    /// A put or get has ended; its number no longer holds up fences.
+    pub(super) fn one_sided_over(&mut self, id: OpId, result: Result<(), Error>) {
+        let Some(slot) = self.ops.get(id) else { return };
+        let (What::Put { number, .. } | What::Get { number, .. }) = &slot.what else { return };
+        let number = *number;
+        self.one_sided_open.remove(&number);
+        self.one_sided_posted = self.one_sided_posted.saturating_sub(1);
+        self.finish(id, result);
+        self.settle_fences();
+    }
+
+    pub(super) fn on_fence_done(&mut self, index: u32) -> Result<(), Disposition> {
+        let at = self.local_fences.iter().position(|id| id.index == index);
+        let Some(at) = at else {
+            return Err(State::protocol("an answer to a fence that was not made"));
+        };
+        let id = self.local_fences[at];
+        if let Some(Slot { what: What::Fence { remote, .. }, .. }) = self.ops.get(id) {
+            *remote = true;
+        } else {
+            self.local_fences.remove(at);
+        }
+        self.settle_fences();
+        Ok(())
+    }
+
+    /// Ends the fences whose two conditions hold.
+    fn settle_fences(&mut self) {
+        let oldest = self.one_sided_open.first().copied().unwrap_or(u64::MAX);
+        let mut at = 0;
+        while let Some(&id) = self.local_fences.get(at) {
+            let over = match self.ops.get(id).map(|slot| &slot.what) {
+                Some(What::Fence { before, remote }) => *remote && oldest >= *before,
+                // Dropped: the answer is still awaited, so that it is known when it comes.
+                _ => false,
+            };
+            if over {
+                self.local_fences.remove(at);
+                self.finish(id, Ok(()));
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// Withdraws a put or get that has not been posted. `true`: the slot is gone.
+    pub fn withdraw_one_sided(&mut self, id: OpId) -> bool {
+        let Some(slot) = self.ops.get(id) else { return true };
+        if !matches!(slot.stage, Stage::Queued) {
+            return false;
+        }
+        if let Some(at) = self.one_sided_queue.iter().position(|queued| *queued == id) {
+            self.one_sided_queue.remove(at);
+        }
+        if let What::Put { number, .. } | What::Get { number, .. } = &slot.what {
+            let number = *number;
+            self.one_sided_open.remove(&number);
+        }
+        self.free(id);
+        self.settle_fences();
+        true
+    }
+}

@@ -1,0 +1,718 @@
+//! Operations as futures.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use super::core::Core;
+use super::endpoint::EndpointShared;
+use super::messages::Sent;
+use super::onesided::OneSided;
+use super::table::{RawSegment, Slot, Stage, What};
+use crate::config::Wake;
+use crate::error::{Error, ErrorKind, Failed, Phase, Result};
+use crate::link::{Armed, Budget, OpId, Progress};
+use crate::memory::{Buffer, BufferMut};
+use crate::message::Message;
+use crate::runtime::Sleep;
+
+/// Looks at the lanes in one poll of a spinning operation, before the task yields.
+const SPINS_PER_POLL: u32 = 16;
+/// Rounds of drive and arm in one poll of a parking operation.
+const ROUNDS_PER_POLL: u32 = 8;
+
+/// What starting an operation came to.
+pub enum Started<T> {
+    /// Over.
+    Ready(T),
+    /// In the table.
+    Waits(Ticket),
+}
+
+/// An operation's place in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket(pub(crate) OpId);
+
+/// The kinds of operations. Sealed: implemented here only.
+pub trait Kind: Unpin {
+    /// What the future yields.
+    type Output;
+    /// What comes back when it is cancelled.
+    type Withdrawn;
+
+    #[doc(hidden)]
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output>;
+    #[doc(hidden)]
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output>;
+    /// `true`: the operation is out of the table and what it owned is in `self` again.
+    #[doc(hidden)]
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool;
+    /// The operation goes on without its `Op`; what it owned moves into the table.
+    #[doc(hidden)]
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket);
+    #[doc(hidden)]
+    fn failure(&mut self, error: Error) -> Self::Output;
+    #[doc(hidden)]
+    fn take_back(&mut self) -> Self::Withdrawn;
+}
+
+/// The locked core, as an operation sees it.
+pub struct CoreRef<'a>(pub(crate) &'a mut Core);
+
+/// An operation in flight: a future that owns what it moves.
+///
+/// Nothing happens until it is first polled; operations of one family take effect in the order of
+/// their first polls. It may be polled from any task, thread or runtime.
+///
+/// **Cancel safety.** Dropping it at any point is sound and loses nothing: an operation that has
+/// not begun is withdrawn; a receive that has begun finishes, and what came is there for the next
+/// matching receive; a send that has begun goes on to its end. What it owned is then kept by the
+/// endpoint until nothing uses it, and dropped. To get it back instead, await [`Op::cancel`].
+///
+/// **Cost.** An operation that can finish at once takes one uncontended lock and no allocation.
+#[must_use = "nothing happens until it is awaited"]
+pub struct Op<'e, K: Kind> {
+    endpoint: &'e Arc<EndpointShared>,
+    kind: K,
+    ticket: Option<OpId>,
+    spinning_since: Option<Instant>,
+    finished: bool,
+}
+
+impl<'e, K: Kind> Op<'e, K> {
+    pub(crate) fn new(endpoint: &'e Arc<EndpointShared>, kind: K) -> Self {
+        Op { endpoint, kind, ticket: None, spinning_since: None, finished: false }
+    }
+
+    /// Fails with [`ErrorKind::TimedOut`] if it is not over after this time. An operation that has
+    /// not begun is withdrawn then and gives its buffer back; one whose memory the peer may still
+    /// be reading or writing goes on in the background, and the buffer is dropped when it ends.
+    pub fn timeout(self, timeout: Duration) -> Timed<'e, K> {
+        self.deadline(Instant::now() + timeout)
+    }
+
+    /// As [`Op::timeout`], at a point in time.
+    pub fn deadline(self, deadline: Instant) -> Timed<'e, K> {
+        let sleep = self.endpoint.node.timers.sleep_until(deadline);
+        Timed { op: self, sleep, deadline }
+    }
+
+    /// Withdraws the operation if it has not begun; otherwise waits until it is over.
+    pub fn cancel(self) -> Cancelling<'e, K> {
+        Cancelling { op: self }
+    }
+
+    fn step(&mut self, core: &mut Core) -> Option<K::Output> {
+        match self.ticket {
+            Some(id) => self.kind.resume(&mut CoreRef(core), Ticket(id)),
+            None => match self.kind.start(&mut CoreRef(core)) {
+                Started::Ready(output) => Some(output),
+                Started::Waits(Ticket(id)) => {
+                    self.ticket = Some(id);
+                    self.kind.resume(&mut CoreRef(core), Ticket(id))
+                }
+            },
+        }
+    }
+
+    fn ready(&mut self, output: K::Output) -> Poll<K::Output> {
+        self.finished = true;
+        if let Some(id) = self.ticket.take() {
+            self.endpoint.pulse.unlead(id);
+        }
+        // Nobody may be armed now; see `board`.
+        self.endpoint.pulse.watch();
+        Poll::Ready(output)
+    }
+
+    /// Remembers whom to wake.
+    fn store_waker(&self, core: &mut Core, cx: &Context<'_>) {
+        let Some(slot) = self.ticket.and_then(|id| core.state.ops.get(id)) else { return };
+        match &slot.waker {
+            Some(known) if known.will_wake(cx.waker()) => {}
+            _ => {
+                if let Some(old) = slot.waker.replace(cx.waker().clone()) {
+                    core.state.after.discard_any(Box::new(old));
+                }
+            }
+        }
+    }
+
+    fn poll_op(&mut self, cx: &mut Context<'_>) -> Poll<K::Output> {
+        let endpoint = self.endpoint;
+        assert!(!self.finished, "polled after it was ready");
+        if endpoint.forked() {
+            self.finished = true;
+            return Poll::Ready(self.kind.failure(forked()));
+        }
+        let Some(mut core) = endpoint.core_or_queue(cx.waker()) else { return Poll::Pending };
+        if let Some(output) = self.step(&mut core) {
+            drop(core);
+            return self.ready(output);
+        }
+        let mut lane_cx = Context::from_waker(endpoint.waker());
+        let mut spinning = self.may_spin(&mut core);
+        let mut rounds = 0;
+        loop {
+            let mut budget = Budget::TURN;
+            let progress = core.drive(&mut lane_cx, spinning, &mut budget);
+            if let Some(output) = self.step(&mut core) {
+                if spinning && self.spinning_since.is_some() {
+                    core.state.spin.paid();
+                }
+                drop(core);
+                return self.ready(output);
+            }
+            rounds += 1;
+            if progress == Progress::More || rounds >= ROUNDS_PER_POLL && !spinning {
+                return self.yield_now(core, cx);
+            }
+            if spinning {
+                if progress == Progress::Idle {
+                    std::hint::spin_loop();
+                }
+                if rounds < SPINS_PER_POLL {
+                    continue;
+                }
+                let since = *self.spinning_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < endpoint.spin_limit() {
+                    return self.yield_now(core, cx);
+                }
+                core.state.spin.failed();
+                self.spinning_since = None;
+                spinning = false;
+                rounds = 0;
+            }
+            self.store_waker(&mut core, cx);
+            if let Some(id) = self.ticket {
+                endpoint.pulse.lead(id, cx.waker());
+            }
+            if !core.ended() && core.arm(&mut lane_cx) == Armed::Yes && !core.ended() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Lets other tasks run; this one is polled again at once.
+    fn yield_now(
+        &self,
+        mut core: super::endpoint::CoreGuard<'_>,
+        cx: &Context<'_>,
+    ) -> Poll<K::Output> {
+        self.store_waker(&mut core, cx);
+        self.endpoint.pulse.watch();
+        drop(core);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn may_spin(&self, core: &mut Core) -> bool {
+        match self.endpoint.node.config.wake {
+            Wake::Spin => true,
+            Wake::Park => false,
+            Wake::Adaptive => self.spinning_since.is_some() || core.state.spin.worthwhile(),
+        }
+    }
+
+    /// Takes the operation out of the table if it has not begun.
+    fn try_withdraw(&mut self) -> bool {
+        let Some(id) = self.ticket else { return true };
+        let mut core = self.endpoint.core();
+        let withdrawn = self.kind.withdraw(&mut CoreRef(&mut core), Ticket(id));
+        drop(core);
+        if withdrawn {
+            self.ended_early(id);
+        }
+        withdrawn
+    }
+
+    fn abandon(&mut self) {
+        if let Some(id) = self.ticket {
+            let mut core = self.endpoint.core();
+            self.kind.abandon(&mut CoreRef(&mut core), Ticket(id));
+            core.flush();
+            drop(core);
+            self.ended_early(id);
+        }
+    }
+
+    /// The operation's task may have been the one to be woken: the resident task takes over.
+    fn ended_early(&mut self, id: OpId) {
+        self.ticket = None;
+        self.finished = true;
+        self.endpoint.pulse.unlead(id);
+        self.endpoint.pulse.enqueue();
+    }
+}
+
+pub(crate) fn forked() -> Error {
+    Error::new(ErrorKind::Forked, Phase::Transfer, "the node belongs to the parent process")
+        .with_hint("make a node in the child")
+}
+
+impl<K: Kind> Future for Op<'_, K> {
+    type Output = K::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<K::Output> {
+        self.poll_op(cx)
+    }
+}
+
+impl<K: Kind> Unpin for Op<'_, K> {}
+
+impl<K: Kind> Drop for Op<'_, K> {
+    fn drop(&mut self) {
+        if self.ticket.is_some() && !self.endpoint.forked() {
+            self.abandon();
+        }
+    }
+}
+
+/// An operation with a deadline; see [`Op::timeout`].
+#[must_use = "nothing happens until it is awaited"]
+pub struct Timed<'e, K: Kind> {
+    op: Op<'e, K>,
+    sleep: Sleep,
+    deadline: Instant,
+}
+
+impl<K: Kind> Future for Timed<'_, K> {
+    type Output = K::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<K::Output> {
+        let this = &mut *self;
+        if let Poll::Ready(output) = this.op.poll_op(cx) {
+            return Poll::Ready(output);
+        }
+        if Pin::new(&mut this.sleep).poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        if !this.op.try_withdraw() {
+            // It may have ended since the poll above.
+            if let Poll::Ready(output) = this.op.poll_op(cx) {
+                return Poll::Ready(output);
+            }
+            this.op.abandon();
+        }
+        this.op.finished = true;
+        let late = this.deadline.elapsed();
+        let error = Error::new(
+            ErrorKind::TimedOut,
+            Phase::Transfer,
+            format!("the deadline passed {} µs ago", late.as_micros()),
+        )
+        .with_link(Some(this.op.endpoint.link))
+        .with_peer(this.op.endpoint.peer.address.clone());
+        Poll::Ready(this.op.kind.failure(error))
+    }
+}
+
+impl<K: Kind> Unpin for Timed<'_, K> {}
+
+/// What [`Op::cancel`] came to.
+#[derive(Debug)]
+pub enum Cancel<B, T> {
+    /// It had not begun: it has no effect, and here is what it owned.
+    Cancelled(B),
+    /// It had begun, and this is how it ended.
+    Completed(T),
+}
+
+/// See [`Op::cancel`].
+#[must_use = "nothing happens until it is awaited"]
+pub struct Cancelling<'e, K: Kind> {
+    op: Op<'e, K>,
+}
+
+impl<K: Kind> Future for Cancelling<'_, K> {
+    type Output = Cancel<K::Withdrawn, K::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let op = &mut self.op;
+        if op.try_withdraw() {
+            op.finished = true;
+            return Poll::Ready(Cancel::Cancelled(op.kind.take_back()));
+        }
+        op.poll_op(cx).map(Cancel::Completed)
+    }
+}
+
+impl<K: Kind> Unpin for Cancelling<'_, K> {}
+
+/// The result of a slot that is over, which is freed.
+fn take_result(core: &mut Core, id: OpId) -> Option<(Result<()>, Slot)> {
+    match core.state.ops.get(id) {
+        Some(Slot { stage: Stage::Done(_), .. }) => {}
+        _ => return None,
+    }
+    let mut slot = core.state.ops.remove(id)?;
+    let stage = std::mem::replace(&mut slot.stage, Stage::Queued);
+    let Stage::Done(result) = stage else { return None };
+    Some((result, slot))
+}
+
+/// See [`crate::Endpoint::send`].
+pub struct Send {
+    pub(crate) message: Option<Message>,
+}
+
+impl Kind for Send {
+    type Output = Result<Message, Failed<Message>>;
+    type Withdrawn = Message;
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        match core.0.start_send(&mut self.message) {
+            Ok(Sent::Done) => Started::Ready(Ok(self.message.take().unwrap_or_default())),
+            Ok(Sent::Waits(id)) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let (result, mut slot) = take_result(core.0, ticket.0)?;
+        if let What::Send { message, .. } = &mut slot.what {
+            self.message = message.take().map(|message| *message);
+        }
+        Some(match result {
+            Ok(()) => Ok(self.message.take().unwrap_or_default()),
+            Err(error) => self.failure(error),
+        })
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        let state = &mut core.0.state;
+        let Some(slot) = state.ops.get(ticket.0) else { return true };
+        if !matches!(slot.stage, Stage::Queued) {
+            return false;
+        }
+        state.unqueue_send(ticket.0);
+        if let Some(Slot { what: What::Send { message, .. }, .. }) = state.ops.remove(ticket.0) {
+            self.message = message.map(|message| *message);
+        }
+        true
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        if self.withdraw(core, ticket) {
+            return;
+        }
+        core.0.state.abandon_slot(ticket.0, None);
+    }
+
+    fn failure(&mut self, error: Error) -> Self::Output {
+        Err(Failed { error, buffer: self.message.take() })
+    }
+
+    fn take_back(&mut self) -> Message {
+        self.message.take().unwrap_or_default()
+    }
+}
+
+/// See [`crate::Endpoint::recv`].
+pub struct Recv;
+
+impl Kind for Recv {
+    type Output = Result<Message>;
+    type Withdrawn = ();
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        let core = &mut *core.0;
+        if !core.state.has_receivers() {
+            if let Some(message) = core.take_message() {
+                return Started::Ready(Ok(message));
+            }
+            if let Some(error) = core.state.refusal() {
+                return Started::Ready(Err(error));
+            }
+        }
+        Started::Waits(Ticket(core.state.wait_for_message()))
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let core = &mut *core.0;
+        if core.state.is_first_receiver(ticket.0)
+            && let Some(message) = core.take_message()
+        {
+            core.state.leave_line(ticket.0);
+            return Some(Ok(message));
+        }
+        // Those before it in the line get what there is.
+        if let Some(error) = core.state.refusal()
+            && core.state.nothing_left_to_receive()
+        {
+            core.state.leave_line(ticket.0);
+            return Some(Err(error));
+        }
+        None
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        core.0.state.leave_line(ticket.0);
+        true
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        self.withdraw(core, ticket);
+    }
+
+    fn failure(&mut self, error: Error) -> Self::Output {
+        Err(error)
+    }
+
+    fn take_back(&mut self) {}
+}
+
+/// What a tagged receive yields.
+#[derive(Debug)]
+pub struct Tagged<B> {
+    /// The tag that the sender gave.
+    pub tag: u64,
+    /// How many bytes came; they are at the start of the buffer.
+    pub len_bytes: usize,
+    /// The buffer.
+    pub buffer: B,
+}
+
+/// See [`crate::Endpoint::tag_send`].
+pub struct TagSend<B> {
+    pub(crate) tag: u64,
+    pub(crate) buffer: Option<B>,
+}
+
+/// See [`crate::Endpoint::tag_recv`].
+pub struct TagRecv<B> {
+    pub(crate) tag: u64,
+    pub(crate) mask: u64,
+    pub(crate) buffer: Option<B>,
+}
+
+/// See [`crate::Endpoint::put`].
+pub struct Put<B> {
+    pub(crate) key: u64,
+    pub(crate) offset: u64,
+    pub(crate) refused: Option<Error>,
+    pub(crate) buffer: Option<B>,
+}
+
+/// See [`crate::Endpoint::get`].
+pub struct Get<B> {
+    pub(crate) key: u64,
+    pub(crate) offset: u64,
+    pub(crate) refused: Option<Error>,
+    pub(crate) buffer: Option<B>,
+}
+
+impl<B> Unpin for TagSend<B> {}
+impl<B> Unpin for TagRecv<B> {}
+impl<B> Unpin for Put<B> {}
+impl<B> Unpin for Get<B> {}
+
+fn nothing_owned() -> Error {
+    Error::new(ErrorKind::Cancelled, Phase::Transfer, "the operation no longer owns its buffer")
+}
+
+/// The parts that all operations with one buffer share.
+macro_rules! with_buffer {
+    ($bound:ident) => {
+        fn failure(&mut self, error: Error) -> Self::Output {
+            Err(Failed { error, buffer: self.buffer.take() })
+        }
+
+        fn take_back(&mut self) -> B {
+            self.buffer.take().expect("a withdrawn operation owns its buffer")
+        }
+    };
+}
+
+impl<B: Buffer> Kind for TagSend<B> {
+    type Output = Result<B, Failed<B>>;
+    type Withdrawn = B;
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        let Some(buffer) = &self.buffer else {
+            return Started::Ready(self.failure(nothing_owned()));
+        };
+        match core.0.start_tag_send(self.tag, RawSegment::from(buffer.region())) {
+            Ok(None) => Started::Ready(Ok(self.take_back())),
+            Ok(Some(id)) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let (result, _) = take_result(core.0, ticket.0)?;
+        Some(match result {
+            Ok(()) => Ok(self.take_back()),
+            Err(error) => self.failure(error),
+        })
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        core.0.state.withdraw_tag_send(ticket.0)
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        if !self.withdraw(core, ticket) {
+            core.0.state.abandon_slot(ticket.0, self.buffer.take().map(|b| Box::new(b) as _));
+        }
+    }
+
+    with_buffer!(Buffer);
+}
+
+impl<B: BufferMut> Kind for TagRecv<B> {
+    type Output = Result<Tagged<B>, Failed<B>>;
+    type Withdrawn = B;
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        let Some(buffer) = &mut self.buffer else {
+            return Started::Ready(self.failure(nothing_owned()));
+        };
+        let to = RawSegment::from(buffer.region_mut());
+        match core.0.start_tag_recv(self.tag, self.mask, to) {
+            Ok(id) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let (result, slot) = take_result(core.0, ticket.0)?;
+        Some(match (result, slot.what) {
+            (Ok(()), What::TagRecv { matched: Some(matched), .. }) => Ok(Tagged {
+                tag: matched.tag,
+                len_bytes: matched.len,
+                buffer: self.take_back(),
+            }),
+            (Ok(()), _) => self.failure(nothing_owned()),
+            (Err(error), _) => self.failure(error),
+        })
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        let withdrawn = core.0.state.withdraw_tag_recv(ticket.0);
+        core.0.flush();
+        withdrawn
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        if let Some(buffer) = self.buffer.take() {
+            core.0.state.abandon_tag_recv(ticket.0, Box::new(buffer));
+        }
+    }
+
+    with_buffer!(BufferMut);
+}
+
+impl<B: Buffer> Kind for Put<B> {
+    type Output = Result<B, Failed<B>>;
+    type Withdrawn = B;
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        if let Some(error) = self.refused.take() {
+            return Started::Ready(self.failure(error));
+        }
+        let Some(buffer) = &self.buffer else {
+            return Started::Ready(self.failure(nothing_owned()));
+        };
+        let from = RawSegment::from(buffer.region());
+        match core.0.start_one_sided(OneSided::Put { from, key: self.key, offset: self.offset }) {
+            Ok(id) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let (result, _) = take_result(core.0, ticket.0)?;
+        Some(match result {
+            Ok(()) => Ok(self.take_back()),
+            Err(error) => self.failure(error),
+        })
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        core.0.state.withdraw_one_sided(ticket.0)
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        if !self.withdraw(core, ticket) {
+            core.0.state.abandon_slot(ticket.0, self.buffer.take().map(|b| Box::new(b) as _));
+        }
+    }
+
+    with_buffer!(Buffer);
+}
+
+impl<B: BufferMut> Kind for Get<B> {
+    type Output = Result<B, Failed<B>>;
+    type Withdrawn = B;
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        if let Some(error) = self.refused.take() {
+            return Started::Ready(self.failure(error));
+        }
+        let Some(buffer) = &mut self.buffer else {
+            return Started::Ready(self.failure(nothing_owned()));
+        };
+        let to = RawSegment::from(buffer.region_mut());
+        match core.0.start_one_sided(OneSided::Get { to, key: self.key, offset: self.offset }) {
+            Ok(id) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        let (result, _) = take_result(core.0, ticket.0)?;
+        Some(match result {
+            Ok(()) => Ok(self.take_back()),
+            Err(error) => self.failure(error),
+        })
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        core.0.state.withdraw_one_sided(ticket.0)
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        if !self.withdraw(core, ticket) {
+            core.0.state.abandon_slot(ticket.0, self.buffer.take().map(|b| Box::new(b) as _));
+        }
+    }
+
+    with_buffer!(BufferMut);
+}
+
+/// See [`crate::Endpoint::fence`].
+pub struct Fence;
+
+impl Kind for Fence {
+    type Output = Result<()>;
+    type Withdrawn = ();
+
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+        match core.0.start_fence() {
+            Ok(id) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(Err(error)),
+        }
+    }
+
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+        take_result(core.0, ticket.0).map(|(result, _)| result)
+    }
+
+    fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
+        self.abandon(core, ticket);
+        true
+    }
+
+    fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) {
+        core.0.state.abandon_slot(ticket.0, None);
+    }
+
+    fn failure(&mut self, error: Error) -> Self::Output {
+        Err(error)
+    }
+
+    fn take_back(&mut self) {}
+}

@@ -1,0 +1,73 @@
+//! thalweg: the line of fastest flow between two processes.
+//!
+//! An async transport for distributed schedulers. A [`Node`] is a process's context; it listens
+//! and connects, and each connection is an [`Endpoint`]. Underneath, an endpoint moves its data
+//! over the best link that both sides have: shared memory on one host, TCP otherwise.
+//! [`Endpoint::route`] says which one and why.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> thalweg::Result<()> {
+//! use thalweg::{Config, Message, Node};
+//! let node = Node::new(Config::new())?;
+//! let listener = node.listen("thalweg://127.0.0.1:0").await?;
+//! let (there, here) = tokio::join!(node.connect(listener.address()), listener.accept());
+//! let (there, here) = (there?, here?);
+//! there.send(Message::copy_from_slice(b"hello")).await?;
+//! assert_eq!(here.recv().await?.to_vec()?, b"hello");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! An endpoint offers three families of operations: *messages* (ordered, of many frames; memory is
+//! found by the receiver's allocator), *tags* (64-bit tag and mask, into the receiver's buffer)
+//! and *one-sided* put and get on registered regions. Families are not ordered among each other,
+//! except by [`Endpoint::fence`].
+//!
+//! Every operation owns its memory and gives it back with its result; dropping one at any time is
+//! sound and loses nothing (see [`Op`]).
+
+#![warn(missing_docs)]
+
+mod address;
+mod config;
+mod driver;
+mod endpoint;
+mod error;
+mod link;
+mod listener;
+mod memory;
+mod message;
+mod node;
+mod peer;
+mod proto;
+mod region;
+mod route;
+mod runtime;
+mod stats;
+
+pub use address::Address;
+pub use config::{Config, Wake};
+pub use driver::op::{Cancel, Cancelling, Fence, Get, Kind, Op, Put, Recv, Send, TagRecv, TagSend, Tagged, Timed};
+pub use endpoint::{Endpoint, TrySendError};
+pub use error::{CloseReason, Error, ErrorKind, Failed, Phase, Result};
+pub use link::{LinkCounters, LinkKind};
+pub use listener::Listener;
+pub use memory::{Allocator, Buffer, BufferMut, HostPool, Loan, MemoryKind, PoolBuf, Region};
+pub use message::{Frame, INLINE_MAX, Message};
+pub use node::{Node, RecvAny};
+pub use peer::Peer;
+pub use region::{Access, Registered, RemoteKey};
+pub use route::{Candidate, Capability, Family, Lane, Route, Verdict};
+pub use stats::{NodeStats, Stats};
+
+#[cfg(feature = "mock")]
+pub use link::mock::MockPlan;
+
+/// Entry points for fuzzing what a peer can send. Not part of the API.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::proto::fuzz_entry::*;
+    pub use crate::proto::fuzz_seeds::*;
+}

@@ -1,0 +1,435 @@
+//! The ring between two processes, and how each side sleeps and is woken.
+//!
+//! Each side has one page set ([`Page`]) that only it writes: the slots of the ring that it
+//! produces, and, for the ring that it consumes, how far it has read. The peer maps it read-only.
+//! A record is one or more slots; each slot carries a stamp, its position plus one, written last.
+//! The first slot's stamp is written after all others, so whoever sees it sees the whole record.
+//!
+//! Whatever is read from the peer's page is read once, checked, then used: a hostile peer can make
+//! this side report [`Corrupt`], and nothing worse.
+//!
+//! Two waits must never be lost, and each is a pair of "store, `fence(SeqCst)`, load the other's
+//! word", of which at least one load sees the other's store:
+//! - *no data*: the consumer stores an odd sleep epoch, then looks at the ring once more; the
+//!   producer publishes, then looks at the epoch. It wakes each odd epoch once.
+//! - *no room*: the producer stores `want` and falls asleep as above, looking at the consumer's
+//!   head once more; the consumer publishes its head, then looks at `want` and the epoch.
+//!
+//! The head is published lazily: every quarter of the ring, before sleeping, and whenever the
+//! producer is seen to want room. A drained ring thus shows at least three quarters free, which is
+//! more than the longest record and the reserve for control together.
+//!
+//! This file must not know what a record means. Its atomics and sizes come from the `cells` beside
+//! it, so that `loom` runs this very code (see `model`).
+
+use std::fmt;
+use std::ops::Deref;
+
+use super::cells::{
+    AtomicU32, AtomicU64, DATA_WORDS, Ordering, PUBLISH_EVERY, RECORD_MAX, RESERVE, SLOTS, fence,
+};
+
+/// Bytes of a record that fit one slot.
+pub(super) const SLOT_DATA: usize = DATA_WORDS * 8;
+/// The bits of a header that hold the record's length in bytes; the others are the caller's.
+pub(super) const LEN_BITS: u32 = 12;
+const LEN_MASK: u32 = (1 << LEN_BITS) - 1;
+
+const _: () = {
+    assert!(SLOTS.is_power_of_two());
+    assert!(RECORD_MAX <= LEN_MASK as usize);
+    assert!(RECORD_MAX.div_ceil(SLOT_DATA) as u32 + RESERVE <= SLOTS - PUBLISH_EVERY + 1);
+};
+
+#[repr(C, align(64))]
+pub(super) struct Slot {
+    stamp: AtomicU32,
+    header: AtomicU32,
+    data: [AtomicU64; DATA_WORDS],
+}
+
+#[repr(C, align(64))]
+struct HeadLine {
+    head: AtomicU32,
+}
+
+/// Written only when falling asleep and when the ring is full: on the fast path both sides hold
+/// this line shared.
+#[repr(C, align(64))]
+struct SleepLine {
+    sleep: AtomicU32,
+    want: AtomicU32,
+}
+
+/// What one side writes and the other reads. All zero at first.
+#[repr(C)]
+pub(super) struct Page {
+    /// Random bytes that prove that both sides see the same memory.
+    secret: [AtomicU64; 2],
+    head: HeadLine,
+    sleep: SleepLine,
+    slots: [Slot; SLOTS as usize],
+}
+
+impl Page {
+    pub fn set_secret(&self, secret: [u8; 16]) {
+        let words = u128::from_ne_bytes(secret);
+        self.secret[0].store(words as u64, Ordering::Release);
+        self.secret[1].store((words >> 64) as u64, Ordering::Release);
+    }
+
+    pub fn secret(&self) -> [u8; 16] {
+        let [low, high] = [0, 1].map(|at: usize| self.secret[at].load(Ordering::Acquire));
+        (u128::from(low) | u128::from(high) << 64).to_ne_bytes()
+    }
+}
+
+/// The peer wrote something into its page that cannot be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Corrupt {
+    Stamp,
+    Length,
+    Head,
+}
+
+impl fmt::Display for Corrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Corrupt::Stamp => "a ring slot with an impossible stamp",
+            Corrupt::Length => "a ring record with an impossible length",
+            Corrupt::Head => "a ring index that ran backwards or ahead",
+        })
+    }
+}
+
+/// Wakes the peer.
+pub(super) trait Bell {
+    fn ring(&mut self);
+}
+
+/// One side's end of both rings.
+pub(super) struct Ring<O, P, B> {
+    own: O,
+    peer: P,
+    bell: B,
+    /// Next position to write.
+    tail: u32,
+    /// The consumer's head, as last seen.
+    seen_head: u32,
+    /// Next position to read.
+    head: u32,
+    /// Our head, as last published.
+    published: u32,
+    /// Our sleep epoch; odd while asleep.
+    epoch: u32,
+    /// The peer's epoch that was last answered with a wake.
+    woken: u32,
+    wanting: bool,
+}
+
+impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
+    pub fn new(own: O, peer: P, bell: B) -> Self {
+        Ring {
+            own,
+            peer,
+            bell,
+            tail: 0,
+            seen_head: 0,
+            head: 0,
+            published: 0,
+            epoch: 0,
+            woken: 0,
+            wanting: false,
+        }
+    }
+
+    pub fn bell(&self) -> &B {
+        &self.bell
+    }
+
+    fn own_slot(&self, position: u32) -> &Slot {
+        &self.own.slots[(position % SLOTS) as usize]
+    }
+
+    fn peer_slot(&self, position: u32) -> &Slot {
+        &self.peer.slots[(position % SLOTS) as usize]
+    }
+
+    /// Whether `slots` slots are free, looking at the consumer's head only when needed.
+    fn has_room(&mut self, slots: u32) -> Result<bool, Corrupt> {
+        if SLOTS - self.tail.wrapping_sub(self.seen_head) >= slots {
+            return Ok(true);
+        }
+        self.refresh_head()?;
+        Ok(SLOTS - self.tail.wrapping_sub(self.seen_head) >= slots)
+    }
+
+    /// Whether the consumer's head has moved.
+    fn refresh_head(&mut self) -> Result<bool, Corrupt> {
+        let head = self.peer.head.head.load(Ordering::Acquire);
+        let moved = head.wrapping_sub(self.seen_head);
+        if moved > self.tail.wrapping_sub(self.seen_head) {
+            return Err(Corrupt::Head);
+        }
+        self.seen_head = head;
+        Ok(moved != 0)
+    }
+
+    /// Writes a record of `len` bytes, the concatenation of `parts`, unless fewer than `reserve`
+    /// slots would remain free. `flags` are the header's bits above [`LEN_BITS`]. Wakes the peer
+    /// if it sleeps.
+    pub fn push<'a>(
+        &mut self,
+        flags: u32,
+        len: usize,
+        reserve: u32,
+        parts: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<bool, Corrupt> {
+        debug_assert!(len <= RECORD_MAX);
+        let slots = slots_for(len);
+        if !self.has_room(slots + reserve)? {
+            return Ok(false);
+        }
+        let mut writer = Writer { ring: self, words: [0; SLOT_DATA], filled: 0, at: 0 };
+        for part in parts {
+            writer.write(part);
+        }
+        writer.finish(slots, flags << LEN_BITS | len as u32);
+        self.tail = self.tail.wrapping_add(slots);
+        fence(Ordering::SeqCst);
+        self.wake_sleeper();
+        Ok(true)
+    }
+
+    /// Wakes the peer if it sleeps and was not woken from this sleep yet. A `SeqCst` fence lies
+    /// between what it should see and this.
+    fn wake_sleeper(&mut self) {
+        let epoch = self.peer.sleep.sleep.load(Ordering::Relaxed);
+        if epoch & 1 == 1 && epoch != self.woken {
+            self.woken = epoch;
+            self.bell.ring();
+        }
+    }
+
+    /// Tells the consumer that there is no room. `true`: room has appeared meanwhile.
+    pub fn want_room(&mut self) -> Result<bool, Corrupt> {
+        if !self.wanting {
+            self.wanting = true;
+            // `fall_asleep` has the fence; a producer that does not sleep looks again anyway.
+            self.own.sleep.want.store(1, Ordering::Relaxed);
+        }
+        self.room_appeared()
+    }
+
+    /// Whether room was wanted and some has appeared; it is then no longer wanted.
+    pub fn room_appeared(&mut self) -> Result<bool, Corrupt> {
+        if !self.wanting || !self.refresh_head()? {
+            return Ok(false);
+        }
+        self.wanting = false;
+        self.own.sleep.want.store(0, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    pub fn is_wanting(&self) -> bool {
+        self.wanting
+    }
+
+    /// Whether there is nothing to read: one load.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        let slot = self.peer_slot(self.head);
+        slot.stamp.load(Ordering::Acquire) != self.head.wrapping_add(1)
+    }
+
+    /// Copies the next record into `into`: its flags and length.
+    pub fn pop(&mut self, into: &mut [u8; RECORD_MAX]) -> Result<Option<(u32, usize)>, Corrupt> {
+        let expected = self.head.wrapping_add(1);
+        let first = self.peer_slot(self.head);
+        let stamp = first.stamp.load(Ordering::Acquire);
+        if stamp != expected {
+            // What lies here is the record of one lap ago, or nothing yet.
+            let stale = stamp == 0 || stamp == expected.wrapping_sub(SLOTS);
+            return if stale { Ok(None) } else { Err(Corrupt::Stamp) };
+        }
+        let header = first.header.load(Ordering::Relaxed);
+        let len = (header & LEN_MASK) as usize;
+        if len > RECORD_MAX {
+            return Err(Corrupt::Length);
+        }
+        let slots = slots_for(len);
+        let mut chunks = into[..len].chunks_mut(SLOT_DATA);
+        for at in 0..slots {
+            let slot = self.peer_slot(self.head.wrapping_add(at));
+            if at > 0 && slot.stamp.load(Ordering::Acquire) != expected.wrapping_add(at) {
+                return Err(Corrupt::Stamp);
+            }
+            let Some(chunk) = chunks.next() else { break };
+            read_slot(slot, chunk);
+        }
+        self.advance(slots);
+        Ok(Some((header >> LEN_BITS, len)))
+    }
+
+    fn advance(&mut self, slots: u32) {
+        self.head = self.head.wrapping_add(slots);
+        if self.head.wrapping_sub(self.published) >= PUBLISH_EVERY {
+            self.publish();
+        }
+    }
+
+    fn publish(&mut self) {
+        self.published = self.head;
+        self.own.head.head.store(self.head, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if self.peer.sleep.want.load(Ordering::Relaxed) != 0 {
+            self.wake_sleeper();
+        }
+    }
+
+    /// Shows the producer what was read, if it waits for room. Called after a turn of reading.
+    pub fn publish_if_wanted(&mut self) {
+        if self.published != self.head && self.peer.sleep.want.load(Ordering::Relaxed) != 0 {
+            self.publish();
+        }
+    }
+
+    /// Falls asleep: from now on the peer rings when there is something. `false`: there is
+    /// something already, and this side is awake.
+    pub fn fall_asleep(&mut self) -> Result<bool, Corrupt> {
+        if self.published != self.head {
+            self.publish();
+        }
+        // Always a fresh odd epoch: the last one may have had its wake already.
+        self.epoch = self.epoch.wrapping_add(1) | 1;
+        self.own.sleep.sleep.store(self.epoch, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if !self.is_empty() || self.room_appeared()? {
+            self.wake_up();
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Says that this side is awake: it need not be rung for.
+    pub fn wake_up(&mut self) {
+        if self.epoch & 1 == 1 {
+            self.epoch = self.epoch.wrapping_add(1);
+            self.own.sleep.sleep.store(self.epoch, Ordering::Relaxed);
+        }
+    }
+}
+
+fn slots_for(len: usize) -> u32 {
+    len.div_ceil(SLOT_DATA).max(1) as u32
+}
+
+fn read_slot(slot: &Slot, into: &mut [u8]) {
+    for (word, bytes) in slot.data.iter().zip(into.chunks_mut(8)) {
+        let value = word.load(Ordering::Relaxed).to_ne_bytes();
+        bytes.copy_from_slice(&value[..bytes.len()]);
+    }
+}
+
+/// Cuts bytes into slots. The first slot stays back until all others are stamped.
+struct Writer<'r, O, P, B> {
+    ring: &'r Ring<O, P, B>,
+    words: [u8; SLOT_DATA],
+    filled: usize,
+    /// Slots written, or held back.
+    at: u32,
+}
+
+impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Writer<'_, O, P, B> {
+    fn write(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.filled == SLOT_DATA {
+                self.flush();
+            }
+            let room = SLOT_DATA - self.filled;
+            let take = room.min(bytes.len());
+            self.words[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
+            self.filled += take;
+            bytes = &bytes[take..];
+        }
+    }
+
+    fn position(&self) -> u32 {
+        self.ring.tail.wrapping_add(self.at)
+    }
+
+    /// Stores the slot at hand. The first one is stamped by `finish`.
+    fn flush(&mut self) {
+        let position = self.position();
+        let slot = self.ring.own_slot(position);
+        let filled = &self.words[..self.filled.next_multiple_of(8)];
+        for (word, bytes) in slot.data.iter().zip(filled.chunks_exact(8)) {
+            let mut value = [0; 8];
+            value.copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(value), Ordering::Relaxed);
+        }
+        if self.at > 0 {
+            slot.stamp.store(position.wrapping_add(1), Ordering::Release);
+        }
+        self.at += 1;
+        self.filled = 0;
+    }
+
+    fn finish(mut self, slots: u32, header: u32) {
+        if self.filled > 0 || self.at == 0 {
+            self.flush();
+        }
+        debug_assert_eq!(self.at, slots);
+        let tail = self.ring.tail;
+        let first = self.ring.own_slot(tail);
+        first.header.store(header, Ordering::Relaxed);
+        first.stamp.store(tail.wrapping_add(1), Ordering::Release);
+    }
+}
+
+/// What tests need to see or to forge.
+#[cfg(test)]
+mod forge {
+    use super::*;
+
+    impl Page {
+        /// A page in ordinary memory.
+        pub fn zeroed() -> Self {
+            let word = || AtomicU32::new(0);
+            let long = |_| AtomicU64::new(0);
+            Page {
+                secret: [0, 1].map(long),
+                head: HeadLine { head: word() },
+                sleep: SleepLine { sleep: word(), want: word() },
+                slots: std::array::from_fn(|_| Slot {
+                    stamp: word(),
+                    header: word(),
+                    data: std::array::from_fn(long),
+                }),
+            }
+        }
+
+        pub fn set_slot(&self, position: u32, stamp: u32, header: u32) {
+            let slot = &self.slots[(position % SLOTS) as usize];
+            slot.header.store(header, Ordering::Relaxed);
+            slot.stamp.store(stamp, Ordering::Release);
+        }
+
+        pub fn set_head(&self, head: u32) {
+            self.head.head.store(head, Ordering::Release);
+        }
+    }
+
+    impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
+        /// As if this many slots had gone each way.
+        pub fn start_at(&mut self, position: u32) {
+            (self.tail, self.seen_head) = (position, position);
+            (self.head, self.published) = (position, position);
+            self.own.set_head(position);
+            for at in 1..=SLOTS {
+                let last_lap = position.wrapping_sub(at);
+                self.own.set_slot(last_lap, last_lap.wrapping_add(1), 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The ring, with both sides in one thread. Their interleavings are `model`'s business.
+
+use std::sync::Arc;
+
+use super::cells::{RECORD_MAX, SLOTS};
+use super::ring::{Bell, Corrupt, LEN_BITS, Page, Ring};
+
+#[derive(Default)]
+struct Count(u32);
+
+impl Bell for Count {
+    fn ring(&mut self) {
+        self.0 += 1;
+    }
+}
+
+type Pair = Ring<Arc<Page>, Arc<Page>, Count>;
+
+fn pair() -> (Pair, Pair, Arc<Page>) {
+    let [left, right] = [(); 2].map(|()| Arc::new(Page::zeroed()));
+    (
+        Ring::new(left.clone(), right.clone(), Count(0)),
+        Ring::new(right, left.clone(), Count(0)),
+        left,
+    )
+}
+
+fn send(ring: &mut Pair, flags: u32, bytes: &[u8]) -> bool {
+    let (front, back) = bytes.split_at(bytes.len() / 3);
+    ring.push(flags, bytes.len(), 0, [front, back].into_iter()).expect("sound")
+}
+
+#[test]
+fn records_of_every_length_arrive_whole_around_the_lap() {
+    let (mut left, mut right, _) = pair();
+    // Start close to the wrap of positions.
+    let start = u32::MAX - 300;
+    left.start_at(start);
+    right.start_at(start);
+    let mut into = [0; RECORD_MAX];
+    for len in 0..=RECORD_MAX {
+        let bytes: Vec<u8> = (0..len).map(|at| (at * 7 + len) as u8).collect();
+        assert!(send(&mut left, len as u32 & 0xff, &bytes));
+        let (flags, got) = right.pop(&mut into).expect("sound").expect("a record");
+        assert_eq!((flags, got), (len as u32 & 0xff, len));
+        assert_eq!(into[..len], bytes[..]);
+        assert_eq!(right.pop(&mut into), Ok(None));
+    }
+}
+
+#[test]
+fn a_full_ring_refuses_until_read() {
+    let (mut left, mut right, _) = pair();
+    let mut sent = 0;
+    while send(&mut left, 0, b"x") {
+        sent += 1;
+    }
+    assert_eq!(sent, SLOTS);
+    assert!(!left.want_room().expect("sound"));
+    let mut into = [0; RECORD_MAX];
+    right.pop(&mut into).expect("sound").expect("a record");
+    right.publish_if_wanted();
+    assert!(left.room_appeared().expect("sound"));
+    assert!(!left.room_appeared().expect("sound"), "no longer wanted");
+    assert!(send(&mut left, 0, b"x"));
+}
+
+#[test]
+fn a_sleeper_is_woken_once_for_each_sleep() {
+    let (mut left, mut right, _) = pair();
+    send(&mut left, 0, b"a");
+    assert_eq!(left.bell().0, 0, "nobody sleeps");
+    assert!(!right.fall_asleep().expect("sound"), "there is something");
+    let mut into = [0; RECORD_MAX];
+    right.pop(&mut into).expect("sound").expect("a record");
+    assert!(right.fall_asleep().expect("sound"));
+    send(&mut left, 0, b"b");
+    send(&mut left, 0, b"c");
+    assert_eq!(left.bell().0, 1);
+    right.pop(&mut into).expect("sound");
+    right.pop(&mut into).expect("sound");
+    assert!(right.fall_asleep().expect("sound"));
+    send(&mut left, 0, b"d");
+    assert_eq!(left.bell().0, 2);
+}
+
+#[test]
+fn a_lying_page_is_reported() {
+    let mut into = [0; RECORD_MAX];
+    let (_left, mut right, page) = pair();
+    page.set_slot(0, 77, 0);
+    assert_eq!(right.pop(&mut into), Err(Corrupt::Stamp));
+
+    let (_left, mut right, page) = pair();
+    page.set_slot(0, 1, (1 << LEN_BITS) - 1);
+    assert_eq!(right.pop(&mut into), Err(Corrupt::Length));
+
+    let (_left, mut right, page) = pair();
+    page.set_slot(0, 1, 100);
+    assert_eq!(right.pop(&mut into), Err(Corrupt::Stamp), "the second slot is missing");
+
+    let (left, mut right, page) = pair();
+    while send(&mut right, 0, b"x") {}
+    page.set_head(SLOTS + 1);
+    let refused = right.push(0, 1, 0, [&b"x"[..]].into_iter());
+    assert_eq!(refused, Err(Corrupt::Head), "read more than was written");
+    page.set_head(10);
+    assert!(send(&mut right, 0, b"x"));
+    page.set_head(9);
+    assert_eq!(right.want_room(), Err(Corrupt::Head), "ran backwards");
+    drop(left);
+}

@@ -1,0 +1,483 @@
+//! Messages and their frames.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use smallvec::SmallVec;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::link::{RawView, Segment};
+use crate::memory::{Loan, MemoryKind, PoolBuf, SharedBlock};
+
+/// The longest frame that is kept inside the [`Frame`] itself, in bytes: it needs no allocation.
+pub const INLINE_MAX: usize = 62;
+
+/// One frame of a [`Message`]: a run of bytes and the memory that holds it.
+///
+/// To send, make one from what holds the bytes already (`Bytes`, `Vec<u8>`, a [`Loan`], …): nothing
+/// is copied. A received frame lies in memory of this process and is writable, except for a *view*
+/// ([`Frame::is_view`]): that is the sender's own memory, mapped here. A view pins the sender's
+/// memory until it is dropped, so read it soon or copy it.
+pub struct Frame(Repr);
+
+enum Repr {
+    Inline { len: u8, data: [u8; INLINE_MAX] },
+    Heap(Vec<u8>),
+    Pool(PoolBuf),
+    Bytes(Bytes),
+    Block(SharedBlock),
+    View(View),
+}
+
+/// The sender's memory, and what tells the sender that we are done with it.
+pub(crate) struct View {
+    raw: RawView,
+    lease: Arc<dyn Lease>,
+}
+
+/// Ends when dropped. `alive` says whether the sender still keeps the memory for us.
+pub(crate) trait Lease: Send + Sync {
+    fn alive(&self) -> bool;
+}
+
+impl Frame {
+    /// Copies the bytes: up to [`INLINE_MAX`] into the frame itself, else into fresh memory.
+    pub fn copy_from_slice(bytes: &[u8]) -> Self {
+        if bytes.len() <= INLINE_MAX {
+            let mut data = [0; INLINE_MAX];
+            data[..bytes.len()].copy_from_slice(bytes);
+            Frame(Repr::Inline { len: bytes.len() as u8, data })
+        } else {
+            Frame(Repr::Heap(bytes.to_vec()))
+        }
+    }
+
+    pub(crate) fn heap(len_bytes: usize) -> Self {
+        if len_bytes <= INLINE_MAX {
+            Frame(Repr::Inline { len: len_bytes as u8, data: [0; INLINE_MAX] })
+        } else {
+            Frame(Repr::Heap(vec![0; len_bytes]))
+        }
+    }
+
+    /// Gives an inline frame memory of its own, with an address that survives moves.
+    pub(crate) fn make_stable(&mut self) {
+        if let Repr::Inline { len, data } = &self.0 {
+            self.0 = Repr::Heap(data[..usize::from(*len)].to_vec());
+        }
+    }
+
+    pub(crate) fn view(raw: RawView, lease: Arc<dyn Lease>) -> Self {
+        Frame(Repr::View(View { raw, lease }))
+    }
+
+    pub(crate) fn is_inline(&self) -> bool {
+        matches!(self.0, Repr::Inline { .. })
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Repr::Inline { len, .. } => usize::from(*len),
+            Repr::Heap(bytes) => bytes.len(),
+            Repr::Pool(bytes) => bytes.len(),
+            Repr::Bytes(bytes) => bytes.len(),
+            Repr::Block(block) => block.len(),
+            Repr::View(view) => view.raw.len,
+        }
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, unless this is a view of the sender's memory ([`Frame::is_view`]).
+    #[inline]
+    pub fn as_slice(&self) -> Option<&[u8]> {
+        match &self.0 {
+            Repr::Inline { len, data } => Some(&data[..usize::from(*len)]),
+            Repr::Heap(bytes) => Some(bytes),
+            Repr::Pool(bytes) => Some(bytes),
+            Repr::Bytes(bytes) => Some(bytes),
+            Repr::Block(block) => Some(block.as_slice()),
+            Repr::View(_) => None,
+        }
+    }
+
+    /// The bytes, to change in place: for frames received into memory of this process, and those
+    /// made by copying. `None` for shared bytes and views.
+    pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
+        match &mut self.0 {
+            Repr::Inline { len, data } => Some(&mut data[..usize::from(*len)]),
+            Repr::Heap(bytes) => Some(bytes),
+            Repr::Pool(bytes) => Some(bytes),
+            Repr::Bytes(_) | Repr::Block(_) | Repr::View(_) => None,
+        }
+    }
+
+    /// Whether the bytes lie in the sender's memory.
+    pub fn is_view(&self) -> bool {
+        matches!(self.0, Repr::View(_))
+    }
+
+    /// The bytes of a view, or of any other frame.
+    ///
+    /// # Safety
+    ///
+    /// For a view: for as long as the slice is used, the sending process must not write to the
+    /// loan (a thalweg sender does not, while the endpoint lives), and the endpoint must not have
+    /// failed. For other frames there is no condition.
+    pub unsafe fn view_slice(&self) -> &[u8] {
+        match &self.0 {
+            Repr::View(view) => {
+                // SAFETY: mapped for as long as `raw.keep` lives, `len` was checked against the
+                // mapping by the link; that nobody writes is the caller's promise.
+                unsafe { std::slice::from_raw_parts(view.raw.ptr, view.raw.len) }
+            }
+            _ => self.as_slice().unwrap_or_default(),
+        }
+    }
+
+    /// Copies all bytes out. Works for every frame.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] if the lengths differ; [`ErrorKind::ConnectionLost`] if this is
+    /// a view and its endpoint ended before the copy did, so that the bytes cannot be trusted.
+    pub fn copy_to_slice(&self, to: &mut [u8]) -> Result<()> {
+        if to.len() != self.len() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                Phase::Transfer,
+                format!("a frame of {} bytes copied to a slice of {}", self.len(), to.len()),
+            ));
+        }
+        self.copy_range(0, to)
+    }
+
+    /// Copies `to.len()` bytes out, from `offset_bytes` on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn copy_range(&self, offset_bytes: usize, to: &mut [u8]) -> Result<()> {
+        let end = offset_bytes.checked_add(to.len()).filter(|end| *end <= self.len());
+        let Some(end) = end else {
+            return Err(Error::new(
+                ErrorKind::OutOfBounds,
+                Phase::Transfer,
+                format!(
+                    "{} bytes from {offset_bytes} of a frame of {} bytes",
+                    to.len(),
+                    self.len()
+                ),
+            ));
+        };
+        match &self.0 {
+            Repr::View(view) => {
+                // SAFETY: in bounds (checked above) of a live mapping. The peer may write to it,
+                // so it is copied as raw memory, never as a reference; what came is trusted only
+                // if the lease is alive afterwards.
+                unsafe {
+                    std::ptr::copy(view.raw.ptr.add(offset_bytes), to.as_mut_ptr(), to.len());
+                }
+                if !view.lease.alive() {
+                    return Err(Error::new(
+                        ErrorKind::ConnectionLost,
+                        Phase::Transfer,
+                        "the endpoint ended while a view of the sender's memory was read",
+                    ));
+                }
+            }
+            _ => to.copy_from_slice(&self.as_slice().unwrap_or_default()[offset_bytes..end]),
+        }
+        Ok(())
+    }
+
+    /// A copy of the bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
+        let mut copy = vec![0; self.len()];
+        self.copy_to_slice(&mut copy)?;
+        Ok(copy)
+    }
+
+    /// The bytes as [`Bytes`]: without copying, except for short frames and views.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn into_bytes(self) -> Result<Bytes> {
+        Ok(match self.0 {
+            Repr::Bytes(bytes) => bytes,
+            Repr::Heap(bytes) => Bytes::from(bytes),
+            Repr::Pool(bytes) => Bytes::from_owner(bytes),
+            Repr::Inline { .. } => Bytes::copy_from_slice(self.as_slice().unwrap_or_default()),
+            Repr::Block(_) | Repr::View(_) => Bytes::from(self.to_vec()?),
+        })
+    }
+
+    /// The loan back, once nobody else holds it; otherwise the frame.
+    ///
+    /// # Errors
+    ///
+    /// The frame itself, if it is not a loan or is still shared.
+    pub fn into_loan(self) -> Result<Loan, Frame> {
+        match self.0 {
+            Repr::Block(block) => {
+                block.try_into_loan().map_err(|block| Frame(Repr::Block(block)))
+            }
+            other => Err(Frame(other)),
+        }
+    }
+
+    /// Another handle to the same bytes, where that costs no copy; a copy for the others.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn try_clone(&self) -> Result<Frame> {
+        Ok(match &self.0 {
+            Repr::Bytes(bytes) => Frame(Repr::Bytes(bytes.clone())),
+            Repr::Block(block) => Frame(Repr::Block(block.clone())),
+            Repr::View(_) => Frame::from(self.to_vec()?),
+            _ => Frame::copy_from_slice(self.as_slice().unwrap_or_default()),
+        })
+    }
+
+    /// What a link needs to know. For an inline frame the pointer is into `self`.
+    pub(crate) fn segment(&self) -> Segment<'_> {
+        match &self.0 {
+            Repr::Block(block) => Segment {
+                ptr: block.as_slice().as_ptr(),
+                len: block.len(),
+                kind: MemoryKind::Shared,
+                shared: Some(block),
+            },
+            Repr::View(view) => Segment {
+                ptr: view.raw.ptr,
+                len: view.raw.len,
+                kind: MemoryKind::Host,
+                shared: None,
+            },
+            _ => {
+                let bytes = self.as_slice().unwrap_or_default();
+                Segment {
+                    ptr: bytes.as_ptr(),
+                    len: bytes.len(),
+                    kind: MemoryKind::Host,
+                    shared: None,
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match &self.0 {
+            Repr::Inline { .. } => "inline",
+            Repr::Heap(_) => "heap",
+            Repr::Pool(_) => "pool",
+            Repr::Bytes(_) => "bytes",
+            Repr::Block(_) => "loan",
+            Repr::View(_) => "view",
+        };
+        write!(f, "Frame({} bytes, {kind})", self.len())
+    }
+}
+
+impl From<Bytes> for Frame {
+    fn from(bytes: Bytes) -> Self {
+        Frame(Repr::Bytes(bytes))
+    }
+}
+
+impl From<BytesMut> for Frame {
+    fn from(bytes: BytesMut) -> Self {
+        Frame(Repr::Bytes(bytes.freeze()))
+    }
+}
+
+impl From<Vec<u8>> for Frame {
+    fn from(bytes: Vec<u8>) -> Self {
+        Frame(Repr::Bytes(bytes.into()))
+    }
+}
+
+impl From<String> for Frame {
+    fn from(text: String) -> Self {
+        Frame(Repr::Bytes(text.into()))
+    }
+}
+
+impl From<&'static [u8]> for Frame {
+    fn from(bytes: &'static [u8]) -> Self {
+        Frame(Repr::Bytes(Bytes::from_static(bytes)))
+    }
+}
+
+impl<const N: usize> From<&'static [u8; N]> for Frame {
+    fn from(bytes: &'static [u8; N]) -> Self {
+        Frame::from(bytes.as_slice())
+    }
+}
+
+impl From<&'static str> for Frame {
+    fn from(text: &'static str) -> Self {
+        Frame::from(text.as_bytes())
+    }
+}
+
+impl From<PoolBuf> for Frame {
+    fn from(bytes: PoolBuf) -> Self {
+        Frame(Repr::Pool(bytes))
+    }
+}
+
+impl From<Loan> for Frame {
+    fn from(loan: Loan) -> Self {
+        Frame(Repr::Block(loan.into_block()))
+    }
+}
+
+/// What one `send` carries and one `recv` yields: an ordered list of [`Frame`]s, possibly none.
+///
+/// ```
+/// use thalweg::Message;
+/// let mut message = Message::copy_from_slice(b"header");
+/// message.push(vec![0u8; 1000]);
+/// assert_eq!((message.frame_count(), message.len_bytes()), (2, 1006));
+/// ```
+#[derive(Debug, Default)]
+pub struct Message {
+    frames: SmallVec<[Frame; 1]>,
+}
+
+impl Message {
+    /// A message without frames.
+    pub fn new() -> Self {
+        Message::default()
+    }
+
+    /// One frame, copied; without allocation up to [`INLINE_MAX`] bytes.
+    pub fn copy_from_slice(bytes: &[u8]) -> Self {
+        Message::from(Frame::copy_from_slice(bytes))
+    }
+
+    /// Adds a frame at the end.
+    pub fn push(&mut self, frame: impl Into<Frame>) {
+        self.frames.push(frame.into());
+    }
+
+    /// The frames.
+    pub fn frames(&self) -> &[Frame] {
+        &self.frames
+    }
+
+    /// The frames, to change.
+    pub fn frames_mut(&mut self) -> &mut [Frame] {
+        &mut self.frames
+    }
+
+    /// The frames, owned.
+    pub fn into_frames(self) -> impl ExactSizeIterator<Item = Frame> {
+        self.frames.into_iter()
+    }
+
+    /// How many frames.
+    pub fn frame_count(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// The sum of the frames' lengths, in bytes.
+    #[inline]
+    pub fn len_bytes(&self) -> usize {
+        self.frames.iter().map(Frame::len).sum()
+    }
+
+    /// All bytes, one frame after the other, in fresh memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.len_bytes()];
+        let mut at = 0;
+        for frame in &self.frames {
+            frame.copy_to_slice(&mut bytes[at..at + frame.len()])?;
+            at += frame.len();
+        }
+        Ok(bytes)
+    }
+
+    /// Another message with the same bytes; shared frames (`Bytes`, loans) are not copied, so one
+    /// buffer can be sent to many endpoints.
+    ///
+    /// # Errors
+    ///
+    /// As [`Frame::copy_to_slice`].
+    pub fn try_clone(&self) -> Result<Message> {
+        self.frames.iter().map(Frame::try_clone).collect()
+    }
+}
+
+impl<F: Into<Frame>> From<F> for Message {
+    fn from(frame: F) -> Self {
+        let mut frames = SmallVec::new();
+        frames.push(frame.into());
+        Message { frames }
+    }
+}
+
+impl From<Vec<Bytes>> for Message {
+    fn from(frames: Vec<Bytes>) -> Self {
+        frames.into_iter().map(Frame::from).collect()
+    }
+}
+
+impl From<Vec<Frame>> for Message {
+    fn from(frames: Vec<Frame>) -> Self {
+        frames.into_iter().collect()
+    }
+}
+
+impl FromIterator<Frame> for Message {
+    fn from_iter<I: IntoIterator<Item = Frame>>(frames: I) -> Self {
+        Message { frames: frames.into_iter().collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_is_one_cache_line() {
+        assert_eq!(std::mem::size_of::<Frame>(), 64);
+    }
+
+    #[test]
+    fn short_frames_are_inline_and_long_ones_are_not() {
+        assert!(Frame::copy_from_slice(&[1; INLINE_MAX]).is_inline());
+        assert!(!Frame::copy_from_slice(&[1; INLINE_MAX + 1]).is_inline());
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let frame = Frame::copy_from_slice(b"abcdef");
+        let mut two = [0; 2];
+        frame.copy_range(4, &mut two).expect("in range");
+        assert_eq!(&two, b"ef");
+        for offset in [5, 6, usize::MAX] {
+            let error = frame.copy_range(offset, &mut two).expect_err("out of range");
+            assert_eq!(error.kind(), ErrorKind::OutOfBounds);
+        }
+    }
+}

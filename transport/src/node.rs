@@ -1,0 +1,296 @@
+//! A process's context.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Instant;
+
+use crate::address::Address;
+use crate::config::Config;
+use crate::driver::bootstrap;
+use crate::driver::node::NodeShared;
+use crate::driver::resident::Resident;
+use crate::driver::{Mutex, lock};
+use crate::endpoint::Endpoint;
+use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
+use crate::listener::Listener;
+use crate::memory::{BufferMut, Loan};
+use crate::message::Message;
+use crate::region::{Access, Registered};
+use crate::route::Capability;
+use crate::runtime::{HostLoop, Reactor};
+use crate::stats::NodeStats;
+
+/// A process's context: its settings, its memory pools, and the one task that sees to progress.
+///
+/// Cloning gives another handle. The node lives until the last handle, listener and endpoint is
+/// dropped. It belongs to the runtime that made it: when that ends, everything fails with
+/// [`ErrorKind::RuntimeGone`]. In a forked child everything fails with [`ErrorKind::Forked`].
+#[derive(Clone)]
+pub struct Node(Arc<Handle>);
+
+struct Handle {
+    shared: Arc<NodeShared>,
+    host: Option<HostSide>,
+}
+
+/// The node's part that a host with its own event loop polls.
+struct HostSide {
+    host: Arc<HostLoop>,
+    resident: Mutex<Option<Resident>>,
+    waker: Waker,
+}
+
+/// Makes the host's descriptor readable.
+struct WakeHost(Arc<HostLoop>);
+
+impl Wake for WakeHost {
+    fn wake(self: Arc<Self>) {
+        self.0.wake();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.wake();
+    }
+}
+
+impl Node {
+    /// A node on the tokio runtime of the caller, which must have its I/O driver enabled.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] outside of a runtime or for settings that cannot be;
+    /// [`ErrorKind::Resources`] without descriptors.
+    ///
+    /// **Cost.** Two timers, a Unix socket, one task.
+    pub fn new(config: Config) -> Result<Node> {
+        let handle = tokio::runtime::Handle::try_current().map_err(|error| {
+            Error::new(ErrorKind::InvalidInput, Phase::Setup, error.to_string())
+                .with_hint("make the node inside a tokio runtime, or use Node::with_host_loop")
+        })?;
+        let shared = NodeShared::new(config, Reactor::Tokio(handle.clone()))?;
+        let resident = Resident::new(shared.clone())
+            .map_err(|error| Error::from_io(Phase::Setup, "making a ticker", &error))?;
+        handle.spawn(resident);
+        Ok(Node(Arc::new(Handle { shared, host: None })))
+    }
+
+    /// A node without a runtime, for a host with its own event loop: watch [`Node::host_fd`] and
+    /// call [`Node::progress`] when it is readable. Futures of the node may be polled from
+    /// anywhere, and wake as usual.
+    ///
+    /// # Errors
+    ///
+    /// As [`Node::new`].
+    pub fn with_host_loop(config: Config) -> Result<Node> {
+        let failed = |error: std::io::Error| Error::from_io(Phase::Setup, "making epoll", &error);
+        let host = HostLoop::new().map_err(failed)?;
+        let shared = NodeShared::new(config, Reactor::Host(host.clone()))?;
+        let resident = Resident::new(shared.clone()).map_err(failed)?;
+        let waker = Waker::from(Arc::new(WakeHost(host.clone())));
+        host.wake();
+        let host = Some(HostSide { host, resident: Mutex::new(Some(resident)), waker });
+        Ok(Node(Arc::new(Handle { shared, host })))
+    }
+
+    /// The descriptor that a host watches for readability; `None` on a tokio runtime.
+    pub fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.host.as_ref().map(|side| side.host.fd())
+    }
+
+    /// Does what is to be done now. Never blocks; bounded work, and the descriptor stays readable
+    /// if there is more. Does nothing on a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// When the node is closed or forked.
+    pub fn progress(&self) -> Result<()> {
+        let Some(side) = &self.0.host else { return Ok(()) };
+        if self.0.shared.fork.forked() {
+            return Err(crate::driver::op::forked());
+        }
+        side.host
+            .drain()
+            .map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))?;
+        let mut resident = lock(&side.resident);
+        if let Some(running) = &mut *resident {
+            let mut cx = Context::from_waker(&side.waker);
+            if Pin::new(running).poll(&mut cx).is_ready() {
+                *resident = None;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<NodeShared> {
+        &self.0.shared
+    }
+
+    /// Listens at exactly this address.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> thalweg::Result<()> {
+    /// # let node = thalweg::Node::new(thalweg::Config::new())?;
+    /// let listener = node.listen("thalweg://[::1]:0").await?;
+    /// assert_ne!(listener.address().port(), 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AddressInUse`], [`ErrorKind::NameResolution`], [`ErrorKind::InvalidInput`].
+    pub async fn listen<A>(&self, address: A) -> Result<Listener>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        let address = address.try_into().map_err(Error::from)?;
+        Listener::bind(self, address).await
+    }
+
+    /// Connects to a listener.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NameResolution`], [`ErrorKind::Refused`], [`ErrorKind::TimedOut`],
+    /// [`ErrorKind::NotThalweg`], [`ErrorKind::VersionMismatch`], [`ErrorKind::NoRoute`],
+    /// [`ErrorKind::Resources`].
+    ///
+    /// **Cancel safety.** Dropping the future abandons the connection.
+    pub async fn connect<A>(&self, address: A) -> Result<Endpoint>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        let address = address.try_into().map_err(Error::from)?;
+        let shared = bootstrap::connect(self.0.shared.clone(), address).await?;
+        Ok(Endpoint::new(shared, self.clone()))
+    }
+
+    /// The next message of any endpoint that nobody is receiving on. Endpoints take turns.
+    ///
+    /// **Cancel safety.** Dropping the future loses no message.
+    pub fn recv_any(&self) -> RecvAny<'_> {
+        RecvAny { node: self }
+    }
+
+    /// Writable memory that a link on the same host can hand over without a copy.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Resources`] when the pool is exhausted, [`ErrorKind::LimitExceeded`] when it
+    /// could never hold that much ([`Config::loan_pool_bytes`]).
+    ///
+    /// **Cost.** A free list's pop when a block of that size was used before; else fresh pages.
+    pub fn loan(&self, len_bytes: usize) -> Result<Loan> {
+        self.0.shared.usable()?;
+        self.0.shared.pool.loan(len_bytes)
+    }
+
+    /// Registers memory, so that peers with its key can put to it and get from it.
+    ///
+    /// # Errors
+    ///
+    /// When the node is closed or forked.
+    pub fn register<B: BufferMut>(&self, buffer: B, access: Access) -> Result<Registered<B>> {
+        self.0.shared.usable()?;
+        Registered::new(self.0.shared.clone(), buffer, access)
+    }
+
+    /// What this node has counted.
+    pub fn stats(&self) -> NodeStats {
+        self.0.shared.stats()
+    }
+
+    /// Every link this build knows, whether it is here, why, and what would fix it.
+    pub fn capabilities(&self) -> Vec<Capability> {
+        self.0.shared.capabilities.clone()
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &Config {
+        &self.0.shared.config
+    }
+
+    /// Waits until everything that was handed to this node's endpoints so far has left this
+    /// process and been let go of by the peers. For a shutdown in good order: stop sending, drain,
+    /// close.
+    pub async fn drain(&self) -> Result<()> {
+        for endpoint in self.0.shared.all_endpoints() {
+            Endpoint::new(endpoint, self.clone()).drain().await?;
+        }
+        Ok(())
+    }
+
+    /// Closes every endpoint with this reason, and then the node. Waits for the peers' answers,
+    /// at most [`Config::close_timeout`].
+    pub async fn close(&self, reason: CloseReason) {
+        let endpoints = self.0.shared.all_endpoints();
+        for endpoint in &endpoints {
+            endpoint.core().close(reason.clone());
+            endpoint.pulse.enqueue();
+        }
+        let deadline = Instant::now() + self.0.shared.config.close_timeout;
+        for endpoint in endpoints {
+            Endpoint::new(endpoint, self.clone()).ended_by(deadline).await;
+        }
+        self.0.shared.release();
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if !self.shared.fork.forked() {
+            self.shared.release();
+        }
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("stats", &self.stats()).finish()
+    }
+}
+
+/// See [`Node::recv_any`].
+#[must_use = "nothing happens until it is awaited"]
+pub struct RecvAny<'n> {
+    node: &'n Node,
+}
+
+impl Future for RecvAny<'_> {
+    type Output = Result<(Endpoint, Message)>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let shared = self.node.shared();
+        if let Err(error) = shared.usable() {
+            return Poll::Ready(Err(error));
+        }
+        while let Some(id) = shared.next_announced(cx.waker()) {
+            let Some(endpoint) = shared.endpoint(id) else { continue };
+            let mut core = endpoint.core();
+            core.state.announced = false;
+            let message = core.take_message();
+            if core.has_message() {
+                core.state.announced = true;
+                core.state.announce = true;
+            }
+            endpoint.pulse.watch();
+            drop(core);
+            if let Some(message) = message {
+                return Poll::Ready(Ok((Endpoint::new(endpoint, self.node.clone()), message)));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+/// Waits until `over` says so, looking whenever the waker it is given is called.
+pub(crate) async fn until(mut over: impl FnMut(&Waker) -> bool) {
+    poll_fn(|cx| if over(cx.waker()) { Poll::Ready(()) } else { Poll::Pending }).await;
+}

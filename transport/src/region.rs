@@ -1,0 +1,183 @@
+//! Registered memory and the keys by which peers reach it.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::task::Poll;
+
+use crate::driver::keys::Entry;
+use crate::driver::node::NodeShared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::memory::BufferMut;
+use crate::proto::keys::{
+    ACCESS_READ, ACCESS_WRITE, REMOTE_KEY_BYTES, RemoteKeyWire, check_bounds,
+};
+
+/// What peers may do with a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Get.
+    Read,
+    /// Put.
+    Write,
+    /// Both.
+    ReadWrite,
+}
+
+impl Access {
+    pub(crate) fn bits(self) -> u8 {
+        match self {
+            Access::Read => ACCESS_READ,
+            Access::Write => ACCESS_WRITE,
+            Access::ReadWrite => ACCESS_READ | ACCESS_WRITE,
+        }
+    }
+}
+
+/// What a peer needs to reach a region. Plain data: send it in a message.
+///
+/// ```
+/// use thalweg::RemoteKey;
+/// assert!(RemoteKey::from_bytes(b"too short").is_err());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteKey(pub(crate) RemoteKeyWire);
+
+impl RemoteKey {
+    /// Length of the encoded key.
+    pub const BYTES: usize = REMOTE_KEY_BYTES;
+
+    /// The key as bytes.
+    pub fn to_bytes(&self) -> [u8; RemoteKey::BYTES] {
+        self.0.to_bytes()
+    }
+
+    /// The key from bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] if these bytes are none.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        RemoteKeyWire::from_bytes(bytes).map(RemoteKey).map_err(|error| {
+            Error::new(ErrorKind::InvalidInput, Phase::Setup, format!("a remote key: {error}"))
+        })
+    }
+
+    /// Length of the region, in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.0.len
+    }
+}
+
+/// Memory that peers can reach by its key, until it is revoked or dropped.
+///
+/// Peers may write at any time, so the bytes are never handed out as a slice while registered:
+/// [`Registered::read`] and [`Registered::write`] copy, and a copy may mix bytes from before and
+/// after a put that is landing. Use a message or [`crate::Endpoint::fence`] to know that one has
+/// landed.
+///
+/// Dropping it revokes the key too; the memory is then freed when the last transfer that uses it
+/// has ended.
+pub struct Registered<B> {
+    node: Arc<NodeShared>,
+    entry: Option<Arc<Entry>>,
+    key: u64,
+    buffer: PhantomData<fn() -> B>,
+}
+
+impl<B: BufferMut> Registered<B> {
+    pub(crate) fn new(node: Arc<NodeShared>, mut buffer: B, access: Access) -> Result<Self> {
+        let memory = buffer.region_mut().into();
+        let (key, entry) = node
+            .keys
+            .register(memory, access.bits(), Box::new(buffer))
+            .map_err(|error| Error::from_io(Phase::Setup, "making a remote key", &error))?;
+        Ok(Registered { node, entry: Some(entry), key, buffer: PhantomData })
+    }
+
+    fn entry(&self) -> &Entry {
+        self.entry.as_ref().expect("present until revoked")
+    }
+
+    /// The key to give to peers.
+    pub fn key(&self) -> RemoteKey {
+        let entry = self.entry();
+        RemoteKey(self.node.remote_key(self.key, entry.len() as u64, entry.access()))
+    }
+
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.entry().len()
+    }
+
+    fn check(&self, offset_bytes: usize, len: usize) -> Result<()> {
+        if check_bounds(offset_bytes as u64, len as u64, self.entry().len() as u64) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutOfBounds,
+            Phase::Transfer,
+            format!("{len} bytes at {offset_bytes} of {}", self.entry().len()),
+        ))
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfBounds`].
+    pub fn read(&self, offset_bytes: usize, to: &mut [u8]) -> Result<()> {
+        self.check(offset_bytes, to.len())?;
+        let memory = self.entry().memory();
+        // SAFETY: in bounds of memory that the entry keeps; raw, because peers may be writing.
+        unsafe { std::ptr::copy(memory.ptr.add(offset_bytes), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfBounds`].
+    pub fn write(&self, offset_bytes: usize, from: &[u8]) -> Result<()> {
+        self.check(offset_bytes, from.len())?;
+        let memory = self.entry().memory();
+        // SAFETY: in bounds of memory that the entry keeps, and writable by `BufferMut`'s promise;
+        // raw, because peers may be reading and writing.
+        unsafe { std::ptr::copy(from.as_ptr(), memory.ptr.add(offset_bytes), from.len()) };
+        Ok(())
+    }
+
+    /// Revokes the key, waits until no transfer uses the memory, and gives it back. From the call
+    /// on, new puts and gets are refused with [`ErrorKind::KeyRevoked`].
+    ///
+    /// **Cancel safety.** Once polled the key is revoked; if the future is dropped, the memory is
+    /// freed when the last transfer has ended.
+    pub async fn revoke(mut self) -> B {
+        self.node.keys.remove(self.key);
+        let buffer = poll_fn(|cx| match self.entry().revoke(Some(cx.waker())) {
+            Some(buffer) => Poll::Ready(buffer),
+            None => Poll::Pending,
+        })
+        .await;
+        self.entry = None;
+        *buffer.downcast::<B>().expect("registered with this type")
+    }
+}
+
+impl<B> Drop for Registered<B> {
+    fn drop(&mut self) {
+        if let Some(entry) = self.entry.take() {
+            self.node.keys.remove(self.key);
+            entry.forget();
+        }
+    }
+}
+
+impl<B> fmt::Debug for Registered<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let len = self.entry.as_ref().map_or(0, |entry| entry.len());
+        write!(f, "Registered({len} bytes)")
+    }
+}

@@ -1,0 +1,160 @@
+//! The seam to the surroundings: readiness of a file descriptor, and a wake. (The timer is a
+//! `timerfd`, so it is a descriptor too.)
+//!
+//! Two kinds of surroundings exist: a tokio runtime, or a host with its own event loop, which
+//! polls one descriptor ([`HostLoop`]) and calls the node when it is readable. Everything above
+//! sees only [`Source`]: a descriptor whose readiness can be awaited by one waker per direction.
+
+mod fd;
+mod fork;
+mod host;
+mod net;
+mod timer;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::Interest as TokioInterest;
+use tokio::io::unix::AsyncFd;
+
+pub(crate) use fd::Fd;
+pub(crate) use fork::ForkGuard;
+pub(crate) use host::HostLoop;
+pub(crate) use net::{Acceptor, Stream, resolve};
+pub(crate) use timer::{Sleep, Ticker, Timers};
+
+/// Which directions of a descriptor matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interest {
+    Read,
+    ReadWrite,
+}
+
+/// What a non-blocking attempt found.
+pub(crate) enum Attempt<R> {
+    /// There may be more: the source is still considered ready.
+    More(R),
+    /// The source was drained: wait for the next edge.
+    Drained(R),
+}
+
+/// Where sources are registered.
+#[derive(Clone)]
+pub(crate) enum Reactor {
+    Tokio(tokio::runtime::Handle),
+    Host(Arc<HostLoop>),
+}
+
+impl Reactor {
+    /// Registers `fd`, edge-triggered. The descriptor must be non-blocking.
+    pub fn source(&self, fd: Fd, interest: Interest) -> io::Result<Source> {
+        match self {
+            Reactor::Tokio(handle) => {
+                let _enter = handle.enter();
+                let interest = match interest {
+                    Interest::Read => TokioInterest::READABLE,
+                    Interest::ReadWrite => TokioInterest::READABLE | TokioInterest::WRITABLE,
+                };
+                Ok(Source(Inner::Tokio(AsyncFd::with_interest(fd, interest)?)))
+            }
+            Reactor::Host(host) => Ok(Source(Inner::Host(host.register(fd, interest)?))),
+        }
+    }
+}
+
+/// A registered descriptor, owned. Dropping it deregisters and closes.
+pub(crate) struct Source(Inner);
+
+enum Inner {
+    Tokio(AsyncFd<Fd>),
+    Host(host::HostSource),
+}
+
+impl Source {
+    /// Runs `attempt` when the descriptor is readable. `WouldBlock` from it waits for the next
+    /// edge; `Pending` means that `cx`'s waker is registered (one waker per direction: the last
+    /// one given counts). An error of the runtime itself (it has shut down) is `Err` with
+    /// [`is_runtime_gone`].
+    pub fn poll_read<R>(
+        &self,
+        cx: &mut Context<'_>,
+        mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<Attempt<R>>,
+    ) -> Poll<io::Result<R>> {
+        match &self.0 {
+            Inner::Tokio(fd) => loop {
+                let mut guard = ready!(fd.poll_read_ready(cx)).map_err(runtime_gone)?;
+                match attempt(fd.get_ref().as_fd()) {
+                    Ok(Attempt::More(done)) => return Poll::Ready(Ok(done)),
+                    Ok(Attempt::Drained(done)) => {
+                        guard.clear_ready();
+                        return Poll::Ready(Ok(done));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => guard.clear_ready(),
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            },
+            Inner::Host(source) => source.poll(host::Direction::Read, cx, attempt),
+        }
+    }
+
+    /// As [`Source::poll_read`], for writing.
+    pub fn poll_write<R>(
+        &self,
+        cx: &mut Context<'_>,
+        mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<Attempt<R>>,
+    ) -> Poll<io::Result<R>> {
+        match &self.0 {
+            Inner::Tokio(fd) => loop {
+                let mut guard = ready!(fd.poll_write_ready(cx)).map_err(runtime_gone)?;
+                match attempt(fd.get_ref().as_fd()) {
+                    Ok(Attempt::More(done)) => return Poll::Ready(Ok(done)),
+                    Ok(Attempt::Drained(done)) => {
+                        guard.clear_ready();
+                        return Poll::Ready(Ok(done));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => guard.clear_ready(),
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            },
+            Inner::Host(source) => source.poll(host::Direction::Write, cx, attempt),
+        }
+    }
+
+    /// Whether an edge is pending, without consuming it; registers `cx`'s waker when not.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_read(cx, |_| Ok(Attempt::More(())))
+    }
+
+    /// Whether the descriptor can be written, without consuming that.
+    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_write(cx, |_| Ok(Attempt::More(())))
+    }
+
+    /// The descriptor, for direct non-blocking calls while spinning.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Inner::Tokio(fd) => fd.get_ref().as_fd(),
+            Inner::Host(source) => source.fd(),
+        }
+    }
+}
+
+impl AsRawFd for Source {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd().as_raw_fd()
+    }
+}
+
+/// The text that marks an error of the runtime rather than of the descriptor.
+const RUNTIME_GONE: &str = "the runtime that this node belongs to has ended";
+
+fn runtime_gone(_: io::Error) -> io::Error {
+    io::Error::other(RUNTIME_GONE)
+}
+
+/// Whether this error says that the runtime has ended.
+pub(crate) fn is_runtime_gone(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.to_string() == RUNTIME_GONE)
+}
