@@ -24,11 +24,7 @@ impl Pair {
         let listener = nodes[1].listen("thalweg://127.0.0.1:0").await?;
         let address = listener.address().to_string();
         let (here, there) = both(nodes[0].connect(address.as_str()), listener.accept()).await;
-        Ok(Pair {
-            here: here?,
-            there: there?,
-            nodes,
-        })
+        Ok(Pair { here: here?, there: there?, nodes })
     }
 
     async fn close(self) {
@@ -65,18 +61,13 @@ async fn both<A: Future, B: Future>(a: A, b: B) -> (A::Output, B::Output) {
 }
 
 fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
 fn messages(criterion: &mut Criterion) {
     for link in [LinkKind::Shm, LinkKind::Tcp] {
         let runtime = runtime();
-        let pair = runtime
-            .block_on(Pair::over(link))
-            .expect("two nodes connect");
+        let pair = runtime.block_on(Pair::over(link)).expect("two nodes connect");
         let mut group = criterion.benchmark_group(format!("message/{link}"));
         for size in [8usize, 64 << 10] {
             let bytes = Bytes::from(vec![7u8; size]);
@@ -102,9 +93,7 @@ fn messages(criterion: &mut Criterion) {
 fn tags(criterion: &mut Criterion) {
     for link in [LinkKind::Shm, LinkKind::Tcp] {
         let runtime = runtime();
-        let pair = runtime
-            .block_on(Pair::over(link))
-            .expect("two nodes connect");
+        let pair = runtime.block_on(Pair::over(link)).expect("two nodes connect");
         criterion.bench_function(&format!("tag/{link}/8 B"), |bencher| {
             let mut buffers = Some((vec![7u8; 8], vec![0u8; 8]));
             bencher.iter(|| {
@@ -123,12 +112,8 @@ fn tags(criterion: &mut Criterion) {
 fn puts(criterion: &mut Criterion) {
     for link in [LinkKind::Shm, LinkKind::Tcp] {
         let runtime = runtime();
-        let pair = runtime
-            .block_on(Pair::over(link))
-            .expect("two nodes connect");
-        let region = pair.nodes[1]
-            .register(vec![0u8; 4096], Access::Write)
-            .expect("a region");
+        let pair = runtime.block_on(Pair::over(link)).expect("two nodes connect");
+        let region = pair.nodes[1].register(vec![0u8; 4096], Access::Write).expect("a region");
         let key = region.key();
         criterion.bench_function(&format!("put/{link}/4 KiB"), |bencher| {
             let mut buffer = Some(vec![7u8; 4096]);

@@ -232,18 +232,8 @@ impl Case {
     pub fn describe(&self) -> String {
         let size = crate::units::show_size(self.size_bytes);
         match &self.subject {
-            Subject::Thalweg {
-                transport,
-                memory,
-                wake,
-                ..
-            } => {
-                format!(
-                    "{} {} {} {size}",
-                    transport.name(),
-                    memory.name(),
-                    wake.name()
-                )
+            Subject::Thalweg { transport, memory, wake, .. } => {
+                format!("{} {} {} {size}", transport.name(), memory.name(), wake.name())
             }
             Subject::Baseline(baseline) => format!("{} {size}", baseline.name()),
         }

@@ -145,10 +145,7 @@ fn parse_pins(text: &str) -> Result<Pins, String> {
     let wrong = || format!("{text:?} is not two CPU numbers; write 0,1");
     let (here, peer) = text.split_once(',').ok_or_else(wrong)?;
     let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
-    Ok(Pins {
-        here: number(here)?,
-        peer: number(peer)?,
-    })
+    Ok(Pins { here: number(here)?, peer: number(peer)? })
 }
 
 #[cfg(test)]
@@ -184,10 +181,7 @@ mod tests {
     #[test]
     fn a_list_of_baselines_needs_an_equals_sign() {
         let parsed = Pingpong::try_parse_from(["x", "--baseline=raw-tcp,cma", "--json"]).unwrap();
-        assert_eq!(
-            parsed.common.baseline,
-            Some(vec![Baseline::RawTcp, Baseline::Cma])
-        );
+        assert_eq!(parsed.common.baseline, Some(vec![Baseline::RawTcp, Baseline::Cma]));
         assert!(parsed.common.json && parsed.common.is_sweep());
     }
 

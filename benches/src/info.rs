@@ -73,24 +73,14 @@ pub fn collect() -> Result<Info> {
             })
             .collect()
     })?;
-    Ok(Info {
-        version: env!("CARGO_PKG_VERSION"),
-        links,
-        system: System::read(),
-    })
+    Ok(Info { version: env!("CARGO_PKG_VERSION"), links, system: System::read() })
 }
 
 /// The links that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
     with_node(|node| {
-        let present = node
-            .capabilities()
-            .into_iter()
-            .filter(|capability| capability.present);
-        present
-            .map(|capability| capability.link)
-            .filter(|link| *link != LinkKind::Mock)
-            .collect()
+        let present = node.capabilities().into_iter().filter(|capability| capability.present);
+        present.map(|capability| capability.link).filter(|link| *link != LinkKind::Mock).collect()
     })
 }
 
@@ -170,26 +160,15 @@ fn facts(system: &System) -> Vec<(&'static str, String)> {
     vec![
         ("kernel", system.kernel.clone().unwrap_or_else(unknown)),
         ("ptrace scope", scope),
-        (
-            "open descriptors",
-            format!("{soft}, at most {}", number(system.descriptors_hard)),
-        ),
+        ("open descriptors", format!("{soft}, at most {}", number(system.descriptors_hard))),
         ("memfd_create", works(system.memfd)),
         ("pidfd_open", works(system.pidfd)),
-        (
-            "net.core.somaxconn",
-            number(system.somaxconn.map(u64::from)),
-        ),
+        ("net.core.somaxconn", number(system.somaxconn.map(u64::from))),
         ("effective user", system.uid.to_string()),
         ("CPUs", format!("{}", system.cpus.len())),
         (
             "ucx_perftest",
-            if system.ucx_perftest {
-                "installed"
-            } else {
-                "not installed"
-            }
-            .to_owned(),
+            if system.ucx_perftest { "installed" } else { "not installed" }.to_owned(),
         ),
     ]
 }

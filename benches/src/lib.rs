@@ -84,9 +84,7 @@ fn work(program: Program, options: &Common, window: Option<u32>) -> Result<()> {
     let mut broken = None;
     let mut results = measure::run(&cases, options.repeat as usize, &peer, |row| {
         if options.json {
-            broken = writeln!(output, "{}", row.json())
-                .and_then(|()| output.flush())
-                .err();
+            broken = writeln!(output, "{}", row.json()).and_then(|()| output.flush()).err();
         }
     })?;
     if let Some(error) = broken {
@@ -121,9 +119,7 @@ fn show(program: Program, options: &Common, pins: Option<Pins>, results: &Result
         return Ok(());
     }
     let text = report(program, options, pins, &results.rows, &results.routes);
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("writing the results")
+    std::io::stdout().write_all(text.as_bytes()).context("writing the results")
 }
 
 fn report(
@@ -156,11 +152,7 @@ fn report(
 
 /// Connects once more with every link allowed, to show what the library would choose and why.
 fn route_of_choice(place: &Place, peer: &Where) -> Result<Vec<(String, String)>> {
-    let wake = if place.two_cores {
-        Wake::Adaptive
-    } else {
-        Wake::Park
-    };
+    let wake = if place.two_cores { Wake::Adaptive } else { Wake::Park };
     let case = Case {
         program: Program::Pingpong,
         subject: Subject::Thalweg {

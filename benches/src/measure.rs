@@ -138,12 +138,10 @@ pub fn serve(mut duty: Duty) -> Result<()> {
     let setup = Setup::of(&duty.case).context("nothing to serve")?;
     raw_tcp::runtime()?.block_on(async {
         let node = setup.node()?;
-        let listener = node
-            .listen("thalweg://127.0.0.1:0")
-            .await
-            .context("listening")?;
+        let listener = node.listen("thalweg://127.0.0.1:0").await.context("listening")?;
         duty.control.send(&listener.address().to_string())?;
-        match session::serve(&node, &listener, &setup).await? {
+        let endpoint = listener.accept().await.context("accepting")?;
+        match session::serve(&node, endpoint, listener.address(), &setup).await? {
             Served::Done(_) => {}
             Served::Needs(..) => anyhow::bail!("parent and child disagree about the case"),
         }

@@ -56,11 +56,7 @@ pub fn verify(got: &[u8], offset: usize, index: u64, way: Way) -> Result<()> {
         let expected = &mut expected[..chunk.len()];
         fill(expected, at, index, way);
         if chunk != expected {
-            let first = chunk
-                .iter()
-                .zip(expected.iter())
-                .take_while(|(a, b)| a == b)
-                .count();
+            let first = chunk.iter().zip(expected.iter()).take_while(|(a, b)| a == b).count();
             return Err(Mismatch::new(format!(
                 "warm-up message {index} differs from what was sent at byte {}: got {:#04x}, \
                  expected {:#04x}",

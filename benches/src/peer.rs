@@ -50,22 +50,12 @@ impl Peer {
         let program = env::current_exe().context("finding this program")?;
         let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
         let mut command = Command::new(program);
-        command
-            .arg(ROLE)
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null());
+        command.arg(ROLE).stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
         inherit(&mut command, numbers.clone());
         die_with_parent(&mut command);
         let child = command.spawn().context("starting the peer process")?;
-        let mut peer = Peer {
-            child,
-            control: Control::new(ours)?,
-        };
-        peer.control.send(&Job {
-            case: case.clone(),
-            cpu,
-            descriptors: numbers,
-        })?;
+        let mut peer = Peer { child, control: Control::new(ours)? };
+        peer.control.send(&Job { case: case.clone(), cpu, descriptors: numbers })?;
         Ok(peer)
     }
 
@@ -81,11 +71,7 @@ impl Peer {
 
     /// Waits for it to end by itself; anything but success is an error.
     pub fn finish(mut self) -> Result<()> {
-        wait_until(
-            &mut self.child,
-            Instant::now() + PATIENCE,
-            "the peer process",
-        )
+        wait_until(&mut self.child, Instant::now() + PATIENCE, "the peer process")
     }
 }
 
@@ -101,10 +87,7 @@ impl Drop for Peer {
 pub fn wait_until(child: &mut Child, deadline: Instant, who: &str) -> Result<()> {
     let mut pause = Duration::from_micros(200);
     loop {
-        if let Some(status) = child
-            .try_wait()
-            .with_context(|| format!("waiting for {who}"))?
-        {
+        if let Some(status) = child.try_wait().with_context(|| format!("waiting for {who}"))? {
             if !status.success() {
                 bail!("{who} ended with {status}");
             }
@@ -161,19 +144,14 @@ impl Control {
     fn new(stream: UnixStream) -> Result<Control> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Control {
-            reader: BufReader::new(stream),
-        })
+        Ok(Control { reader: BufReader::new(stream) })
     }
 
     /// Sends one line.
     pub fn send<T: Serialize>(&mut self, value: &T) -> Result<()> {
         let mut line = serde_json::to_vec(value)?;
         line.push(b'\n');
-        self.reader
-            .get_mut()
-            .write_all(&line)
-            .context("writing to the other process")
+        self.reader.get_mut().write_all(&line).context("writing to the other process")
     }
 
     /// Receives one line, within twenty seconds.
@@ -222,10 +200,7 @@ pub fn serve_if_peer(serve: impl FnOnce(Duty) -> Result<()>) -> Option<ExitCode>
 }
 
 fn duty() -> Result<Duty> {
-    let stdin = io::stdin()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("taking the control socket")?;
+    let stdin = io::stdin().as_fd().try_clone_to_owned().context("taking the control socket")?;
     let mut control = Control::new(UnixStream::from(stdin))?;
     let job: Job = control.recv()?;
     if let Some(cpu) = job.cpu {
@@ -237,9 +212,5 @@ fn duty() -> Result<Duty> {
         unsafe { OwnedFd::from_raw_fd(fd) }
     };
     let descriptors = job.descriptors.into_iter().map(adopt).collect();
-    Ok(Duty {
-        case: job.case,
-        control,
-        descriptors,
-    })
+    Ok(Duty { case: job.case, control, descriptors })
 }

@@ -19,10 +19,7 @@ impl Pins {
         let allowed = allowed().ok()?;
         let (&here, others) = allowed.split_first()?;
         let siblings = siblings(here);
-        let peer = others
-            .iter()
-            .find(|cpu| !siblings.contains(cpu))
-            .or(others.first())?;
+        let peer = others.iter().find(|cpu| !siblings.contains(cpu)).or(others.first())?;
         Some(Pins { here, peer: *peer })
     }
 }
@@ -55,19 +52,13 @@ pub fn to(cpu: usize) -> io::Result<()> {
         libc::CPU_SET(cpu, &mut set);
         libc::sched_setaffinity(0, mem::size_of_val(&set), &set)
     };
-    if answer == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The hardware threads that share a core with this one, itself included; empty if unknown.
 fn siblings(cpu: usize) -> Vec<usize> {
     let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-    std::fs::read_to_string(path)
-        .map(|text| parse_list(&text))
-        .unwrap_or_default()
+    std::fs::read_to_string(path).map(|text| parse_list(&text)).unwrap_or_default()
 }
 
 /// Reads the kernel's `0,4-6` notation; what it cannot read is left out.

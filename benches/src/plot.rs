@@ -17,9 +17,8 @@ const BOTTOM: f64 = 62.0;
 const SIZE_LABEL_WIDTH: f64 = 54.0;
 
 /// Colours that stay apart for most kinds of colour blindness (Okabe and Ito, 2008).
-const COLOURS: [&str; 8] = [
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a00",
-];
+const COLOURS: [&str; 8] =
+    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a00"];
 
 /// What the vertical axis shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,18 +42,9 @@ pub fn render(rows: &[Row], axis: Axis) -> String {
         Axis::Microseconds => ("Latency over message size", "half a round trip, median, µs"),
         Axis::Gigabytes => ("Bandwidth over message size", "GB/s (10⁹ bytes a second)"),
     };
-    let x = Scale::of(
-        series.iter().flat_map(|s| &s.points).map(|p| p.0),
-        2.0,
-        LEFT,
-        WIDTH - RIGHT,
-    );
-    let y = Scale::of(
-        series.iter().flat_map(|s| &s.points).map(|p| p.1),
-        10.0,
-        HEIGHT - BOTTOM,
-        TOP,
-    );
+    let x = Scale::of(series.iter().flat_map(|s| &s.points).map(|p| p.0), 2.0, LEFT, WIDTH - RIGHT);
+    let y =
+        Scale::of(series.iter().flat_map(|s| &s.points).map(|p| p.1), 10.0, HEIGHT - BOTTOM, TOP);
     let mut svg = String::new();
     let _ = write!(
         svg,
@@ -69,14 +59,7 @@ pub fn render(rows: &[Row], axis: Axis) -> String {
     let mut used = [0, 0];
     for (index, line) in series.iter().enumerate() {
         let kind = &mut used[usize::from(line.dashed)];
-        draw_series(
-            &mut svg,
-            line,
-            COLOURS[*kind % COLOURS.len()],
-            index,
-            &x,
-            &y,
-        );
+        draw_series(&mut svg, line, COLOURS[*kind % COLOURS.len()], index, &x, &y);
         *kind += 1;
     }
     svg.push_str("</svg>\n");
@@ -99,16 +82,9 @@ fn series(rows: &[Row]) -> Vec<Series> {
             format!("{} {}", table::path(row), row.wake)
         };
         let point = (row.size_bytes as f64, value);
-        match series
-            .iter_mut()
-            .find(|line| line.name == name && line.dashed == dashed)
-        {
+        match series.iter_mut().find(|line| line.name == name && line.dashed == dashed) {
             Some(line) => line.points.push(point),
-            None => series.push(Series {
-                name,
-                dashed,
-                points: vec![point],
-            }),
+            None => series.push(Series { name, dashed, points: vec![point] }),
         }
     }
     for line in &mut series {
@@ -139,13 +115,7 @@ impl Scale {
         // Tolerates the rounding of logarithms at exact powers.
         let first = (low.log(base) + 1e-9).floor() as i32;
         let last = ((high.log(base) - 1e-9).ceil() as i32).max(first + 1);
-        Scale {
-            base,
-            first,
-            last,
-            from,
-            to,
-        }
+        Scale { base, first, last, from, to }
     }
 
     fn at(&self, value: f64) -> f64 {
@@ -156,9 +126,7 @@ impl Scale {
     /// The powers that get a line and a label: at most a dozen.
     fn ticks(&self) -> impl Iterator<Item = f64> + '_ {
         let step = ((self.last - self.first) as usize).div_ceil(12).max(1);
-        (self.first..=self.last)
-            .step_by(step)
-            .map(|power| self.base.powi(power))
+        (self.first..=self.last).step_by(step).map(|power| self.base.powi(power))
     }
 }
 
@@ -189,10 +157,7 @@ fn draw_values(svg: &mut String, y: &Scale) {
             at + 4.5,
         );
         let highest = y.base.powi(y.last);
-        for minor in (2..10)
-            .map(|n| value * f64::from(n))
-            .filter(|minor| *minor < highest)
-        {
+        for minor in (2..10).map(|n| value * f64::from(n)).filter(|minor| *minor < highest) {
             let at = y.at(minor);
             let _ = writeln!(
                 svg,
@@ -224,16 +189,9 @@ fn draw_sizes(svg: &mut String, x: &Scale, series: &[Series]) {
 }
 
 fn draw_series(svg: &mut String, line: &Series, colour: &str, index: usize, x: &Scale, y: &Scale) {
-    let dash = if line.dashed {
-        r#" stroke-dasharray="6 4""#
-    } else {
-        ""
-    };
-    let points: Vec<String> = line
-        .points
-        .iter()
-        .map(|p| format!("{:.1},{:.1}", x.at(p.0), y.at(p.1)))
-        .collect();
+    let dash = if line.dashed { r#" stroke-dasharray="6 4""# } else { "" };
+    let points: Vec<String> =
+        line.points.iter().map(|p| format!("{:.1},{:.1}", x.at(p.0), y.at(p.1))).collect();
     let _ = writeln!(
         svg,
         r#"<polyline points="{}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>"#,
@@ -260,17 +218,11 @@ fn draw_series(svg: &mut String, line: &Series, colour: &str, index: usize, x: &
 }
 
 fn tick(value: f64) -> String {
-    if value >= 1.0 {
-        format!("{value:.0}")
-    } else {
-        format!("{value}")
-    }
+    if value >= 1.0 { format!("{value:.0}") } else { format!("{value}") }
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -289,10 +241,7 @@ mod tests {
             size_bytes,
             figures: RowFigures::Latency {
                 iters: 1,
-                half_rtt_us: Percentiles {
-                    p50: Some(p50),
-                    ..Percentiles::default()
-                },
+                half_rtt_us: Percentiles { p50: Some(p50), ..Percentiles::default() },
                 cpu_us_per_message: None,
             },
         }
@@ -309,15 +258,8 @@ mod tests {
         let svg = render(&rows, Axis::Microseconds);
         assert_eq!(svg.matches("<polyline").count(), 3);
         assert_eq!(svg.matches("stroke-dasharray").count(), 2);
-        for word in [
-            "shm spin",
-            "tcp spin",
-            ">raw-tcp<",
-            "message size",
-            "1 MiB",
-            ">0.1<",
-            ">100<",
-        ] {
+        for word in ["shm spin", "tcp spin", ">raw-tcp<", "message size", "1 MiB", ">0.1<", ">100<"]
+        {
             assert!(svg.contains(word), "{word}");
         }
     }

@@ -6,10 +6,7 @@ pub fn raise() {
         return;
     };
     if soft < hard {
-        let wanted = libc::rlimit {
-            rlim_cur: hard,
-            rlim_max: hard,
-        };
+        let wanted = libc::rlimit { rlim_cur: hard, rlim_max: hard };
         // SAFETY: `wanted` is a valid rlimit that outlives the call.
         unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &wanted) };
     }
@@ -17,10 +14,7 @@ pub fn raise() {
 
 /// The soft and the hard limit of open descriptors.
 pub fn descriptors() -> Option<(u64, u64)> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit for the kernel to fill in.
     let answer = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
     (answer == 0).then_some((limit.rlim_cur, limit.rlim_max))

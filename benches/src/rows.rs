@@ -58,17 +58,9 @@ impl Row {
     pub fn of(case: &Case, chosen_link: Option<&str>, samples: &[Sample]) -> Option<Row> {
         let first = samples.first()?;
         let (row, transport, memory, wake) = match &case.subject {
-            Subject::Thalweg {
-                transport,
-                memory,
-                wake,
-                ..
-            } => (
-                "thalweg",
-                chosen_link.unwrap_or(transport.name()),
-                memory.name(),
-                wake.name(),
-            ),
+            Subject::Thalweg { transport, memory, wake, .. } => {
+                ("thalweg", chosen_link.unwrap_or(transport.name()), memory.name(), wake.name())
+            }
             Subject::Baseline(baseline) => ("baseline", baseline.name(), "host", baseline.wake()),
         };
         let figures = match &first.figures {
@@ -104,11 +96,7 @@ impl Row {
 fn latency(case: &Case, samples: &[Sample]) -> RowFigures {
     let (mut halves, mut cpu) = (Vec::new(), Vec::new());
     for sample in samples {
-        if let Figures::Latency {
-            half_rtt_us,
-            cpu_us_per_message,
-        } = sample.figures
-        {
+        if let Figures::Latency { half_rtt_us, cpu_us_per_message } = sample.figures {
             halves.push(half_rtt_us);
             cpu.extend(cpu_us_per_message);
         }
@@ -143,15 +131,7 @@ mod tests {
 
     fn case(program: Program, subject: Subject) -> Case {
         let frames = vec![8];
-        Case {
-            program,
-            subject,
-            size_bytes: 8,
-            frames,
-            iters: 20_000,
-            warmup: 1,
-            window: 64,
-        }
+        Case { program, subject, size_bytes: 8, frames, iters: 20_000, warmup: 1, window: 64 }
     }
 
     fn keys(json: &str) -> Vec<String> {
@@ -167,34 +147,17 @@ mod tests {
             wake: Wake::Spin,
             single_copy: true,
         };
-        let half_rtt_us = Percentiles {
-            p50: Some(0.17),
-            ..Percentiles::default()
-        };
-        let figures = Figures::Latency {
-            half_rtt_us,
-            cpu_us_per_message: Some(0.2),
-        };
-        let sample = Sample {
-            figures,
-            disturbed: 0.0,
-        };
+        let half_rtt_us = Percentiles { p50: Some(0.17), ..Percentiles::default() };
+        let figures = Figures::Latency { half_rtt_us, cpu_us_per_message: Some(0.2) };
+        let sample = Sample { figures, disturbed: 0.0 };
         let row = Row::of(&case(Program::Pingpong, subject), Some("shm"), &[sample]).unwrap();
         let json = row.json();
         assert!(json.starts_with(
             r#"{"program":"pingpong","row":"thalweg","transport":"shm","memory":"host","wake":"spin","size_bytes":8,"iters":20000,"half_rtt_us":{"min":null,"p50":0.17,"#
         ), "{json}");
-        let mut expected = [
-            "program",
-            "row",
-            "transport",
-            "memory",
-            "wake",
-            "size_bytes",
-            "iters",
-        ]
-        .map(String::from)
-        .to_vec();
+        let mut expected = ["program", "row", "transport", "memory", "wake", "size_bytes", "iters"]
+            .map(String::from)
+            .to_vec();
         expected.extend(["half_rtt_us", "cpu_us_per_message"].map(String::from));
         expected.sort();
         let mut keys = keys(&json);
@@ -205,10 +168,8 @@ mod tests {
     #[test]
     fn a_stream_row_has_the_agreed_fields_and_medians() {
         let subject = Subject::Baseline(Baseline::Ring);
-        let samples = [0.5, 9.0, 1.0].map(|seconds| Sample {
-            figures: Figures::Stream { seconds },
-            disturbed: 0.0,
-        });
+        let samples = [0.5, 9.0, 1.0]
+            .map(|seconds| Sample { figures: Figures::Stream { seconds }, disturbed: 0.0 });
         let row = Row::of(&case(Program::Bandwidth, subject), None, &samples).unwrap();
         assert_eq!(
             row.json(),

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use thalweg::{CloseReason, Config, Endpoint, Failed, Frame, INLINE_MAX, Listener, Message, Node};
+use thalweg::{Address, CloseReason, Config, Endpoint, Failed, Frame, INLINE_MAX, Message, Node};
 
 use crate::baseline::raw_tcp;
 use crate::case::{Baseline, Case, Memory, Program, Subject, Transport, Wake};
@@ -37,26 +37,15 @@ pub struct Setup {
 impl Setup {
     /// Suits any connector that leaves the choice to the library.
     pub fn any() -> Setup {
-        Setup {
-            transport: Transport::auto(),
-            wake: Wake::Adaptive,
-            single_copy: true,
-        }
+        Setup { transport: Transport::auto(), wake: Wake::Adaptive, single_copy: true }
     }
 
     /// What a case asks for; `None` if it is a baseline.
     pub fn of(case: &Case) -> Option<Setup> {
         match &case.subject {
-            Subject::Thalweg {
-                transport,
-                wake,
-                single_copy,
-                ..
-            } => Some(Setup {
-                transport: transport.clone(),
-                wake: *wake,
-                single_copy: *single_copy,
-            }),
+            Subject::Thalweg { transport, wake, single_copy, .. } => {
+                Some(Setup { transport: transport.clone(), wake: *wake, single_copy: *single_copy })
+            }
             Subject::Baseline(_) => None,
         }
     }
@@ -137,47 +126,25 @@ async fn measure_on(node: &Node, case: &Case, address: &str, last: bool) -> Resu
     };
     let route = endpoint.route();
     let link = Some(route.link().name().to_owned());
-    endpoint
-        .close(CloseReason::default())
-        .await
-        .context("closing")?;
-    Ok(Outcome {
-        sample,
-        route: Some(route.to_string()),
-        link,
-    })
+    endpoint.close(CloseReason::default()).await.context("closing")?;
+    Ok(Outcome { sample, route: Some(route.to_string()), link })
 }
 
 /// Measures `raw-tcp` against the machine where a listener of ours runs.
 pub async fn measure_raw_tcp(case: &Case, address: &str, last: bool) -> Result<Outcome> {
     let node = Setup::any().node()?;
     let endpoint = connect(&node, address).await?;
-    say(
-        &endpoint,
-        &Ask {
-            case: case.clone(),
-            last,
-        },
-    )
-    .await?;
+    say(&endpoint, &Ask { case: case.clone(), last }).await?;
     let port = match hear(&endpoint).await? {
         Reply::RawTcp(port) => port,
         Reply::Refused(why) => bail!("the listener refuses: {why}"),
         Reply::Go | Reply::Again => bail!("the listener answers something else than was asked"),
     };
-    let host: thalweg::Address = address.parse()?;
-    let target = resolve(host.host(), port).await?;
+    let target = resolve(address.parse::<Address>()?.host(), port).await?;
     let sample = raw_tcp::measure_at(case, target).await?;
-    endpoint
-        .close(CloseReason::default())
-        .await
-        .context("closing")?;
+    endpoint.close(CloseReason::default()).await.context("closing")?;
     node.close(CloseReason::default()).await;
-    Ok(Outcome {
-        sample,
-        route: None,
-        link: None,
-    })
+    Ok(Outcome { sample, route: None, link: None })
 }
 
 async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
@@ -192,14 +159,7 @@ async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
 async fn agree(node: &Node, case: &Case, address: &str, last: bool) -> Result<Endpoint> {
     for _ in 0..3 {
         let endpoint = connect(node, address).await?;
-        say(
-            &endpoint,
-            &Ask {
-                case: case.clone(),
-                last,
-            },
-        )
-        .await?;
+        say(&endpoint, &Ask { case: case.clone(), last }).await?;
         match hear(&endpoint).await? {
             Reply::Go => return Ok(endpoint),
             Reply::Again => endpoint.abort(),
@@ -233,12 +193,15 @@ pub enum Served {
     Needs(Setup, Endpoint),
 }
 
-/// Serves one connector on a node made with `setup`.
-pub async fn serve(node: &Node, listener: &Listener, setup: &Setup) -> Result<Served> {
-    let endpoint = listener.accept().await.context("accepting")?;
-    let ask: Ask = hear(&endpoint)
-        .await
-        .context("hearing what is to be measured")?;
+/// Serves the connector at the other end of `endpoint`, which was accepted at `address` by a node
+/// made with `setup`.
+pub async fn serve(
+    node: &Node,
+    endpoint: Endpoint,
+    address: &Address,
+    setup: &Setup,
+) -> Result<Served> {
+    let ask: Ask = hear(&endpoint).await.context("hearing what is to be measured")?;
     let case = &ask.case;
     if let Some(wanted) = Setup::of(case).filter(|wanted| wanted != setup) {
         return Ok(Served::Needs(wanted, endpoint));
@@ -253,13 +216,10 @@ pub async fn serve(node: &Node, listener: &Listener, setup: &Setup) -> Result<Se
                     Program::Bandwidth => side.drain().await,
                 }
             };
-            tokio::time::timeout(time_limit(case), served)
-                .await
-                .context("no end of it")??;
+            tokio::time::timeout(time_limit(case), served).await.context("no end of it")??;
         }
         Subject::Baseline(Baseline::RawTcp) => {
-            let host: thalweg::Address = listener.address().clone();
-            let raw = raw_tcp::listen(resolve(host.host(), 0).await?)?;
+            let raw = raw_tcp::listen(resolve(address.host(), 0).await?)?;
             say(&endpoint, &Reply::RawTcp(raw.local_addr()?.port())).await?;
             raw_tcp::serve_one(case, raw).await?;
         }
@@ -300,9 +260,8 @@ async fn say<T: Serialize>(endpoint: &Endpoint, word: &T) -> Result<()> {
 
 /// Receives one word of the agreement.
 async fn hear<T: DeserializeOwned>(endpoint: &Endpoint) -> Result<T> {
-    let message = tokio::time::timeout(PATIENCE, endpoint.recv())
-        .await
-        .context("the peer is silent")??;
+    let message =
+        tokio::time::timeout(PATIENCE, endpoint.recv()).await.context("the peer is silent")??;
     serde_json::from_slice(&message.to_vec()?).context("the peer is not this program")
 }
 
@@ -318,18 +277,8 @@ struct Side<'a> {
 
 impl<'a> Side<'a> {
     fn new(node: &'a Node, endpoint: &'a Endpoint, case: &'a Case, memory: Memory) -> Self {
-        let frames = case
-            .frames
-            .iter()
-            .map(|&len| Bytes::from(vec![0x5A; len]))
-            .collect();
-        Side {
-            node,
-            endpoint,
-            case,
-            memory,
-            frames,
-        }
+        let frames = case.frames.iter().map(|&len| Bytes::from(vec![0x5A; len])).collect();
+        Side { node, endpoint, case, memory, frames }
     }
 
     async fn ping(&mut self) -> Result<Sample> {
@@ -351,12 +300,7 @@ impl<'a> Side<'a> {
         let wall = start.elapsed();
         let here = before.since();
         let there: Usage = hear(self.endpoint).await?;
-        Ok(Sample::latency(
-            recorder,
-            self.case.messages(),
-            &[here, there],
-            wall,
-        ))
+        Ok(Sample::latency(recorder, self.case.messages(), &[here, there], wall))
     }
 
     async fn pong(&mut self) -> Result<()> {
@@ -436,9 +380,7 @@ impl<'a> Side<'a> {
     #[inline]
     fn message(&self) -> Result<Message> {
         match (self.memory, self.frames.as_slice()) {
-            (Memory::Host, [one]) if one.len() <= INLINE_MAX => {
-                Ok(Message::copy_from_slice(one))
-            }
+            (Memory::Host, [one]) if one.len() <= INLINE_MAX => Ok(Message::copy_from_slice(one)),
             (Memory::Host, [one]) => Ok(Message::from(one.clone())),
             (Memory::Host, frames) => Ok(frames.iter().cloned().map(Frame::from).collect()),
             (Memory::Loaned, _) => self.loaned(|loan, _| {
@@ -493,10 +435,7 @@ impl<'a> Side<'a> {
     /// it is given back.
     #[inline]
     fn consume(&self, message: Message) -> Result<()> {
-        ensure!(
-            message.len_bytes() == self.case.size_bytes,
-            "a message of another length"
-        );
+        ensure!(message.len_bytes() == self.case.size_bytes, "a message of another length");
         if self.memory == Memory::Loaned {
             let mut byte = [0];
             for frame in message.frames().iter().filter(|frame| !frame.is_empty()) {
@@ -539,9 +478,7 @@ async fn received(endpoint: &Endpoint, sent: &mut Option<impl Sending>) -> Resul
                 return Poll::Ready(Err(failed.error.into()));
             }
         }
-        Pin::new(&mut receiving)
-            .poll(cx)
-            .map(|result| result.map_err(anyhow::Error::from))
+        Pin::new(&mut receiving).poll(cx).map(|result| result.map_err(anyhow::Error::from))
     })
     .await
 }

@@ -50,11 +50,7 @@ impl Shared {
             return Err(io::Error::last_os_error());
         }
         let at = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Shared {
-            at,
-            len_bytes,
-            file,
-        })
+        Ok(Shared { at, len_bytes, file })
     }
 
     /// The address of the byte at `offset`.
@@ -62,11 +58,7 @@ impl Shared {
     /// # Panics
     /// If that is not inside the memory.
     pub fn at(&self, offset: usize) -> NonNull<u8> {
-        assert!(
-            offset < self.len_bytes,
-            "offset {offset} of {}",
-            self.len_bytes
-        );
+        assert!(offset < self.len_bytes, "offset {offset} of {}", self.len_bytes);
         // SAFETY: inside the mapping, by the check above.
         unsafe { self.at.add(offset) }
     }

@@ -27,11 +27,7 @@ impl Recorder {
         let mut nanoseconds = vec![1u32; laps];
         std::hint::black_box(nanoseconds.as_mut_slice());
         nanoseconds.clear();
-        Recorder {
-            nanoseconds,
-            last: Instant::now(),
-            lap,
-        }
+        Recorder { nanoseconds, last: Instant::now(), lap }
     }
 
     /// Starts the first lap now.
@@ -46,8 +42,7 @@ impl Recorder {
         let now = Instant::now();
         let elapsed = now.duration_since(self.last).as_nanos();
         self.last = now;
-        self.nanoseconds
-            .push(u32::try_from(elapsed).unwrap_or(u32::MAX));
+        self.nanoseconds.push(u32::try_from(elapsed).unwrap_or(u32::MAX));
     }
 
     /// The percentiles, one way, in microseconds.
@@ -59,18 +54,10 @@ impl Recorder {
         };
         let at = |fraction: f64| {
             let rank = (fraction * self.nanoseconds.len() as f64).ceil() as usize;
-            let index = rank
-                .saturating_sub(1)
-                .min(self.nanoseconds.len().saturating_sub(1));
+            let index = rank.saturating_sub(1).min(self.nanoseconds.len().saturating_sub(1));
             self.nanoseconds.get(index).map(|&ns| f64::from(ns) / scale)
         };
-        Percentiles {
-            min: at(0.0),
-            p50: at(0.5),
-            p90: at(0.9),
-            p99: at(0.99),
-            max: at(1.0),
-        }
+        Percentiles { min: at(0.0), p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1.0) }
     }
 }
 
@@ -143,10 +130,7 @@ impl Usage {
     /// What was consumed since.
     pub fn since(self) -> Usage {
         let now = Usage::now();
-        Usage {
-            cpu_us: now.cpu_us - self.cpu_us,
-            waited_us: now.waited_us - self.waited_us,
-        }
+        Usage { cpu_us: now.cpu_us - self.cpu_us, waited_us: now.waited_us - self.waited_us }
     }
 }
 
@@ -199,9 +183,7 @@ impl Sample {
     /// A stream that took `wall`.
     pub fn stream(sides: &[Usage], wall: Duration) -> Sample {
         Sample {
-            figures: Figures::Stream {
-                seconds: wall.as_secs_f64(),
-            },
+            figures: Figures::Stream { seconds: wall.as_secs_f64() },
             disturbed: disturbed(sides, wall),
         }
     }
@@ -230,10 +212,7 @@ mod tests {
 
     #[test]
     fn nothing_recorded_gives_nothing() {
-        assert_eq!(
-            Recorder::new(0, Lap::OneWay).finish(),
-            Percentiles::default()
-        );
+        assert_eq!(Recorder::new(0, Lap::OneWay).finish(), Percentiles::default());
     }
 
     #[test]

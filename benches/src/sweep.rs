@@ -49,8 +49,7 @@ pub fn plan(program: Program, options: &Common, window: Option<u32>, place: &Pla
         }
         for &baseline in &baselines {
             if size_bytes <= baseline.max_bytes() {
-                plan.cases
-                    .push(sized(Subject::Baseline(baseline), vec![size_bytes]));
+                plan.cases.push(sized(Subject::Baseline(baseline), vec![size_bytes]));
             }
         }
     }
@@ -73,11 +72,7 @@ fn shapes(program: Program, options: &Common) -> Vec<Vec<usize>> {
         Program::Pingpong => &LATENCY_SIZES,
         Program::Bandwidth => &STREAM_SIZES,
     };
-    let sizes = if options.size.is_empty() {
-        default
-    } else {
-        &options.size
-    };
+    let sizes = if options.size.is_empty() { default } else { &options.size };
     sizes.iter().map(|&size| vec![size]).collect()
 }
 
@@ -88,23 +83,14 @@ fn subjects(options: &Common, place: &Place, size_bytes: usize) -> Vec<Subject> 
     } else if place.remote {
         vec![Transport::auto()]
     } else {
-        place
-            .links
-            .iter()
-            .map(|&link| Transport::from(link))
-            .collect()
+        place.links.iter().map(|&link| Transport::from(link)).collect()
     };
     let mut subjects = Vec::new();
     for transport in &transports {
         for memory in memories(options, transport) {
             for wake in wakes(options, place, transport, memory, size_bytes) {
                 let (transport, single_copy) = (transport.clone(), options.single_copy);
-                subjects.push(Subject::Thalweg {
-                    transport,
-                    memory,
-                    wake,
-                    single_copy,
-                });
+                subjects.push(Subject::Thalweg { transport, memory, wake, single_copy });
             }
         }
     }
@@ -164,10 +150,7 @@ fn baselines(
     for baseline in asked {
         let name = baseline.name();
         if !baseline.suits(program) {
-            let named = options
-                .baseline
-                .as_ref()
-                .is_some_and(|names| !names.is_empty());
+            let named = options.baseline.as_ref().is_some_and(|names| !names.is_empty());
             if named {
                 left_out.push(format!("{name}: says nothing about a stream; see pingpong"));
             }
@@ -176,9 +159,7 @@ fn baselines(
         } else if !place.two_cores && baseline.needs_two_cores() {
             left_out.push(format!("{name}: needs two cores"));
         } else if baseline == Baseline::Ucx && !place.ucx {
-            left_out.push(format!(
-                "{name}: ucx_perftest is not installed (Debian: ucx-utils)"
-            ));
+            left_out.push(format!("{name}: ucx_perftest is not installed (Debian: ucx-utils)"));
         } else if !kept.contains(&baseline) {
             kept.push(baseline);
         }
@@ -200,9 +181,7 @@ fn sized(
         program,
         size_bytes,
         frames,
-        iters: options
-            .iters
-            .map_or_else(|| iters(program, &subject, size_bytes), to_usize),
+        iters: options.iters.map_or_else(|| iters(program, &subject, size_bytes), to_usize),
         warmup: options.warmup.map_or_else(|| warmup(size_bytes), to_usize),
         window: window.map_or(default_window, to_usize),
         subject,
@@ -215,18 +194,8 @@ fn to_usize(count: u32) -> usize {
 
 /// As many as take about a third of a second, at rates that today's machines reach.
 fn iters(program: Program, subject: &Subject, size_bytes: usize) -> usize {
-    let loaned = matches!(
-        subject,
-        Subject::Thalweg {
-            memory: Memory::Loaned,
-            ..
-        }
-    );
-    let by_bytes = if loaned {
-        20_000
-    } else {
-        (2usize << 30) / size_bytes.max(1)
-    };
+    let loaned = matches!(subject, Subject::Thalweg { memory: Memory::Loaned, .. });
+    let by_bytes = if loaned { 20_000 } else { (2usize << 30) / size_bytes.max(1) };
     match program {
         Program::Pingpong => (by_bytes / 2).clamp(100, 20_000),
         Program::Bandwidth if size_bytes <= SMALL_BYTES && !loaned => 1_000_000,
@@ -248,12 +217,7 @@ mod tests {
 
     fn place() -> Place {
         let links = vec![LinkKind::Shm, LinkKind::Tcp];
-        Place {
-            links,
-            two_cores: true,
-            remote: false,
-            ucx: true,
-        }
+        Place { links, two_cores: true, remote: false, ucx: true }
     }
 
     fn planned(words: &[&str], place: &Place) -> Plan {
@@ -263,10 +227,7 @@ mod tests {
     }
 
     fn count(plan: &Plan, wanted: impl Fn(&Subject) -> bool) -> usize {
-        plan.cases
-            .iter()
-            .filter(|case| wanted(&case.subject))
-            .count()
+        plan.cases.iter().filter(|case| wanted(&case.subject)).count()
     }
 
     #[test]
@@ -280,26 +241,14 @@ mod tests {
             assert!(links >= LATENCY_SIZES.len(), "{link}: {links}");
         }
         for baseline in Baseline::ALL {
-            assert!(
-                count(&plan, |s| *s == Subject::Baseline(baseline)) > 0,
-                "{baseline:?}"
-            );
+            assert!(count(&plan, |s| *s == Subject::Baseline(baseline)) > 0, "{baseline:?}");
         }
         assert!(plan.left_out.is_empty());
     }
 
     #[test]
     fn options_narrow_it_down_to_exactly_what_they_say() {
-        let words = [
-            "--transport",
-            "shm",
-            "--size",
-            "8",
-            "--wake",
-            "spin",
-            "--iters",
-            "7",
-        ];
+        let words = ["--transport", "shm", "--size", "8", "--wake", "spin", "--iters", "7"];
         let plan = planned(&words, &place());
         assert_eq!(plan.cases.len(), 1);
         assert_eq!(plan.cases[0].iters, 7);
@@ -309,11 +258,7 @@ mod tests {
 
     #[test]
     fn a_baseline_that_cannot_run_is_left_out_with_its_reason() {
-        let poor = Place {
-            ucx: false,
-            two_cores: false,
-            ..place()
-        };
+        let poor = Place { ucx: false, two_cores: false, ..place() };
         let plan = planned(&["--size", "8", "--baseline"], &poor);
         assert_eq!(count(&plan, |s| *s == Subject::Baseline(Baseline::Ucx)), 0);
         assert!(plan.left_out.iter().any(|line| line.contains("ucx")));
@@ -322,13 +267,7 @@ mod tests {
 
     #[test]
     fn frames_are_one_message_and_one_raw_write() {
-        let words = [
-            "--frames",
-            "100,165,620000",
-            "--transport",
-            "tcp",
-            "--baseline=raw-tcp",
-        ];
+        let words = ["--frames", "100,165,620000", "--transport", "tcp", "--baseline=raw-tcp"];
         let plan = planned(&words, &place());
         assert_eq!(plan.cases[0].frames, [100, 165, 620_000]);
         assert_eq!(plan.cases[1].frames, [620_265]);

@@ -28,24 +28,10 @@ pub fn render(rows: &[Row], single_copy: bool) -> String {
 
 fn heading(rows: &[Row]) -> Vec<String> {
     let columns: &[&str] = match rows.first().map(|row| &row.figures) {
-        Some(RowFigures::Stream { .. }) => &[
-            "message",
-            "path",
-            "wake",
-            "window",
-            "GB/s",
-            "messages/s",
-            "beside the bare system",
-        ],
-        _ => &[
-            "message",
-            "path",
-            "wake",
-            "p50 µs",
-            "p99 µs",
-            "CPU µs",
-            "beside the bare system",
-        ],
+        Some(RowFigures::Stream { .. }) => {
+            &["message", "path", "wake", "window", "GB/s", "messages/s", "beside the bare system"]
+        }
+        _ => &["message", "path", "wake", "p50 µs", "p99 µs", "CPU µs", "beside the bare system"],
     };
     columns.iter().map(ToString::to_string).collect()
 }
@@ -53,19 +39,10 @@ fn heading(rows: &[Row]) -> Vec<String> {
 fn line(size: String, row: &Row, rows: &[Row], single_copy: bool) -> Vec<String> {
     let mut cells = vec![size, path(row), row.wake.replace("none", "–")];
     match &row.figures {
-        RowFigures::Latency {
-            half_rtt_us,
-            cpu_us_per_message,
-            ..
-        } => {
+        RowFigures::Latency { half_rtt_us, cpu_us_per_message, .. } => {
             cells.extend([half_rtt_us.p50, half_rtt_us.p99, *cpu_us_per_message].map(figure));
         }
-        RowFigures::Stream {
-            window,
-            gb_per_s,
-            messages_per_s,
-            ..
-        } => {
+        RowFigures::Stream { window, gb_per_s, messages_per_s, .. } => {
             cells.push(window.to_string());
             cells.push(figure(*gb_per_s));
             cells.push(messages_per_s.map_or("–".to_owned(), rate));
@@ -115,6 +92,10 @@ fn reference<'a>(row: &Row, rows: &'a [Row], single_copy: bool) -> Option<(&'a R
     let small = row.size_bytes <= LINE_BYTES;
     let stream = matches!(row.figures, RowFigures::Stream { .. });
     if row.memory == "loaned" && !small {
+        if stream {
+            // A rate of loans says how often memory changes hands, whatever its size.
+            return None;
+        }
         let same = |other: &&Row| {
             other.row == row.row
                 && other.memory == row.memory
@@ -122,10 +103,7 @@ fn reference<'a>(row: &Row, rows: &'a [Row], single_copy: bool) -> Option<(&'a R
                 && other.wake == row.wake
                 && other.size_bytes <= LINE_BYTES
         };
-        return rows
-            .iter()
-            .find(same)
-            .map(|r| (r, format!("{} loaned", show_size(r.size_bytes))));
+        return rows.iter().find(same).map(|r| (r, format!("{} loaned", show_size(r.size_bytes))));
     }
     let names: &[&str] = match (row.transport.as_str(), small, stream) {
         ("tcp", ..) => &["raw-tcp"],
@@ -142,25 +120,16 @@ fn reference<'a>(row: &Row, rows: &'a [Row], single_copy: bool) -> Option<(&'a R
             other.row == "baseline" && other.transport == *name && size
         })
     };
-    names
-        .iter()
-        .find_map(find)
-        .map(|other| (other, other.transport.clone()))
+    names.iter().find_map(find).map(|other| (other, other.transport.clone()))
 }
 
 /// Columns as wide as they must be: words to the left, figures to the right.
 fn align(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        lines
-            .iter()
-            .filter_map(|line| line.get(column))
-            .map(|cell| cell.chars().count())
-            .max()
+        lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
     };
-    let widths: Vec<usize> = (0..columns)
-        .map(|column| width(column).unwrap_or(0))
-        .collect();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
     let mut text = String::new();
     for line in lines {
         let mut row = String::new();
@@ -193,10 +162,7 @@ mod tests {
             size_bytes: size,
             figures: RowFigures::Latency {
                 iters: 1,
-                half_rtt_us: Percentiles {
-                    p50: Some(p50),
-                    ..Percentiles::default()
-                },
+                half_rtt_us: Percentiles { p50: Some(p50), ..Percentiles::default() },
                 cpu_us_per_message: None,
             },
         }
@@ -215,12 +181,7 @@ mod tests {
             row("baseline", "cma", "none", 1 << 20, 80.0),
         ];
         let text = render(&rows, true);
-        for expected in [
-            "1.50 × cacheline",
-            "2.00 × eventfd",
-            "0.90 × raw-tcp",
-            "1.25 × cma",
-        ] {
+        for expected in ["1.50 × cacheline", "2.00 × eventfd", "0.90 × raw-tcp", "1.25 × cma"] {
             assert!(text.contains(expected), "{expected} in\n{text}");
         }
         assert!(!render(&rows, false).contains("× cma"));
@@ -228,14 +189,10 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = [
-            row("thalweg", "shm", "spin", 8, 0.3),
-            row("thalweg", "tcp", "park", 8, 12.0),
-        ];
+        let rows = [row("thalweg", "shm", "spin", 8, 0.3), row("thalweg", "tcp", "park", 8, 12.0)];
         let text = render(&rows, true);
         let column = |line: &str, what: &str| {
-            line.find(what)
-                .map(|at| line[..at].chars().count() + what.chars().count())
+            line.find(what).map(|at| line[..at].chars().count() + what.chars().count())
         };
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(column(lines[1], "0.300"), column(lines[2], "12.0"));

@@ -3,9 +3,7 @@
 /// Reads `8`, `64KiB`, `1MiB`, `1.5MiB`, `10kB`, `2 GB`: a count of bytes.
 pub fn parse_size(text: &str) -> Result<usize, String> {
     let text = text.trim();
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
@@ -16,19 +14,14 @@ pub fn parse_size(text: &str) -> Result<usize, String> {
         "mb" => 1e6,
         "gb" => 1e9,
         _ => {
-            return Err(format!(
-                "{text:?} is not a size; write 8, 64KiB, 1MiB or 10MB"
-            ));
+            return Err(format!("{text:?} is not a size; write 8, 64KiB, 1MiB or 10MB"));
         }
     };
-    let value: f64 = number
-        .parse()
-        .map_err(|_| format!("{text:?} is not a size; write 8, 64KiB or 1MiB"))?;
+    let value: f64 =
+        number.parse().map_err(|_| format!("{text:?} is not a size; write 8, 64KiB or 1MiB"))?;
     let bytes = value * factor;
     if bytes.fract() != 0.0 || bytes > (1u64 << 40) as f64 {
-        return Err(format!(
-            "{text:?} is not a whole number of bytes up to 1 TiB"
-        ));
+        return Err(format!("{text:?} is not a whole number of bytes up to 1 TiB"));
     }
     Ok(bytes as usize)
 }

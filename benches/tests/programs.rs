@@ -1,7 +1,7 @@
 //! The programs as their users meet them: processes, standard output, exit status.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -43,18 +43,11 @@ fn rows(output: &Output) -> Vec<Value> {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {errors}", output.status);
     let text = std::str::from_utf8(&output.stdout).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str(line).expect(line))
-        .collect()
+    text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
 }
 
 fn keys(row: &Value) -> Vec<&str> {
-    let mut keys: Vec<&str> = row
-        .as_object()
-        .unwrap()
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let mut keys: Vec<&str> = row.as_object().unwrap().keys().map(String::as_str).collect();
     keys.sort_unstable();
     keys
 }
@@ -77,15 +70,9 @@ fn pingpong_prints_the_agreed_rows_and_nothing_else() {
     ];
     for row in &rows {
         assert_eq!(keys(row), expected);
-        assert_eq!(
-            keys(&row["half_rtt_us"]),
-            ["max", "min", "p50", "p90", "p99"]
-        );
+        assert_eq!(keys(&row["half_rtt_us"]), ["max", "min", "p50", "p90", "p99"]);
         let at = |key: &str| row["half_rtt_us"][key].as_f64().unwrap();
-        assert!(
-            at("min") > 0.0 && at("min") <= at("p50") && at("p99") <= at("max"),
-            "{row}"
-        );
+        assert!(at("min") > 0.0 && at("min") <= at("p50") && at("p99") <= at("max"), "{row}");
     }
     let count = |kind: &str| rows.iter().filter(|row| row["row"] == kind).count();
     assert_eq!(count("thalweg"), 4);
@@ -113,10 +100,7 @@ fn bandwidth_prints_the_agreed_rows_and_nothing_else() {
     assert_eq!(rows.len(), 12);
     for row in &rows {
         assert_eq!(keys(row), expected);
-        assert_eq!(
-            (&row["window"], &row["messages"]),
-            (&Value::from(3), &Value::from(40))
-        );
+        assert_eq!((&row["window"], &row["messages"]), (&Value::from(3), &Value::from(40)));
         let [size, rate, bytes] =
             ["size_bytes", "messages_per_s", "gb_per_s"].map(|key| row[key].as_f64().unwrap());
         assert!((size * rate / 1e9 - bytes).abs() <= bytes * 1e-9, "{row}");
@@ -133,27 +117,15 @@ fn frames_loans_and_forbidden_single_copies_arrive_whole() {
         "--size 8 --transport shm,tcp --wake park",
         "--size 3MiB --transport auto --repeat 2",
     ] {
-        let rows = rows(&run(
-            PINGPONG,
-            &format!("{words} --iters 10 --warmup 12 --json"),
-        ));
+        let rows = rows(&run(PINGPONG, &format!("{words} --iters 10 --warmup 12 --json")));
         assert!(!rows.is_empty(), "{words}");
     }
 }
 
 #[test]
 fn auto_reports_the_link_that_was_chosen() {
-    let rows = rows(&run(
-        PINGPONG,
-        "--transport auto --size 8 --iters 10 --warmup 1 --json",
-    ));
-    assert!(
-        ["shm", "tcp"]
-            .map(Value::from)
-            .contains(&rows[0]["transport"]),
-        "{}",
-        rows[0]
-    );
+    let rows = rows(&run(PINGPONG, "--transport auto --size 8 --iters 10 --warmup 1 --json"));
+    assert!(["shm", "tcp"].map(Value::from).contains(&rows[0]["transport"]), "{}", rows[0]);
 }
 
 #[test]
@@ -166,11 +138,7 @@ fn a_plot_is_written() {
     );
     let output = run(PINGPONG, &words);
     assert!(output.status.success());
-    assert!(
-        String::from_utf8(output.stdout)
-            .unwrap()
-            .contains("× raw-tcp")
-    );
+    assert!(String::from_utf8(output.stdout).unwrap().contains("× raw-tcp"));
     let svg = fs::read_to_string(file).unwrap();
     assert!(svg.contains("tcp adaptive") && svg.contains(">raw-tcp<") && svg.contains("1 KiB"));
 }
@@ -185,25 +153,19 @@ fn two_programs_meet_by_listen_and_connect() {
             .unwrap(),
     );
     let mut line = String::new();
-    BufReader::new(listener.0.stderr.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
-    let address = line
-        .split_ascii_whitespace()
-        .nth(2)
-        .unwrap()
-        .trim_end_matches(';');
+    let mut said = BufReader::new(listener.0.stderr.take().unwrap());
+    said.read_line(&mut line).unwrap();
+    let address = line.split_ascii_whitespace().nth(2).unwrap().trim_end_matches(';');
     let words = format!(
         "--connect {address} --size 8,64KiB --wake park,spin --iters 30 --warmup 3 \
          --baseline=raw-tcp,cma --json"
     );
     let rows = rows(&run(PINGPONG, &words));
-    assert_eq!(
-        rows.len(),
-        6,
-        "two sizes by two ways of waiting, and raw-tcp at both"
-    );
+    assert_eq!(rows.len(), 6, "two sizes by two ways of waiting, and raw-tcp at both");
     assert!(listener.ends_within(PATIENCE));
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "", "a listener that served well says nothing more");
 }
 
 /// A child that no test leaves behind.
@@ -213,12 +175,7 @@ impl Killed {
     fn ends_within(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
-            if self
-                .0
-                .try_wait()
-                .unwrap()
-                .is_some_and(|status| status.success())
-            {
+            if self.0.try_wait().unwrap().is_some_and(|status| status.success()) {
                 return true;
             }
             thread::yield_now();
@@ -236,10 +193,7 @@ impl Drop for Killed {
 
 #[test]
 fn a_peer_does_not_outlive_its_parent() {
-    for words in [
-        "--baseline=cacheline --size 8",
-        "--transport tcp --size 8 --wake park",
-    ] {
+    for words in ["--baseline=cacheline --size 8", "--transport tcp --size 8 --wake park"] {
         let mut parent = Killed(
             Command::new(PINGPONG)
                 .args(words.split_ascii_whitespace())
@@ -265,11 +219,7 @@ fn child_of(pid: u32) -> u32 {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        let first = children
-            .unwrap_or_default()
-            .split_ascii_whitespace()
-            .next()
-            .map(str::to_owned);
+        let first = children.unwrap_or_default().split_ascii_whitespace().next().map(str::to_owned);
         if let Some(child) = first {
             return child.parse().unwrap();
         }
@@ -281,10 +231,7 @@ fn child_of(pid: u32) -> u32 {
 /// Whether a process exists and is no zombie.
 fn alive(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = status
-        .rsplit(')')
-        .next()
-        .and_then(|rest| rest.split_ascii_whitespace().next());
+    let state = status.rsplit(')').next().and_then(|rest| rest.split_ascii_whitespace().next());
     state.is_some_and(|state| state != "Z" && state != "X")
 }
 
@@ -307,9 +254,7 @@ fn what_cannot_be_measured_is_a_clear_error() {
 #[test]
 fn info_says_the_same_to_people_and_to_scripts() {
     let rows = rows(&run(INFO, "--json"));
-    let [info] = rows.as_slice() else {
-        panic!("one object")
-    };
+    let [info] = rows.as_slice() else { panic!("one object") };
     let links = info["links"].as_array().unwrap();
     let tcp = links.iter().find(|link| link["link"] == "tcp").unwrap();
     assert_eq!(tcp["present"], Value::Bool(true));

@@ -1,1 +1,294 @@
-//! Tests across processes.
+//! What the tests share: the ways of connecting two nodes, connected pairs, bounded waiting, and
+//! bytes that can be checked.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::mpsc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use thalweg::{Config, Endpoint, Frame, LinkKind, Listener, Message, MockPlan, Node, Wake};
+
+/// How long a test may take before it counts as hanging.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How two nodes are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// TCP.
+    Tcp,
+    /// Shared memory with all it has.
+    ShmAll,
+    /// Shared memory without loans and without `process_vm_readv`: in line and through the arena.
+    ShmInlineArena,
+    /// Shared memory without loans: in line and by `process_vm_readv`.
+    ShmSingleCopy,
+    /// Shared memory, what is sent being loans.
+    ShmLoans,
+    /// The mock link, behaving well.
+    Mock,
+    /// The mock link, out of order in every way that is allowed.
+    MockReordering,
+    /// The mock link, late with every completion, and with nothing in line.
+    MockDelaying,
+    /// The mock link with room for two parcels.
+    MockTiny,
+}
+
+impl Way {
+    /// All of them.
+    pub const ALL: [Way; 9] = [
+        Way::Tcp,
+        Way::ShmAll,
+        Way::ShmInlineArena,
+        Way::ShmSingleCopy,
+        Way::ShmLoans,
+        Way::Mock,
+        Way::MockReordering,
+        Way::MockDelaying,
+        Way::MockTiny,
+    ];
+
+    /// The link that it is about.
+    pub fn link(self) -> LinkKind {
+        match self {
+            Way::Tcp => LinkKind::Tcp,
+            Way::ShmAll | Way::ShmInlineArena | Way::ShmSingleCopy | Way::ShmLoans => LinkKind::Shm,
+            Way::Mock | Way::MockReordering | Way::MockDelaying | Way::MockTiny => LinkKind::Mock,
+        }
+    }
+
+    /// Whether it is the mock link.
+    pub fn is_mock(self) -> bool {
+        self.link() == LinkKind::Mock
+    }
+
+    /// How the mock link is to behave.
+    pub fn plan(self) -> MockPlan {
+        let plan = MockPlan::new();
+        match self {
+            Way::MockReordering => plan.seed(42).unordered(true).reorder_completions(true),
+            Way::MockDelaying => plan.delay_polls(5).inline_max(0).views(false),
+            Way::MockTiny => plan.capacity(2).inline_max(64),
+            _ => plan,
+        }
+    }
+
+    /// The settings of a node. The ways of waiting are spread over the ways of moving.
+    pub fn config(self) -> Config {
+        let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
+        match self {
+            Way::Tcp | Way::ShmAll => config,
+            Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
+            Way::ShmSingleCopy => config.loans(false),
+            Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),
+            Way::Mock => config.mock(self.plan()).wake(Wake::Park),
+            Way::MockReordering | Way::MockDelaying | Way::MockTiny => config.mock(self.plan()),
+        }
+    }
+
+    /// A frame with these bytes, in the memory that this way is about.
+    pub fn frame(self, node: &Node, bytes: &[u8]) -> Frame {
+        if matches!(self, Way::ShmLoans) {
+            let mut loan = node.loan(bytes.len()).expect("a loan");
+            loan.copy_from_slice(bytes);
+            loan.into()
+        } else {
+            bytes.to_vec().into()
+        }
+    }
+
+    /// A message of one such frame.
+    pub fn message(self, node: &Node, bytes: &[u8]) -> Message {
+        Message::from(self.frame(node, bytes))
+    }
+}
+
+/// Two nodes of this process and an endpoint at each.
+pub struct Pair {
+    /// How they are connected.
+    pub way: Way,
+    /// The node that connected.
+    pub node_a: Node,
+    /// The node that listens.
+    pub node_b: Node,
+    /// Its listener.
+    pub listener: Listener,
+    /// The end that connected.
+    pub a: Endpoint,
+    /// The end that was accepted.
+    pub b: Endpoint,
+}
+
+/// A connected pair.
+pub async fn pair(way: Way) -> Pair {
+    pair_with(way, |config| config).await
+}
+
+/// A connected pair whose nodes have these settings.
+pub async fn pair_with(way: Way, change: impl Fn(Config) -> Config) -> Pair {
+    pair_of(way, change(way.config()), change(way.config())).await
+}
+
+/// A connected pair with settings for each side.
+pub async fn pair_of(way: Way, config_a: Config, config_b: Config) -> Pair {
+    let node_a = Node::new(config_a).expect("node a");
+    let node_b = Node::new(config_b).expect("node b");
+    let listener = node_b.listen("thalweg://127.0.0.1:0").await.expect("listening");
+    let (a, b) = connect(&node_a, &listener).await;
+    assert_eq!(a.route().link(), way.link(), "{}", a.route());
+    Pair { way, node_a, node_b, listener, a, b }
+}
+
+/// One more pair of endpoints.
+pub async fn connect(node: &Node, listener: &Listener) -> (Endpoint, Endpoint) {
+    let (a, b) = tokio::join!(node.connect(listener.address()), listener.accept());
+    (a.expect("connecting"), b.expect("accepting"))
+}
+
+impl Pair {
+    /// A message of one frame from `a`'s side.
+    pub fn message(&self, bytes: &[u8]) -> Message {
+        self.way.message(&self.node_a, bytes)
+    }
+}
+
+/// Runs `work` on a runtime with one thread, then on one with two; fails if it takes longer than
+/// [`PATIENCE`], also when it blocks its thread.
+pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
+    let watch = Watch::new(name);
+    for threads in [1, 2] {
+        let runtime = runtime(threads);
+        let result = runtime.block_on(async { tokio::time::timeout(PATIENCE, work()).await });
+        assert!(result.is_ok(), "{name} on {threads} thread(s) hangs");
+        drop(runtime);
+    }
+    drop(watch);
+}
+
+/// As [`run`], on one thread only.
+pub fn run_once(name: &str, work: impl Future<Output = ()>) {
+    let watch = Watch::new(name);
+    let result = runtime(1).block_on(async { tokio::time::timeout(PATIENCE, work).await });
+    assert!(result.is_ok(), "{name} hangs");
+    drop(watch);
+}
+
+/// A runtime with this many threads.
+pub fn runtime(threads: usize) -> tokio::runtime::Runtime {
+    let mut builder = match threads {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    if threads > 1 {
+        builder.worker_threads(threads);
+    }
+    builder.enable_all().build().expect("a runtime")
+}
+
+/// Ends the process, naming the test, if a thread is stuck.
+pub struct Watch {
+    over: Option<mpsc::Sender<()>>,
+}
+
+impl Watch {
+    /// Watches from now on until dropped.
+    pub fn new(name: &str) -> Watch {
+        let (over, wait) = mpsc::channel::<()>();
+        let name = name.to_owned();
+        std::thread::spawn(move || {
+            if wait.recv_timeout(PATIENCE * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{name}: a thread is stuck");
+                std::process::exit(101);
+            }
+        });
+        Watch { over: Some(over) }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.over.take());
+    }
+}
+
+/// Waits for `work`, but no longer than `limit`.
+pub async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(limit, work).await {
+        Ok(output) => output,
+        Err(_) => panic!("{what} takes longer than {limit:?}"),
+    }
+}
+
+/// Waits until `condition` holds, looking again and again while others run.
+pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    within(Duration::from_secs(20), what, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+}
+
+/// Polls up to `times`, letting other tasks run in between.
+pub async fn poll_times<F: Future + Unpin>(future: &mut F, times: usize) -> Option<F::Output> {
+    for _ in 0..times {
+        let polled =
+            poll_fn(|cx: &mut Context<'_>| Poll::Ready(Pin::new(&mut *future).poll(cx))).await;
+        if let Poll::Ready(output) = polled {
+            return Some(output);
+        }
+        tokio::task::yield_now().await;
+    }
+    None
+}
+
+/// Says that a test was left out, and why.
+pub fn skipped(name: &str, reason: &str) {
+    println!("SKIPPED: {name}: {reason}");
+    eprintln!("SKIPPED: {name}: {reason}");
+}
+
+/// A small random number generator; the same seed gives the same numbers.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Begins with `seed`.
+    pub fn new(seed: u64) -> Self {
+        Random(seed ^ 0x5851_f42d_4c95_7f2d)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound.max(1) as u64) as usize
+    }
+}
+
+/// `len` bytes that follow from `seed`, and differ from those of other seeds.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random::new(seed);
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(&random.next().to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Compares with [`pattern`] without printing megabytes.
+pub fn check_pattern(seed: u64, bytes: &[u8]) {
+    let expected = pattern(seed, bytes.len());
+    if let Some(at) = bytes.iter().zip(&expected).position(|(got, want)| got != want) {
+        panic!("of {} bytes of pattern {seed} the one at {at} is wrong", bytes.len());
+    }
+}

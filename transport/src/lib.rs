@@ -62,7 +62,7 @@ pub use route::{Candidate, Capability, Family, Lane, Route, Verdict};
 pub use stats::{NodeStats, Stats};
 
 #[cfg(feature = "mock")]
-pub use link::mock::MockPlan;
+pub use link::mock::{MockPlan, MockSwitch};
 
 /// Entry points for fuzzing what a peer can send. Not part of the API.
 #[cfg(feature = "fuzzing")]

@@ -55,10 +55,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     for number in 1..=case.warmup as u64 {
         lines.out.store(number, Ordering::Release);
         let back = next(lines.back, number - 1)?;
-        ensure!(
-            back == number,
-            "warm-up message {number} came back as {back}"
-        );
+        ensure!(back == number, "warm-up message {number} came back as {back}");
     }
     let mut recorder = Recorder::new(case.iters, Lap::RoundTrip);
     let first = case.warmup as u64 + 1;
@@ -74,19 +71,11 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let here = before.since();
     let there: Usage = peer.control().recv()?;
     peer.finish()?;
-    Ok(Sample::latency(
-        recorder,
-        case.messages(),
-        &[here, there],
-        wall,
-    ))
+    Ok(Sample::latency(recorder, case.messages(), &[here, there], wall))
 }
 
 pub(super) fn serve(mut duty: Duty) -> Result<()> {
-    let file = duty
-        .descriptors
-        .pop()
-        .context("no shared memory was handed over")?;
+    let file = duty.descriptors.pop().context("no shared memory was handed over")?;
     let shared = Shared::map(file, 2 * PAGE_BYTES).context("mapping shared memory")?;
     let lines = Lines::of(&shared);
     for number in 1..=duty.case.warmup as u64 {

@@ -25,14 +25,9 @@ fn read(pid: libc::pid_t, address: usize, into: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while done < into.len() {
         let rest = &mut into[done..];
-        let local = libc::iovec {
-            iov_base: rest.as_mut_ptr().cast(),
-            iov_len: rest.len(),
-        };
-        let remote = libc::iovec {
-            iov_base: (address + done) as *mut libc::c_void,
-            iov_len: rest.len(),
-        };
+        let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+        let remote =
+            libc::iovec { iov_base: (address + done) as *mut libc::c_void, iov_len: rest.len() };
         // SAFETY: `local` describes exactly `rest`, which is borrowed for the call; the remote
         // address is only used in the other process, where the kernel checks it.
         let count = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
@@ -90,13 +85,9 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
 pub(super) fn serve(mut duty: Duty) -> Result<()> {
     let mut buffer = vec![0u8; duty.case.size_bytes];
     pattern::fill(&mut buffer, 0, 0, Way::Out);
-    duty.control.send(&Offer {
-        address: std::hint::black_box(buffer.as_ptr()) as usize,
-    })?;
+    duty.control.send(&Offer { address: std::hint::black_box(buffer.as_ptr()) as usize })?;
     // However long the parent measures, its death ends this process.
-    let () = duty
-        .control
-        .recv_within(std::time::Duration::from_secs(3600))?;
+    let () = duty.control.recv_within(std::time::Duration::from_secs(3600))?;
     drop(buffer);
     Ok(())
 }

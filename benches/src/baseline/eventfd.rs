@@ -22,11 +22,7 @@ fn eventfd() -> io::Result<File> {
     // SAFETY: a plain call; the returned descriptor is checked and owned by nobody else.
     unsafe {
         let fd = libc::eventfd(0, libc::EFD_CLOEXEC);
-        if fd < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(File::from_raw_fd(fd))
-        }
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(File::from_raw_fd(fd)) }
     }
 }
 
@@ -44,11 +40,7 @@ fn take(mut event: &File) -> io::Result<u64> {
 
 pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let (out, back) = (eventfd()?, eventfd()?);
-    let mut peer = Peer::spawn(
-        case,
-        pins.map(|pins| pins.peer),
-        &[out.as_fd(), back.as_fd()],
-    )?;
+    let mut peer = Peer::spawn(case, pins.map(|pins| pins.peer), &[out.as_fd(), back.as_fd()])?;
     let watch = Watch::start(&peer, &back)?;
     for number in 1..=case.warmup as u64 {
         watch.check()?;
@@ -71,12 +63,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let there: Usage = peer.control().recv()?;
     drop(watch);
     peer.finish()?;
-    Ok(Sample::latency(
-        recorder,
-        case.messages(),
-        &[here, there],
-        wall,
-    ))
+    Ok(Sample::latency(recorder, case.messages(), &[here, there], wall))
 }
 
 pub(super) fn serve(mut duty: Duty) -> Result<()> {
@@ -120,24 +107,18 @@ impl Watch {
         let (stopped, wake) = (stop.try_clone()?, wake.try_clone()?);
         let died = Arc::new(AtomicBool::new(false));
         let flag = died.clone();
-        let thread = thread::spawn(move || {
-            let mut polled = [process.as_raw_fd(), stopped.as_raw_fd()].map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
+        let thread =
+            thread::spawn(move || {
+                let mut polled = [process.as_raw_fd(), stopped.as_raw_fd()]
+                    .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+                // SAFETY: the array outlives the call, and its length is given.
+                unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+                if polled[1].revents == 0 {
+                    flag.store(true, Ordering::SeqCst);
+                    let _ = post(&wake, 1);
+                }
             });
-            // SAFETY: the array outlives the call, and its length is given.
-            unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-            if polled[1].revents == 0 {
-                flag.store(true, Ordering::SeqCst);
-                let _ = post(&wake, 1);
-            }
-        });
-        Ok(Watch {
-            died,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Watch { died, stop, thread: Some(thread) })
     }
 
     /// To be called before each message: the peer lives until it has answered the last one.

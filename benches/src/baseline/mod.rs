@@ -88,10 +88,7 @@ fn spin_until(mut ready: impl FnMut() -> bool) -> Result<()> {
 fn give_up_after(deadline: &mut Option<Instant>) -> Result<()> {
     let now = Instant::now();
     if now > *deadline.get_or_insert(now + STALLED) {
-        bail!(
-            "the other process has not answered for {} s",
-            STALLED.as_secs()
-        );
+        bail!("the other process has not answered for {} s", STALLED.as_secs());
     }
     Ok(())
 }

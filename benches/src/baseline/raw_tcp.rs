@@ -31,9 +31,7 @@ const ACKNOWLEDGEMENT: u8 = 0xA5;
 
 /// A runtime like the one that the thalweg rows use.
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 fn socket(domain: Domain) -> std::io::Result<TcpSocket> {
@@ -99,10 +97,7 @@ pub async fn serve_one(case: &Case, listener: TcpListener) -> Result<()> {
 }
 
 async fn peer_usage(stream: &mut TcpStream) -> Result<Usage> {
-    Ok(Usage {
-        cpu_us: stream.read_f64_le().await?,
-        waited_us: stream.read_f64_le().await?,
-    })
+    Ok(Usage { cpu_us: stream.read_f64_le().await?, waited_us: stream.read_f64_le().await? })
 }
 
 async fn ping(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
@@ -125,12 +120,7 @@ async fn ping(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
     let wall = start.elapsed();
     let here = before.since();
     let there = peer_usage(stream).await?;
-    Ok(Sample::latency(
-        recorder,
-        case.messages(),
-        &[here, there],
-        wall,
-    ))
+    Ok(Sample::latency(recorder, case.messages(), &[here, there], wall))
 }
 
 async fn pong(case: &Case, stream: &mut TcpStream) -> Result<Usage> {
@@ -185,9 +175,6 @@ async fn drain(case: &Case, stream: &mut TcpStream) -> Result<Usage> {
 
 async fn acknowledged(stream: &mut TcpStream) -> Result<()> {
     let word = stream.read_u8().await?;
-    ensure!(
-        word == ACKNOWLEDGEMENT,
-        "the acknowledgement arrived as {word:#04x}"
-    );
+    ensure!(word == ACKNOWLEDGEMENT, "the acknowledgement arrived as {word:#04x}");
     Ok(())
 }

@@ -43,10 +43,7 @@ impl<'a> Ring<'a> {
         // SAFETY: inside the mapping, 64-byte aligned, lives as long as `shared`, and is touched
         // as an atomic only, by both processes.
         let consumed = unsafe { AtomicU64::from_ptr(shared.at(base).cast().as_ptr()) };
-        Ring {
-            consumed,
-            slots: shared.at(base + HEADER_BYTES),
-        }
+        Ring { consumed, slots: shared.at(base + HEADER_BYTES) }
     }
 
     #[inline]
@@ -69,11 +66,7 @@ struct Producer<'a> {
 
 impl<'a> Producer<'a> {
     fn new(ring: Ring<'a>) -> Self {
-        Producer {
-            ring,
-            next: 0,
-            consumed: 0,
-        }
+        Producer { ring, next: 0, consumed: 0 }
     }
 
     /// Sends at most 56 bytes, waiting for room.
@@ -104,11 +97,7 @@ struct Consumer<'a> {
 
 impl<'a> Consumer<'a> {
     fn new(ring: Ring<'a>) -> Self {
-        Consumer {
-            ring,
-            next: 0,
-            published: 0,
-        }
+        Consumer { ring, next: 0, published: 0 }
     }
 
     /// Receives at most 56 bytes, waiting for them.
@@ -130,10 +119,7 @@ impl<'a> Consumer<'a> {
 }
 
 pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
-    ensure!(
-        case.size_bytes <= PAYLOAD_MAX_BYTES,
-        "a slot carries at most {PAYLOAD_MAX_BYTES} B"
-    );
+    ensure!(case.size_bytes <= PAYLOAD_MAX_BYTES, "a slot carries at most {PAYLOAD_MAX_BYTES} B");
     let shared = Shared::create(2 * RING_BYTES).context("making shared memory")?;
     let mut peer = Peer::spawn(case, pins.map(|pins| pins.peer), &[shared.file()])?;
     let mut out = Producer::new(Ring::of(&shared, 0));
@@ -184,10 +170,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
 
 pub(super) fn serve(mut duty: Duty) -> Result<()> {
     let case = &duty.case;
-    let file = duty
-        .descriptors
-        .pop()
-        .context("no shared memory was handed over")?;
+    let file = duty.descriptors.pop().context("no shared memory was handed over")?;
     let shared = Shared::map(file, 2 * RING_BYTES).context("mapping shared memory")?;
     let mut out = Consumer::new(Ring::of(&shared, 0));
     let mut back = Producer::new(Ring::of(&shared, 1));

@@ -23,11 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Whether the program can be started.
 pub fn installed() -> bool {
-    let found = Command::new(PROGRAM)
-        .arg("-h")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
+    let found =
+        Command::new(PROGRAM).arg("-h").stdout(Stdio::null()).stderr(Stdio::null()).status();
     found.is_ok()
 }
 
@@ -36,11 +33,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let mut server = Running(command(case, port, pins.map(|pins| pins.peer)).spawn()?);
     let output = run_client(case, port, pins.map(|pins| pins.here), &mut server)
         .map_err(|error| Unavailable::new(format!("{PROGRAM} fails here: {error:#}")))?;
-    wait_until(
-        &mut server.0,
-        Instant::now() + START,
-        "the ucx_perftest server",
-    )?;
+    wait_until(&mut server.0, Instant::now() + START, "the ucx_perftest server")?;
     figures(case, &output).with_context(|| format!("reading what {PROGRAM} says: {output:?}"))
 }
 
@@ -57,9 +50,7 @@ impl Drop for Running {
 
 /// A port of the loopback interface that nobody listens on at this moment.
 fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
-        .local_addr()?
-        .port())
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 fn command(case: &Case, port: u16, cpu: Option<usize>) -> Command {
@@ -68,16 +59,11 @@ fn command(case: &Case, port: u16, cpu: Option<usize>) -> Command {
         Program::Pingpong => "tag_lat",
         Program::Bandwidth => "tag_bw",
     };
-    command
-        .env("UCX_TLS", "posix,cma,self")
-        .env("UCX_LOG_LEVEL", "fatal");
+    command.env("UCX_TLS", "posix,cma,self").env("UCX_LOG_LEVEL", "fatal");
     command.args(["-t", test, "-f", "-v"]);
-    for (option, value) in [
-        ("-p", port.into()),
-        ("-s", case.size_bytes),
-        ("-n", case.iters),
-        ("-w", case.warmup),
-    ] {
+    for (option, value) in
+        [("-p", port.into()), ("-s", case.size_bytes), ("-n", case.iters), ("-w", case.warmup)]
+    {
         command.arg(option).arg(value.to_string());
     }
     if case.program == Program::Bandwidth {
@@ -86,10 +72,7 @@ fn command(case: &Case, port: u16, cpu: Option<usize>) -> Command {
     if let Some(cpu) = cpu {
         command.arg("-c").arg(cpu.to_string());
     }
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     die_with_parent(&mut command);
     command
 }
@@ -113,54 +96,34 @@ fn run_client(case: &Case, port: u16, cpu: Option<usize>, server: &mut Running) 
 }
 
 fn output(client: &mut Child) -> Result<String> {
-    let pipe = client
-        .stdout
-        .take()
-        .context("its output was not captured")?;
+    let pipe = client.stdout.take().context("its output was not captured")?;
     std::io::read_to_string(pipe).context("reading its output")
 }
 
 /// Reads the last line: iterations, percentile, average and overall latency in µs, average and
 /// overall bandwidth in MiB/s, average and overall rate.
 fn figures(case: &Case, output: &str) -> Result<Sample> {
-    let line = output
-        .lines()
-        .rev()
-        .find(|line| line.contains(','))
-        .context("no line of figures")?;
+    let line =
+        output.lines().rev().find(|line| line.contains(',')).context("no line of figures")?;
     let column = |index: usize| -> Result<f64> {
         let text = line.split(',').nth(index).context("too few figures")?;
-        text.trim()
-            .parse()
-            .with_context(|| format!("{text:?} is no figure"))
+        text.trim().parse().with_context(|| format!("{text:?} is no figure"))
     };
     let figures = match case.program {
         Program::Pingpong => Figures::Latency {
-            half_rtt_us: Percentiles {
-                p50: Some(column(1)?),
-                ..Percentiles::default()
-            },
+            half_rtt_us: Percentiles { p50: Some(column(1)?), ..Percentiles::default() },
             cpu_us_per_message: None,
         },
         Program::Bandwidth => {
             // The rate is printed as a whole number, the bandwidth with two decimals.
             let by_rate = column(7)?;
             let by_bytes = column(5)? * 1_048_576.0 / (case.size_bytes.max(1) as f64);
-            let per_second = if by_rate > 10_000.0 {
-                by_rate
-            } else {
-                by_bytes
-            };
+            let per_second = if by_rate > 10_000.0 { by_rate } else { by_bytes };
             anyhow::ensure!(per_second > 0.0, "a rate of nothing");
-            Figures::Stream {
-                seconds: case.iters as f64 / per_second,
-            }
+            Figures::Stream { seconds: case.iters as f64 / per_second }
         }
     };
-    Ok(Sample {
-        figures,
-        disturbed: 0.0,
-    })
+    Ok(Sample { figures, disturbed: 0.0 })
 }
 
 #[cfg(test)]
@@ -186,17 +149,13 @@ mod tests {
             &case(Program::Pingpong, 8),
             " 20000,0.344,0.346,0.347,22.08,22.08,2894170,2894170\n",
         );
-        let Figures::Latency { half_rtt_us, .. } = sample.unwrap().figures else {
-            panic!()
-        };
+        let Figures::Latency { half_rtt_us, .. } = sample.unwrap().figures else { panic!() };
         assert_eq!(half_rtt_us.p50, Some(0.344));
         let sample = figures(
             &case(Program::Bandwidth, 8 << 20),
             " 200,767.904,776.935,776.935,10296.88,10296.88,1287,1287\n",
         );
-        let Figures::Stream { seconds } = sample.unwrap().figures else {
-            panic!()
-        };
+        let Figures::Stream { seconds } = sample.unwrap().figures else { panic!() };
         assert!((seconds - 0.15538).abs() < 1e-4, "{seconds}");
         assert!(figures(&case(Program::Pingpong, 8), "").is_err());
         assert!(figures(&case(Program::Pingpong, 8), "1,two,3").is_err());

@@ -73,19 +73,11 @@ const GB_PER_S: &str = "/gb_per_s";
 const MESSAGES_PER_S: &str = "/messages_per_s";
 
 const fn ours(field: &'static str) -> Pick {
-    Pick {
-        transport: Transport::Thalweg,
-        size_bytes: None,
-        field,
-    }
+    Pick { transport: Transport::Thalweg, size_bytes: None, field }
 }
 
 const fn bare(name: &'static str, field: &'static str) -> Pick {
-    Pick {
-        transport: Transport::Baseline(name),
-        size_bytes: None,
-        field,
-    }
+    Pick { transport: Transport::Baseline(name), size_bytes: None, field }
 }
 
 const PROMISES: [Promise; 13] = [
@@ -156,14 +148,8 @@ const PROMISES: [Promise; 13] = [
     Promise {
         name: "shm loaned 8 MiB p50, first and last byte touched / shm loaned 8 B p50",
         command: "pingpong --transport shm --wake spin --memory loaned --size 8,8MiB --iters 20000",
-        above: Pick {
-            size_bytes: Some(8 << 20),
-            ..ours(P50)
-        },
-        below: Pick {
-            size_bytes: Some(8),
-            ..ours(P50)
-        },
+        above: Pick { size_bytes: Some(8 << 20), ..ours(P50) },
+        below: Pick { size_bytes: Some(8), ..ours(P50) },
         better: Better::Lower,
         must: 2.5,
         aim: 1.5,
@@ -233,9 +219,7 @@ fn main() -> ExitCode {
 /// Prints the table; `false` if a promise is broken.
 fn measure_all(options: &Options) -> Result<bool> {
     let programs = std::env::current_exe().context("finding this program")?;
-    let programs = programs
-        .parent()
-        .context("this program lies in no folder")?;
+    let programs = programs.parent().context("this program lies in no folder")?;
     let mut raw = match &options.raw {
         Some(file) => Some(std::fs::File::create(file).context("creating the raw file")?),
         None => None,
@@ -243,10 +227,7 @@ fn measure_all(options: &Options) -> Result<bool> {
     let mut kept = true;
     println!("| row | must | aim | measured | |\n| --- | --- | --- | --- | --- |");
     let wanted = options.only.as_deref().unwrap_or("");
-    for promise in PROMISES
-        .iter()
-        .filter(|promise| promise.name.contains(wanted))
-    {
+    for promise in PROMISES.iter().filter(|promise| promise.name.contains(wanted)) {
         if std::io::stderr().is_terminal() {
             eprintln!("measuring {} …", promise.name);
         }
@@ -267,9 +248,7 @@ fn run(programs: &Path, promise: &Promise, options: &Options) -> Result<Vec<Valu
     let mut words = promise.command.split_ascii_whitespace();
     let program = programs.join(words.next().context("a row without a command")?);
     let mut command = Command::new(&program);
-    command
-        .args(words)
-        .args(["--json", "--repeat", &options.repeat.to_string()]);
+    command.args(words).args(["--json", "--repeat", &options.repeat.to_string()]);
     if let Some(pin) = &options.pin {
         command.args(["--pin", pin]);
     }
@@ -277,43 +256,22 @@ fn run(programs: &Path, promise: &Promise, options: &Options) -> Result<Vec<Valu
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("starting {}", program.display()))?;
-    ensure!(
-        output.status.success(),
-        "{} ended with {}",
-        promise.command,
-        output.status
-    );
+    ensure!(output.status.success(), "{} ended with {}", promise.command, output.status);
     let text = String::from_utf8(output.stdout).context("reading the rows")?;
-    text.lines()
-        .map(|line| serde_json::from_str(line).context("reading a row"))
-        .collect()
+    text.lines().map(|line| serde_json::from_str(line).context("reading a row")).collect()
 }
 
 /// Prints a line of the table; `false` if the promise is broken.
 fn judge(promise: &Promise, rows: &[Value]) -> bool {
-    let Promise {
-        name,
-        must,
-        aim,
-        better,
-        ..
-    } = promise;
-    let sign = if *better == Better::Lower {
-        '≤'
-    } else {
-        '≥'
-    };
+    let Promise { name, must, aim, better, .. } = promise;
+    let sign = if *better == Better::Lower { '≤' } else { '≥' };
     let (Some(above), Some(below)) = (find(promise.above, rows), find(promise.below, rows)) else {
         println!("| {name} | {sign} {must} | {aim} | not measured here | – |");
         return true;
     };
     let ratio = above / below;
     let meets = |limit: f64| {
-        if *better == Better::Lower {
-            ratio <= limit
-        } else {
-            ratio >= limit
-        }
+        if *better == Better::Lower { ratio <= limit } else { ratio >= limit }
     };
     let verdict = match (meets(*aim), meets(*must)) {
         (true, _) => "aim",
@@ -350,16 +308,7 @@ mod tests {
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
         assert_eq!(find(ours(P50), &rows), Some(0.2));
-        assert_eq!(
-            find(
-                Pick {
-                    size_bytes: Some(8 << 20),
-                    ..ours(P50)
-                },
-                &rows
-            ),
-            Some(0.3)
-        );
+        assert_eq!(find(Pick { size_bytes: Some(8 << 20), ..ours(P50) }, &rows), Some(0.3));
         assert_eq!(find(bare("cma", P50), &rows), None);
         assert_eq!(find(bare("ring", P50), &rows), None);
     }

@@ -667,11 +667,24 @@ impl Core {
     ) -> Result<Post, Error> {
         let mut encoded = HeadBuf::new();
         head.encode(&mut encoded);
+        self.post_encoded(op, class, how, &encoded, payload, len)
+    }
+
+    #[inline]
+    pub(super) fn post_encoded(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<Post, Error> {
         let lane = self.lane_for(class, len);
         let Some(link) = self.lanes.get_mut(lane) else {
             return Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)));
         };
-        match link.post(op, class, how, &encoded, payload) {
+        match link.post(op, class, how, head, payload) {
             Ok(post) => Ok(post),
             Err(error) => {
                 self.fail_link(&error);
@@ -680,6 +693,7 @@ impl Core {
         }
     }
 
+    #[cold]
     pub(super) fn control(&mut self, head: &Head<'_>) -> Result<(), Error> {
         let post = self.post(OpId::NONE, Class::Control, How::Eager, head, &[], 0)?;
         debug_assert_ne!(post, Post::Full, "control always has room");

@@ -11,7 +11,9 @@ use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment
 use crate::memory::MemoryKind;
 use crate::message::{Frame, Message};
 use crate::proto::credit::message_cost;
-use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX};
+use crate::proto::wire::{
+    Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, one_frame_head,
+};
 
 /// Messages whose frame lengths have begun to arrive. A peer sends the table of one message after
 /// the other; the slack allows for lanes that reorder.
@@ -113,8 +115,8 @@ impl Core {
                 self.post(op, Class::Message, How::Eager, &head, &[], 0)?
             }
             [frame] => {
-                let head = Head::Message { seq, frames: Frames::One };
-                self.post(op, Class::Message, How::Eager, &head, &[frame.segment()], len)?
+                let head = one_frame_head(seq);
+                self.post_encoded(op, Class::Message, How::Eager, &head, &[frame.segment()], len)?
             }
             frames => {
                 let lens: SmallVec<[u64; 16]> = frames.iter().map(|f| f.len() as u64).collect();
@@ -224,7 +226,9 @@ impl State {
 
     /// The receive leaves the line; the next one is woken if something is there for it.
     pub fn leave_line(&mut self, id: OpId) {
-        if let Some(at) = self.receivers.iter().position(|waiting| *waiting == id) {
+        if self.receivers.front() == Some(&id) {
+            self.receivers.pop_front();
+        } else if let Some(at) = self.receivers.iter().position(|waiting| *waiting == id) {
             self.receivers.remove(at);
         }
         self.free(id);
@@ -328,9 +332,10 @@ impl State {
             let Some(frame) = frame else { return State::no_memory(*len) };
             message.push(frame);
         }
+        let message = Box::new(message);
         let op = self.ops.insert(Slot::new(Stage::Posted, What::LandMessage { seq, message }));
-        // Frames have their final address only now: short ones are inside the message. A slot may
-        // still move when the table grows, so short frames get memory of their own.
+        // Short frames lie inside the message, which moves when it has landed: they get memory of
+        // their own for as long as a link writes to them.
         let Some(Slot { what: What::LandMessage { message, .. }, .. }) = self.ops.get(op) else {
             return State::no_memory(len);
         };
@@ -353,24 +358,27 @@ impl State {
         };
         if result.is_err() {
             // The endpoint is ending; a half message is nobody's.
-            self.after.discard_message(message);
+            self.after.discard_message(*message);
             return;
         }
         // The sequence number was checked when the message began to arrive.
-        let _ = self.message_arrived(seq, message);
+        let _ = self.message_arrived(seq, *message);
     }
 
     /// `Some`: what to answer the link instead, because the peer broke the order.
     fn message_arrived(&mut self, seq: u32, message: Message) -> Option<Disposition> {
         self.stats.messages_received += 1;
         self.stats.message_bytes_received += message.len_bytes() as u64;
-        if let Err(error) = self.arriving.insert(seq, message) {
-            return Some(State::protocol(error.to_string()));
-        }
-        let mut any = false;
-        while let Some(message) = self.arriving.pop() {
+        let mut any = self.arriving.pass(seq);
+        if any {
             self.inbox.push_back(message);
-            any = true;
+        } else if let Err(error) = self.arriving.insert(seq, message) {
+            return Some(State::protocol(error.to_string()));
+        } else {
+            while let Some(message) = self.arriving.pop() {
+                self.inbox.push_back(message);
+                any = true;
+            }
         }
         if any {
             if self.receivers.is_empty() {

@@ -99,7 +99,7 @@ impl Core {
                     self.state.after.discard_use(reply.used);
                 }
                 Ok(Post::Pending) => {
-                    let what = What::GetOut { used: reply.used };
+                    let what = What::GetOut { _used: reply.used };
                     self.state.ops.insert(Slot::new(Stage::Posted, what));
                 }
                 Ok(Post::Full) => {

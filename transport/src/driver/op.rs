@@ -42,6 +42,19 @@ pub trait Kind: Unpin {
     /// What comes back when it is cancelled.
     type Withdrawn;
 
+    /// Whether the operation can be looked at without a place in the table: it takes its place
+    /// only when it has to wait.
+    #[doc(hidden)]
+    const LAZY: bool = false;
+
+    /// For lazy operations: the outcome, if it is there for one without a place.
+    #[doc(hidden)]
+    #[inline]
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Self::Output> {
+        let _ = core;
+        None
+    }
+
     #[doc(hidden)]
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output>;
     #[doc(hidden)]
@@ -78,12 +91,14 @@ pub struct Op<'e, K: Kind> {
     kind: K,
     ticket: Option<OpId>,
     spinning_since: Option<Instant>,
+    /// Its waker may be the endpoint's leader.
+    led: bool,
     finished: bool,
 }
 
 impl<'e, K: Kind> Op<'e, K> {
     pub(crate) fn new(endpoint: &'e Arc<EndpointShared>, kind: K) -> Self {
-        Op { endpoint, kind, ticket: None, spinning_since: None, finished: false }
+        Op { endpoint, kind, ticket: None, spinning_since: None, led: false, finished: false }
     }
 
     /// Fails with [`ErrorKind::TimedOut`] if it is not over after this time. An operation that has
@@ -104,7 +119,17 @@ impl<'e, K: Kind> Op<'e, K> {
         Cancelling { op: self }
     }
 
+    /// Looks whether it is over. A lazy operation does not take a place in the table here.
+    #[inline]
     fn step(&mut self, core: &mut Core) -> Option<K::Output> {
+        if K::LAZY && self.ticket.is_none() {
+            return self.kind.try_now(&mut CoreRef(core));
+        }
+        self.step_in_place(core)
+    }
+
+    /// As `step`, and takes a place if it has none.
+    fn step_in_place(&mut self, core: &mut Core) -> Option<K::Output> {
         match self.ticket {
             Some(id) => self.kind.resume(&mut CoreRef(core), Ticket(id)),
             None => match self.kind.start(&mut CoreRef(core)) {
@@ -119,7 +144,9 @@ impl<'e, K: Kind> Op<'e, K> {
 
     fn ready(&mut self, output: K::Output) -> Poll<K::Output> {
         self.finished = true;
-        if let Some(id) = self.ticket.take() {
+        if let Some(id) = self.ticket.take()
+            && self.led
+        {
             self.endpoint.pulse.unlead(id);
         }
         // Nobody may be armed now; see `board`.
@@ -185,8 +212,13 @@ impl<'e, K: Kind> Op<'e, K> {
                 spinning = false;
                 rounds = 0;
             }
+            if let Some(output) = self.step_in_place(&mut core) {
+                drop(core);
+                return self.ready(output);
+            }
             self.store_waker(&mut core, cx);
             if let Some(id) = self.ticket {
+                self.led = true;
                 endpoint.pulse.lead(id, cx.waker());
             }
             if !core.ended() && core.arm(&mut lane_cx) == Armed::Yes && !core.ended() {
@@ -197,10 +229,14 @@ impl<'e, K: Kind> Op<'e, K> {
 
     /// Lets other tasks run; this one is polled again at once.
     fn yield_now(
-        &self,
+        &mut self,
         mut core: super::endpoint::CoreGuard<'_>,
         cx: &Context<'_>,
     ) -> Poll<K::Output> {
+        if let Some(output) = self.step_in_place(&mut core) {
+            drop(core);
+            return self.ready(output);
+        }
         self.store_waker(&mut core, cx);
         self.endpoint.pulse.watch();
         drop(core);
@@ -416,18 +452,25 @@ pub struct Recv;
 impl Kind for Recv {
     type Output = Result<Message>;
     type Withdrawn = ();
+    const LAZY: bool = true;
+
+    #[inline]
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Self::Output> {
+        let core = &mut *core.0;
+        if core.state.has_receivers() {
+            return None;
+        }
+        match core.take_message() {
+            Some(message) => Some(Ok(message)),
+            None => core.state.refusal().map(Err),
+        }
+    }
 
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
-        let core = &mut *core.0;
-        if !core.state.has_receivers() {
-            if let Some(message) = core.take_message() {
-                return Started::Ready(Ok(message));
-            }
-            if let Some(error) = core.state.refusal() {
-                return Started::Ready(Err(error));
-            }
+        match self.try_now(core) {
+            Some(output) => Started::Ready(output),
+            None => Started::Waits(Ticket(core.0.state.wait_for_message())),
         }
-        Started::Waits(Ticket(core.state.wait_for_message()))
     }
 
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {

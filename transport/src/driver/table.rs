@@ -98,7 +98,7 @@ pub(crate) enum What {
     /// A receive that waits for a message.
     Recv,
     /// A message that a link is landing.
-    LandMessage { seq: u32, message: Message },
+    LandMessage { seq: u32, message: Box<Message> },
     /// A tagged send.
     TagSend { from: RawSegment, tag: u64 },
     /// A tagged receive, posted or landing.
@@ -111,7 +111,7 @@ pub(crate) enum What {
         heir: Option<OpId>,
     },
     /// An unexpected eager payload that a link is landing in driver memory.
-    LandTag { buffer: Frame, heir: Option<OpId> },
+    LandTag { buffer: Box<Frame>, heir: Option<OpId> },
     /// A put: over when the link has let go and the target has answered.
     Put { from: RawSegment, key: u64, offset: u64, number: u64, local: bool, remote: bool },
     /// The peer's put that a link is landing in a region.
@@ -119,7 +119,7 @@ pub(crate) enum What {
     /// A get that waits for, or is landing, the answer.
     Get { to: RawSegment, key: u64, offset: u64, number: u64, answered: bool },
     /// The answer to the peer's get on its way out of a region.
-    GetOut { used: RegionUse },
+    GetOut { _used: RegionUse },
     /// A fence: over when earlier one-sided operations are, and the peer has answered.
     Fence { before: u64, remote: bool },
 }

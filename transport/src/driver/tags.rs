@@ -352,7 +352,7 @@ impl State {
         let Some((ptr, len)) = buffer.as_mut_slice().map(|b| (b.as_mut_ptr(), b.len())) else {
             return Err(State::no_memory(arrival.len));
         };
-        let what = What::LandTag { buffer, heir: None };
+        let what = What::LandTag { buffer: Box::new(buffer), heir: None };
         let slot = self.ops.insert(Slot::new(Stage::Posted, what));
         let to = smallvec![SegmentMut { ptr, len, kind: MemoryKind::Host }];
         Ok((Stray::Landing { slot, len, cost }, Disposition::Land { to, op: slot }))
@@ -407,7 +407,7 @@ impl State {
                 self.free(id);
             }
             What::LandTag { buffer, heir } => {
-                let bytes = std::mem::replace(buffer, Frame::heap(0));
+                let bytes = std::mem::replace(&mut **buffer, Frame::heap(0));
                 let heir = heir.take();
                 match (result, heir) {
                     (Ok(()), heir) => self.stray_is_here(id, heir, bytes),

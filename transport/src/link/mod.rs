@@ -151,6 +151,7 @@ pub(crate) type Landing = SmallVec<[SegmentMut; 2]>;
 pub(crate) struct RawView {
     pub ptr: *const u8,
     pub len: usize,
+    #[allow(dead_code, reason = "held for its drop")]
     pub keep: Arc<dyn Send + Sync>,
 }
 

@@ -1,11 +1,12 @@
 //! Host memory for what is received, reused: fresh pages cost more than the copy into them (a
 //! destination allocated per 8 MiB message was measured at 0.37 of the speed of a reused one).
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::{Buffer, BufferMut, Region};
 
@@ -19,7 +20,7 @@ pub trait Allocator: Send + Sync + 'static {
 
 const CLASS_MIN: usize = 4096;
 const CLASSES: usize = 32;
-/// From this size on, memory is aligned so that the kernel may back it with huge pages.
+/// From this size on, the kernel is asked to back memory with huge pages.
 const HUGE: usize = 2 << 20;
 
 struct Cache {
@@ -40,8 +41,8 @@ impl Drop for Inner {
         let cache = self.cache.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (class, list) in cache.free.iter_mut().enumerate() {
             for ptr in list.drain(..) {
-                // SAFETY: came from `alloc_zeroed` with this class's layout.
-                unsafe { dealloc(ptr.as_ptr(), layout(class)) };
+                // SAFETY: owned by the pool, of this class, and used by nobody.
+                unsafe { unmap(ptr, class) };
             }
         }
     }
@@ -54,10 +55,28 @@ fn class_of(len: usize) -> Option<usize> {
     (class < CLASSES).then_some(class)
 }
 
-fn layout(class: usize) -> Layout {
+/// Fresh memory of a class: zeroed, and without pages until they are touched, so that a length
+/// claimed by a peer costs nothing before its bytes come.
+fn map(class: usize) -> Option<NonNull<u8>> {
     let size = CLASS_MIN << class;
-    Layout::from_size_align(size, if size >= HUGE { HUGE } else { CLASS_MIN.min(size) })
-        .expect("a power of two below 2^44")
+    // SAFETY: a fresh private mapping.
+    let ptr = unsafe {
+        mmap_anonymous(null_mut(), size, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+    };
+    let ptr = ptr.ok()?;
+    if size >= HUGE {
+        // SAFETY: advice on the mapping just made; a refusal costs speed only.
+        let _ = unsafe { madvise(ptr, size, Advice::LinuxHugepage) };
+    }
+    NonNull::new(ptr.cast())
+}
+
+/// # Safety
+///
+/// `ptr` came from [`map`] with this class, and nobody uses the memory any more.
+unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
+    // SAFETY: the caller's. It fails only for what was not mapped.
+    let _ = unsafe { munmap(ptr.as_ptr().cast(), CLASS_MIN << class) };
 }
 
 /// The node's pool of host memory. Cloning shares it.
@@ -90,18 +109,7 @@ impl Allocator for HostPool {
         };
         let ptr = match reused {
             Some(ptr) => ptr,
-            None => {
-                let layout = layout(class);
-                // SAFETY: the layout's size is not zero.
-                let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-                if layout.size() >= HUGE {
-                    // SAFETY: advice on memory that was just allocated; a refusal costs speed only.
-                    unsafe {
-                        libc::madvise(ptr.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE);
-                    }
-                }
-                ptr
-            }
+            None => map(class)?,
         };
         Some(PoolBuf { ptr, len: len_bytes, class, pool: self.0.clone() })
     }
@@ -177,8 +185,8 @@ impl Drop for PoolBuf {
                 return;
             }
         }
-        // SAFETY: allocated with this class's layout, and not in the pool.
-        unsafe { dealloc(self.ptr.as_ptr(), layout(self.class)) };
+        // SAFETY: mapped with this class, not in the pool, and dropped with this value.
+        unsafe { unmap(self.ptr, self.class) };
     }
 }
 

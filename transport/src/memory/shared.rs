@@ -87,11 +87,7 @@ impl OwnMapping {
         let Some(ptr) = NonNull::new(ptr.cast()) else {
             return Err(io::Error::other("mmap answered the null address"));
         };
-        let mapping = OwnMapping {
-            ptr,
-            len,
-            guard: ForkGuard::get(),
-        };
+        let mapping = OwnMapping { ptr, len, guard: ForkGuard::get() };
         // SAFETY: exactly the mapping just made; only affects children forked from here on.
         unsafe { madvise(ptr.as_ptr().cast(), len, Advice::LinuxDontFork)? };
         fcntl_add_seals(&fd, seals())?;
@@ -145,9 +141,7 @@ impl PeerMapping {
         let stat = rustix::fs::fstat(fd).map_err(|e| format!("fstat: {e}"))?;
         let len = u64::try_from(stat.st_size).unwrap_or(0);
         if len == 0 || len > max_len {
-            return Err(format!(
-                "shared memory of {len} bytes, expected 1..={max_len}"
-            ));
+            return Err(format!("shared memory of {len} bytes, expected 1..={max_len}"));
         }
         if (stat.st_blocks as u64).saturating_mul(512) < len {
             return Err("shared memory has pages that are not allocated".into());
@@ -156,15 +150,8 @@ impl PeerMapping {
         // SAFETY: a fresh read-only mapping at an address of the kernel's choosing; its seals
         // keep every page of it valid.
         let ptr = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )
-            .map_err(|e| format!("mmap: {e}"))?
+            mmap(std::ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, fd, 0)
+                .map_err(|e| format!("mmap: {e}"))?
         };
         let ptr = NonNull::new(ptr.cast()).ok_or("mmap answered the null address")?;
         Ok(PeerMapping { ptr, len })
@@ -213,15 +200,9 @@ impl FreeRanges {
 
     fn give(&mut self, freed: Range) {
         let at = self.0.partition_point(|range| range.start < freed.start);
-        let joins_next = self
-            .0
-            .get(at)
-            .is_some_and(|next| freed.start + freed.len == next.start);
-        let joins_last = at > 0
-            && self
-                .0
-                .get(at - 1)
-                .is_some_and(|last| last.start + last.len == freed.start);
+        let joins_next = self.0.get(at).is_some_and(|next| freed.start + freed.len == next.start);
+        let joins_last =
+            at > 0 && self.0.get(at - 1).is_some_and(|last| last.start + last.len == freed.start);
         match (joins_last, joins_next) {
             (true, true) => {
                 self.0[at - 1].len += freed.len + self.0[at].len;
@@ -277,9 +258,7 @@ impl PoolInner {
     }
 
     fn segment(&self, index: u32) -> &Segment {
-        self.segments[index as usize]
-            .get()
-            .expect("blocks only name segments that were made")
+        self.segments[index as usize].get().expect("blocks only name segments that were made")
     }
 
     fn take(&self, state: &mut State, granules: u32) -> Result<Place, Error> {
@@ -313,31 +292,21 @@ impl PoolInner {
         // Each segment doubles the pool up to a typical size. Pools too large for that many
         // segments of typical size get larger ones.
         let typical_max = SEGMENT_TYPICAL_MAX.max(self.limit_bytes / (SEGMENTS_MAX / 2));
-        let wish = state
-            .allocated_bytes
-            .clamp(SEGMENT_MIN, typical_max)
-            .next_multiple_of(GRANULE);
+        let wish = state.allocated_bytes.clamp(SEGMENT_MIN, typical_max).next_multiple_of(GRANULE);
         let len = need.max(wish.min(left));
         let (mapping, fd) = OwnMapping::create(c"thalweg-pool", len).map_err(|error| {
             Error::from_io(Phase::Transfer, "making a segment of shared memory", &error)
         })?;
         let granules = len / GRANULE;
         let refs = (0..granules).map(|_| AtomicU32::new(0)).collect();
-        let segment = Segment {
-            mapping,
-            fd: Fd::new(fd),
-            refs,
-        };
+        let segment = Segment { mapping, fd: Fd::new(fd), refs };
         if self.segments[index].set(segment).is_err() {
             unreachable!("segments are made under the lock, in order");
         }
         state.allocated_bytes += len;
         // Enough for ordinary use without growing later.
         let mut free = FreeRanges(Vec::with_capacity(64));
-        free.give(Range {
-            start: 0,
-            len: granules as u32,
-        });
+        free.give(Range { start: 0, len: granules as u32 });
         state.free.push(free);
         Ok(())
     }
@@ -353,10 +322,7 @@ impl PoolInner {
                 return;
             }
         }
-        state.free[place.segment as usize].give(Range {
-            start: place.start,
-            len: granules,
-        });
+        state.free[place.segment as usize].give(Range { start: place.start, len: granules });
     }
 }
 
@@ -367,10 +333,7 @@ fn quick_order(granules: u32) -> Option<usize> {
 
 fn take_free(state: &mut State, granules: u32) -> Option<Place> {
     state.free.iter_mut().enumerate().find_map(|(index, free)| {
-        free.take(granules).map(|start| Place {
-            segment: index as u32,
-            start,
-        })
+        free.take(granules).map(|start| Place { segment: index as u32, start })
     })
 }
 
@@ -380,10 +343,7 @@ fn flush_quick(state: &mut State) {
         let count = std::mem::take(&mut quick.count);
         let places = quick.places;
         for place in &places[..count] {
-            let range = Range {
-                start: place.start,
-                len: 1 << order,
-            };
+            let range = Range { start: place.start, len: 1 << order };
             state.free[place.segment as usize].give(range);
         }
     }
@@ -420,10 +380,7 @@ impl SharedPool {
             segments: [const { OnceLock::new() }; SEGMENTS_MAX],
             state: Mutex::new(State {
                 free: Vec::with_capacity(SEGMENTS_MAX),
-                quick: [Quick {
-                    places: [Place::default(); QUICK_DEPTH],
-                    count: 0,
-                }; QUICK_ORDERS],
+                quick: [Quick { places: [Place::default(); QUICK_DEPTH], count: 0 }; QUICK_ORDERS],
                 allocated_bytes: 0,
                 loaned_bytes: 0,
             }),
@@ -448,23 +405,14 @@ impl SharedPool {
         segment.refs[place.start as usize].store(1, Ordering::Relaxed);
         // SAFETY: the range was taken from this segment's free ranges, so it lies inside.
         let ptr = unsafe { segment.mapping.ptr.add(place.start as usize * GRANULE) };
-        Ok(Loan(Block {
-            pool: self.0.clone(),
-            place,
-            granules,
-            len,
-            ptr,
-        }))
+        Ok(Loan(Block { pool: self.0.clone(), place, granules, len, ptr }))
     }
 
     fn too_large(&self, len: usize) -> Error {
         Error::new(
             ErrorKind::LimitExceeded,
             Phase::Transfer,
-            format!(
-                "a loan of {len} bytes, the shared pool's limit is {}",
-                self.0.limit_bytes
-            ),
+            format!("a loan of {len} bytes, the shared pool's limit is {}", self.0.limit_bytes),
         )
         .with_hint("raise the limit of the shared pool")
     }
@@ -600,11 +548,7 @@ impl SharedBlock {
     /// Writable again, if this is the only reference.
     pub fn try_into_loan(self) -> Result<Loan, SharedBlock> {
         // Acquire: whoever let go of the other references has finished reading.
-        if self.0.refs().load(Ordering::Acquire) == 1 {
-            Ok(Loan(self.0))
-        } else {
-            Err(self)
-        }
+        if self.0.refs().load(Ordering::Acquire) == 1 { Ok(Loan(self.0)) } else { Err(self) }
     }
 
     /// The segment's number within the pool, below [`SEGMENTS_MAX`].
@@ -639,13 +583,7 @@ impl SharedBlock {
 
 impl Clone for SharedBlock {
     fn clone(&self) -> Self {
-        let Block {
-            pool,
-            place,
-            granules,
-            len,
-            ptr,
-        } = &self.0;
+        let Block { pool, place, granules, len, ptr } = &self.0;
         // References are bounded by the operations in flight, far below the counter's range.
         self.0.refs().fetch_add(1, Ordering::Relaxed);
         SharedBlock(Block {
@@ -660,13 +598,7 @@ impl Clone for SharedBlock {
 
 impl fmt::Debug for SharedBlock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "SharedBlock({}:{}+{})",
-            self.segment(),
-            self.offset(),
-            self.len()
-        )
+        write!(f, "SharedBlock({}:{}+{})", self.segment(), self.offset(), self.len())
     }
 }
 
@@ -701,26 +633,18 @@ pub(crate) struct PeerSegments {
 impl PeerSegments {
     /// Maps `limit_bytes` (address space, not memory of ours) at most.
     pub fn new(limit_bytes: u64) -> Self {
-        PeerSegments {
-            mapped: Vec::new(),
-            bytes: 0,
-            limit_bytes,
-        }
+        PeerSegments { mapped: Vec::new(), bytes: 0, limit_bytes }
     }
 
     pub fn contains(&self, segment: u32) -> bool {
-        self.mapped
-            .get(segment as usize)
-            .is_some_and(Option::is_some)
+        self.mapped.get(segment as usize).is_some_and(Option::is_some)
     }
 
     /// Checks and maps a segment that the peer passed. A number is taken once.
     pub fn insert(&mut self, segment: u32, fd: BorrowedFd<'_>) -> Result<(), String> {
         let index = segment as usize;
         if index >= SEGMENTS_MAX {
-            return Err(format!(
-                "segment number {segment}, the limit is {SEGMENTS_MAX}"
-            ));
+            return Err(format!("segment number {segment}, the limit is {SEGMENTS_MAX}"));
         }
         if self.contains(segment) {
             return Err(format!("segment {segment} passed twice"));
@@ -745,20 +669,14 @@ impl PeerSegments {
             .get(segment as usize)
             .and_then(Option::as_ref)
             .ok_or(PeerSegmentError::Unknown)?;
-        let end = offset
-            .checked_add(len)
-            .ok_or(PeerSegmentError::OutOfBounds)?;
+        let end = offset.checked_add(len).ok_or(PeerSegmentError::OutOfBounds)?;
         if end > mapping.len() as u64 {
             return Err(PeerSegmentError::OutOfBounds);
         }
         // SAFETY: `offset <= end <= mapping.len()`, so the pointer stays in or one past the
         // mapping, and both numbers fit `usize`.
         let ptr = unsafe { mapping.as_ptr().add(offset as usize) };
-        Ok(PeerSlice {
-            ptr,
-            len: len as usize,
-            keep: mapping.clone(),
-        })
+        Ok(PeerSlice { ptr, len: len as usize, keep: mapping.clone() })
     }
 }
 
@@ -774,28 +692,20 @@ mod tests {
         let address = loans[255].as_ptr();
         drop(loans);
         assert_eq!(pool.loaned_bytes(), 0);
-        let whole = pool
-            .loan(1 << 20)
-            .expect("quick lists are flushed and merged");
+        let whole = pool.loan(1 << 20).expect("quick lists are flushed and merged");
         assert_eq!(whole.len(), 1 << 20);
         drop(whole);
         let _ = address;
         assert_eq!(pool.allocated_bytes(), 1 << 20);
         let too_large = pool.loan((1 << 20) + 1).expect_err("over the limit");
         assert_eq!(too_large.kind(), ErrorKind::LimitExceeded);
-        assert_eq!(
-            pool.loan(usize::MAX).expect_err("absurd").kind(),
-            ErrorKind::LimitExceeded
-        );
+        assert_eq!(pool.loan(usize::MAX).expect_err("absurd").kind(), ErrorKind::LimitExceeded);
     }
 
     #[test]
     fn a_rounded_size_over_the_limit_is_not_a_size_over_the_limit() {
         let pool = SharedPool::new(3 * GRANULE);
-        assert_eq!(
-            pool.loan(3 * GRANULE).expect("fits exactly").len(),
-            3 * GRANULE
-        );
+        assert_eq!(pool.loan(3 * GRANULE).expect("fits exactly").len(), 3 * GRANULE);
     }
 
     #[test]
@@ -848,32 +758,15 @@ mod tests {
         let block = loan.into_block();
         let mut peer = PeerSegments::new(64 << 20);
         assert_eq!(peer.slice(0, 0, 1).err(), Some(PeerSegmentError::Unknown));
-        peer.insert(block.segment(), block.segment_fd())
-            .expect("good segment");
-        let slice = peer
-            .slice(block.segment(), block.offset(), 4096)
-            .expect("in bounds");
+        peer.insert(block.segment(), block.segment_fd()).expect("good segment");
+        let slice = peer.slice(block.segment(), block.offset(), 4096).expect("in bounds");
         // SAFETY: a mapping of our own memory, kept by `slice`; nobody writes it now.
         assert_eq!(unsafe { *slice.ptr.add(4095) }, 9);
-        for (offset, len) in [
-            (0, u64::MAX),
-            (u64::MAX, 1),
-            (4 << 20, 1),
-            (0, (4 << 20) + 1),
-        ] {
-            assert_eq!(
-                peer.slice(0, offset, len).err(),
-                Some(PeerSegmentError::OutOfBounds)
-            );
+        for (offset, len) in [(0, u64::MAX), (u64::MAX, 1), (4 << 20, 1), (0, (4 << 20) + 1)] {
+            assert_eq!(peer.slice(0, offset, len).err(), Some(PeerSegmentError::OutOfBounds));
         }
-        assert!(
-            peer.insert(0, block.segment_fd()).is_err(),
-            "the same number twice"
-        );
-        assert!(
-            peer.insert(SEGMENTS_MAX as u32, block.segment_fd())
-                .is_err()
-        );
+        assert!(peer.insert(0, block.segment_fd()).is_err(), "the same number twice");
+        assert!(peer.insert(SEGMENTS_MAX as u32, block.segment_fd()).is_err());
     }
 
     #[test]
@@ -881,22 +774,15 @@ mod tests {
         let fd =
             memfd_create(c"bare", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
         rustix::fs::ftruncate(&fd, 8192).expect("truncate");
-        let refused = PeerMapping::map(fd.as_fd(), 1 << 20)
-            .err()
-            .expect("no seals");
+        let refused = PeerMapping::map(fd.as_fd(), 1 << 20).err().expect("no seals");
         assert!(refused.contains("seals"), "{refused}");
         fcntl_add_seals(&fd, seals()).expect("seal");
-        let refused = PeerMapping::map(fd.as_fd(), 1 << 20)
-            .err()
-            .expect("no pages");
+        let refused = PeerMapping::map(fd.as_fd(), 1 << 20).err().expect("no pages");
         assert!(refused.contains("not allocated"), "{refused}");
         let null = std::fs::File::open("/dev/null").expect("null");
         assert!(PeerMapping::map(null.as_fd(), 1 << 20).is_err());
         let (own, fd) = OwnMapping::create(c"own", 8192).expect("memory");
-        assert!(
-            PeerMapping::map(fd.as_fd(), 4096).is_err(),
-            "over the limit"
-        );
+        assert!(PeerMapping::map(fd.as_fd(), 4096).is_err(), "over the limit");
         assert!(rustix::fs::ftruncate(&fd, 4096).is_err(), "sealed");
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         assert!(fallocate(&fd, punch, 0, 4096).is_err(), "no holes either");

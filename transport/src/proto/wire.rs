@@ -36,7 +36,6 @@ use super::cursor::{Cursor, clip, text};
 pub(crate) const HEAD_MAX: usize = 1024;
 
 /// Bytes in the head of a message with one frame.
-#[cfg(test)]
 pub(crate) const ONE_FRAME_HEAD_BYTES: usize = 5;
 
 /// The most frame lengths that are sure to fit into one [`Frames::Inline`].
@@ -291,6 +290,13 @@ impl Deref for HeadBuf {
     fn deref(&self) -> &[u8] {
         &self.0
     }
+}
+
+/// The head of a message of one frame: the common case, without a buffer.
+#[inline]
+pub(crate) fn one_frame_head(seq: u32) -> [u8; ONE_FRAME_HEAD_BYTES] {
+    let [a, b, c, d] = seq.to_le_bytes();
+    [kind::MESSAGE_ONE, a, b, c, d]
 }
 
 impl<'a> Head<'a> {

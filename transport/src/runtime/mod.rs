@@ -57,7 +57,11 @@ impl Reactor {
                     Interest::Read => TokioInterest::READABLE,
                     Interest::ReadWrite => TokioInterest::READABLE | TokioInterest::WRITABLE,
                 };
-                Ok(Source(Inner::Tokio(AsyncFd::with_interest(fd, interest)?)))
+                // SAFETY: `Fd` owns its descriptor, gives the same number for as long as it lives,
+                // and is neither replaced nor reachable mutably inside the `AsyncFd`. (A forked
+                // child closes the number, and uses neither from then on.)
+                let fd = unsafe { AsyncFd::register_with_interest(fd, interest) };
+                Ok(Source(Inner::Tokio(fd.map_err(|error| error.into_parts().1)?)))
             }
             Reactor::Host(host) => Ok(Source(Inner::Host(host.register(fd, interest)?))),
         }
@@ -125,11 +129,6 @@ impl Source {
     /// Whether an edge is pending, without consuming it; registers `cx`'s waker when not.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_read(cx, |_| Ok(Attempt::More(())))
-    }
-
-    /// Whether the descriptor can be written, without consuming that.
-    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_write(cx, |_| Ok(Attempt::More(())))
     }
 
     /// The descriptor, for direct non-blocking calls while spinning.

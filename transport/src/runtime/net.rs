@@ -104,10 +104,6 @@ impl Stream {
         Ok(())
     }
 
-    pub fn local_address(&self) -> Option<SocketAddr> {
-        SockRef::from(&self.source.fd()).local_addr().ok()?.as_socket()
-    }
-
     pub fn peer_address(&self) -> Option<SocketAddr> {
         SockRef::from(&self.source.fd()).peer_addr().ok()?.as_socket()
     }

@@ -324,10 +324,16 @@ fn slots_for(len: usize) -> u32 {
     len.div_ceil(SLOT_DATA).max(1) as u32
 }
 
+/// Copies the first bytes of a slot. Whole words apart from the rest: a copy of fixed length is one
+/// instruction.
 fn read_slot(slot: &Slot, into: &mut [u8]) {
-    for (word, bytes) in slot.data.iter().zip(into.chunks_mut(8)) {
-        let value = word.load(Ordering::Relaxed).to_ne_bytes();
-        bytes.copy_from_slice(&value[..bytes.len()]);
+    let mut words = slot.data.iter().map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+    let (whole, rest) = into.as_chunks_mut::<8>();
+    for (bytes, word) in whole.iter_mut().zip(&mut words) {
+        *bytes = word;
+    }
+    if let (false, Some(word)) = (rest.is_empty(), words.next()) {
+        rest.copy_from_slice(&word[..rest.len()]);
     }
 }
 
@@ -362,11 +368,8 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Writer<'_, O, P,
     fn flush(&mut self) {
         let position = self.position();
         let slot = self.ring.own_slot(position);
-        let filled = &self.words[..self.filled.next_multiple_of(8)];
-        for (word, bytes) in slot.data.iter().zip(filled.chunks_exact(8)) {
-            let mut value = [0; 8];
-            value.copy_from_slice(bytes);
-            word.store(u64::from_ne_bytes(value), Ordering::Relaxed);
+        for (word, bytes) in slot.data.iter().zip(self.words.as_chunks::<8>().0) {
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
         if self.at > 0 {
             slot.stamp.store(position.wrapping_add(1), Ordering::Release);

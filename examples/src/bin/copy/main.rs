@@ -1,0 +1,137 @@
+//! Copies a directory tree to another process, with a checksum at the end.
+
+mod progress;
+mod receive;
+mod send;
+mod sink;
+mod source;
+mod wire;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use thalweg::{Config, Endpoint, Node};
+
+use crate::wire::{HELLO, MESSAGE_BYTES_MAX};
+
+/// What this program tells its user: one line.
+type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// Copies a directory tree, or a file, to another process, and compares checksums at the end.
+///
+///   copy SRC DEST                 to a second process on this machine, which it starts itself
+///   copy --listen ADDR DEST       be the receiver: takes one tree, from whoever connects first
+///   copy SRC --connect ADDR       send to a receiver
+///
+/// DEST must not exist yet, or be an empty directory; nothing outside it is ever written. Symbolic
+/// links are copied as links, permissions are kept, owners and times are not. Devices, sockets and
+/// pipes are left out, and named. Settings come from the THALWEG_* variables.
+#[derive(Parser)]
+#[command(name = "copy", version, verbatim_doc_comment)]
+struct Options {
+    /// What to copy, and where to
+    #[arg(value_name = "PATH", num_args = 1..=2, required = true)]
+    paths: Vec<PathBuf>,
+
+    /// Receive, listening at exactly this address, for instance thalweg://0.0.0.0:7000
+    #[arg(long, value_name = "ADDR", conflicts_with = "connect")]
+    listen: Option<String>,
+
+    /// Send to the receiver at this address, for instance thalweg://far-host:7000
+    #[arg(long, value_name = "ADDR")]
+    connect: Option<String>,
+
+    /// End when standard input does: with whoever started this
+    #[arg(long, hide = true, requires = "listen")]
+    with_parent: bool,
+}
+
+fn main() -> ExitCode {
+    if std::env::args_os().len() <= 1 {
+        print!("{}", Options::command().render_long_help());
+        return ExitCode::SUCCESS;
+    }
+    let options = Options::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error),
+    };
+    match runtime.block_on(run(&options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.as_ref()),
+    }
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("copy: {error}");
+    ExitCode::FAILURE
+}
+
+async fn run(options: &Options) -> Result<()> {
+    match (&options.paths[..], &options.listen, &options.connect) {
+        ([dest], Some(address), None) => {
+            if options.with_parent {
+                end_with_standard_input();
+            }
+            listen(address, dest, !options.with_parent).await
+        }
+        ([source], None, Some(address)) => {
+            let survey = source::survey(source)?;
+            let node = node()?;
+            let endpoint = peer_checked(node.connect(address.as_str()).await?)?;
+            send::tree(&node, &endpoint, source, survey).await
+        }
+        ([source, dest], None, None) => both_ends(source, dest).await,
+        _ => Err("one path with --listen or --connect, two without; see --help".into()),
+    }
+}
+
+fn node() -> Result<Node> {
+    Ok(Node::new(Config::from_env()?.hello(HELLO).max_message_bytes(MESSAGE_BYTES_MAX))?)
+}
+
+/// Another program of this library must not be taken for this one.
+fn peer_checked(endpoint: Endpoint) -> Result<Endpoint> {
+    let peer = endpoint.peer();
+    if peer.hello != HELLO {
+        return Err(
+            format!("the program at {} is not copy, or another version", peer.address).into()
+        );
+    }
+    Ok(endpoint)
+}
+
+async fn listen(address: &str, dest: &Path, show_progress: bool) -> Result<()> {
+    let sink = sink::Sink::create(dest)?;
+    let node = node()?;
+    let listener = node.listen(address).await?;
+    println!("listening at {}", listener.address());
+    std::io::stdout().flush()?;
+    let endpoint = peer_checked(listener.accept().await?)?;
+    drop(listener);
+    receive::tree(&endpoint, sink, show_progress).await
+}
+
+/// Starts the receiver as a child, and sends to it.
+async fn both_ends(source: &Path, dest: &Path) -> Result<()> {
+    let survey = source::survey(source)?;
+    source::refuse_inside(source, dest)?;
+    let mut child = send::Receiver::start(dest)?;
+    let node = node()?;
+    let endpoint = peer_checked(node.connect(child.address()?.as_str()).await?)?;
+    let sent = send::tree(&node, &endpoint, source, survey).await;
+    drop(endpoint);
+    // What the receiver has to say comes from itself.
+    let received = child.wait();
+    sent.and(received)
+}
+
+fn end_with_standard_input() {
+    std::thread::spawn(|| {
+        // Whether it ends or fails is the same to us.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
+}

@@ -1,0 +1,45 @@
+//! The small programs do what they say they do.
+
+use std::process::Command;
+
+fn output(program: &str) -> String {
+    let output = Command::new(program).output().expect("started");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+fn assert_says(program: &str, lines: &[&str]) {
+    let said = output(program);
+    for line in lines {
+        assert!(said.contains(line), "{line:?} expected in:\n{said}");
+    }
+}
+
+#[test]
+fn hello() {
+    let lines = ["a client says \"hello\"", "and hears \"well met, hello\"", "tcp"];
+    assert_says(env!("CARGO_BIN_EXE_hello"), &lines);
+}
+
+#[test]
+fn tags() {
+    let lines = [
+        "note: running hot\nasked for: result 2\nnumber 3: result 3\nnumber 1: result 1\n",
+        "no result 9 within 50ms; the buffer of 64 bytes is ours again",
+    ];
+    assert_says(env!("CARGO_BIN_EXE_tags"), &lines);
+}
+
+#[test]
+fn put_get() {
+    let lines = [
+        "a region of 1048576 bytes",
+        "read back \"written\"",
+        "told \"at 4096\", found \"written there\"",
+        "1048576 bytes back",
+        "then: remote key unknown or revoked",
+        "and: access outside the region",
+    ];
+    assert_says(env!("CARGO_BIN_EXE_put_get"), &lines);
+}

@@ -1,0 +1,1 @@
+//! Strangers, bad input and limits, at connect and on an established connection.
