@@ -84,6 +84,7 @@ cases! {
     close_both_at_once
     close_while_receiving
     close_with_much_in_flight
+    close_while_the_peer_asks
     dropping_the_last_handle_flushes
     abort_ends_at_once
     drain_waits_for_the_peer
@@ -288,14 +289,16 @@ async fn frames_without_bytes(way: Way) {
     ] {
         let frames: Vec<Frame> =
             shape.iter().map(|len| way.frame(&pair.node_a, &pattern(1, *len))).collect();
-        let (sent, got) = tokio::join!(pair.a.send(frames), pair.b.recv());
-        let got = got.expect("receiving");
-        let lens: Vec<_> = got.frames().iter().map(Frame::len).collect();
-        assert_eq!(lens, shape);
-        for frame in got.frames() {
-            check_pattern(1, &frame.to_vec().expect("bytes"));
-        }
-        drop(got);
+        // Loans come back when what was received is dropped.
+        let receiving = async {
+            let got = pair.b.recv().await.expect("receiving");
+            let lens: Vec<_> = got.frames().iter().map(Frame::len).collect();
+            assert_eq!(lens, shape);
+            for frame in got.frames() {
+                check_pattern(1, &frame.to_vec().expect("bytes"));
+            }
+        };
+        let (sent, ()) = tokio::join!(pair.a.send(frames), receiving);
         sent.expect("sending");
     }
 }
@@ -379,8 +382,7 @@ async fn tags_unexpected(way: Way) {
     let sending = sends.for_each(|sent| async move { drop(sent.expect("sending")) });
     let receiving = async {
         for number in (0..20u64).rev() {
-            let got =
-                pair.b.tag_recv(number, u64::MAX, vec![0; 200_000]).await.expect("receiving");
+            let got = pair.b.tag_recv(number, u64::MAX, vec![0; 200_000]).await.expect("receiving");
             assert_eq!(got.tag, number);
             check_pattern(number, &got.buffer[..got.len_bytes]);
         }
@@ -393,9 +395,8 @@ async fn tags_masked(way: Way) {
     for tag in [0x1_0001, 0x2_0001, 0x1_0002, 0x2_0002] {
         pair.a.tag_send(tag, vec![1; 10]).await.expect("sending");
     }
-    let take = async |tag, mask| {
-        pair.b.tag_recv(tag, mask, vec![0; 10]).await.expect("receiving").tag
-    };
+    let take =
+        async |tag, mask| pair.b.tag_recv(tag, mask, vec![0; 10]).await.expect("receiving").tag;
     assert_eq!(take(2, 0xffff).await, 0x1_0002);
     assert_eq!(take(0x2_0000, 0xf_0000).await, 0x2_0001);
     assert_eq!(take(0, 0).await, 0x1_0001);
@@ -466,8 +467,7 @@ async fn tag_receive_dropped_while_landing(way: Way) {
                     Some(got) => got,
                     None => pair.b.tag_recv(1, u64::MAX, vec![0; len]).await,
                 };
-                let first = first.expect("receiving").buffer;
-                assert!(first == pattern(1, len), "{len} {polls} two {} zero {} {:?}", first == pattern(2, len), first.iter().all(|b| *b == 0), std::thread::current().name());
+                check_pattern(1, &first.expect("receiving").buffer);
                 let second = pair.b.tag_recv(1, u64::MAX, vec![0; len]).await;
                 check_pattern(2, &second.expect("receiving").buffer);
             };
@@ -847,7 +847,8 @@ async fn credit_is_respected(way: Way) {
         }
     };
     tokio::join!(sending, receiving);
-    assert!(pair.a.stats().credit_stalls > 0);
+    // With room for two parcels, it is room that is waited for.
+    assert!(way == Way::MockTiny || pair.a.stats().credit_stalls > 0);
 }
 
 async fn credit_admits_the_oversized(way: Way) {
@@ -889,8 +890,7 @@ async fn credit_blocks_and_resumes(way: Way) {
 }
 
 async fn tag_credit_blocks_and_resumes(way: Way) {
-    let pair =
-        pair_with(way, |config| config.tag_window_bytes(8192).eager_max_bytes(4096)).await;
+    let pair = pair_with(way, |config| config.tag_window_bytes(8192).eager_max_bytes(4096)).await;
     let count = 400u64;
     let sends: Vec<_> =
         (0..count).map(|number| pair.a.tag_send(number, pattern(number, 1000))).collect();
@@ -979,9 +979,8 @@ async fn recv_any_takes_turns(way: Way) {
 
 async fn close_flushes_and_says_why(way: Way) {
     let pair = pair(way).await;
-    let sends: Vec<_> = (0..20)
-        .map(|number| pair.a.send(numbered(way, &pair.node_a, number)))
-        .collect();
+    let sends: Vec<_> =
+        (0..20).map(|number| pair.a.send(numbered(way, &pair.node_a, number))).collect();
     let closing = async {
         for sent in join_all(sends).await {
             sent.expect("sending");
@@ -1055,6 +1054,39 @@ async fn close_while_receiving(way: Way) {
         pair.a.close(CloseReason::new(3, "")).await.expect("closing");
     };
     tokio::join!(waiting, own, closing);
+}
+
+/// Answers may still be on their way to a side that has heard the goodbye.
+async fn close_while_the_peer_asks(way: Way) {
+    for polls in 0..8 {
+        let pair = pair(way).await;
+        let region = pair.node_a.register(vec![0u8; 100], Access::ReadWrite).expect("region");
+        let key = region.key();
+        let asking = async {
+            loop {
+                let (fence, put, get) = tokio::join!(
+                    pair.b.fence(),
+                    pair.b.put(vec![1u8; 50], &key, 0),
+                    pair.b.get(vec![1u8; 50], &key, 0)
+                );
+                if let Err(error) = fence {
+                    return [Some(error), put.err().map(|f| f.error), get.err().map(|f| f.error)];
+                }
+            }
+        };
+        let closing = async {
+            for _ in 0..polls {
+                tokio::task::yield_now().await;
+            }
+            pair.a.close(CloseReason::new(4, "enough")).await
+        };
+        let (errors, closed) = tokio::join!(asking, closing);
+        closed.expect("closing");
+        for error in errors.into_iter().flatten() {
+            assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+        }
+        assert_eq!(pair.b.closed().await.kind(), ErrorKind::Closed);
+    }
 }
 
 /// What was handed over before the close arrives, however large, and although nobody receives it
@@ -1134,14 +1166,17 @@ async fn drain_waits_for_the_peer(way: Way) {
             sends.push(send);
         }
     }
-    let (drained, sent) = tokio::join!(pair.node_a.drain(), join_all(sends));
-    drained.expect("draining");
-    assert!(sent.into_iter().all(|sent| sent.is_ok()));
+    pair.node_a.drain().await.expect("draining");
     let stats = pair.b.stats();
     assert_eq!((stats.messages_received, stats.inbox_messages), (50, 50));
-    for number in 0..50 {
-        assert_eq!(receive_number(&pair.b).await, number);
-    }
+    let receiving = async {
+        for number in 0..50 {
+            assert_eq!(receive_number(&pair.b).await, number);
+        }
+    };
+    // Loans come back when they have been received and dropped.
+    let (sent, ()) = tokio::join!(join_all(sends), receiving);
+    assert!(sent.into_iter().all(|sent| sent.is_ok()));
 }
 
 async fn timeouts_give_back_what_is_free(way: Way) {
@@ -1345,36 +1380,47 @@ async fn stats_count(way: Way) {
 }
 
 async fn runtime_gone(way: Way) {
-    let (give, take) = std::sync::mpsc::channel();
+    let node_b = Node::new(way.config()).expect("a node");
+    let listener = node_b.listen("thalweg://127.0.0.1:0").await.expect("listening");
+    let (give, take) = tokio::sync::oneshot::channel();
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let address = listener.address().clone();
     // A node on a runtime of its own, which ends.
     let other = std::thread::spawn(move || {
         let runtime = runtime(2);
-        let pair = runtime.block_on(pair(way));
-        give.send(pair).expect("somebody waits");
+        let made = runtime.block_on(async {
+            let node = Node::new(way.config()).expect("a node");
+            let own = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let endpoint = node.connect(address).await.expect("connecting");
+            (node, own, endpoint)
+        });
+        assert!(give.send(made).is_ok(), "somebody waits");
         stopped.recv().expect("a word");
         drop(runtime);
     });
-    let pair = take.recv().expect("a pair");
-    let mut receive = pair.b.recv();
+    let (made, b) = tokio::join!(take, listener.accept());
+    let ((node_a, own, a), b) = (made.expect("made"), b.expect("accepting"));
+    let mut receive = a.recv();
     assert!(poll_times(&mut receive, 2).await.is_none());
     stop.send(()).expect("somebody waits");
     let error = within(Duration::from_secs(5), "noticing", receive).await.expect_err("gone");
     assert_eq!(error.kind(), ErrorKind::RuntimeGone);
     other.join().expect("no panic");
-    let failed = pair.a.send(Message::copy_from_slice(b"x")).await.expect_err("gone");
+    let failed = a.send(Message::copy_from_slice(b"x")).await.expect_err("gone");
     assert_eq!(failed.kind(), ErrorKind::RuntimeGone);
-    let failed = pair.a.tag_recv(0, 0, vec![0; 3]).await.expect_err("gone");
+    let failed = a.tag_recv(0, 0, vec![0; 3]).await.expect_err("gone");
     assert_eq!((failed.kind(), failed.buffer.expect("back").len()), (ErrorKind::RuntimeGone, 3));
-    let connect = pair.node_a.connect(pair.listener.address()).await.expect_err("gone");
+    let connect = node_a.connect(listener.address()).await.expect_err("gone");
     assert_eq!(connect.kind(), ErrorKind::RuntimeGone);
-    assert_eq!(pair.listener.accept().await.expect_err("gone").kind(), ErrorKind::RuntimeGone);
-    assert_eq!(pair.node_b.recv_any().await.expect_err("gone").kind(), ErrorKind::RuntimeGone);
+    assert_eq!(own.accept().await.expect_err("gone").kind(), ErrorKind::RuntimeGone);
+    assert_eq!(node_a.recv_any().await.expect_err("gone").kind(), ErrorKind::RuntimeGone);
+    // The other side sees that the peer has gone.
+    let there = within(Duration::from_secs(5), "noticing", b.recv()).await.expect_err("gone");
+    assert!(matches!(there.kind(), ErrorKind::PeerGone | ErrorKind::ConnectionLost), "{there}");
 }
 
 async fn limits_are_refused(way: Way) {
-    let pair =
-        pair_with(way, |config| config.max_message_bytes(100_000).max_frames(10)).await;
+    let pair = pair_with(way, |config| config.max_message_bytes(100_000).max_frames(10)).await;
     let failed = pair.a.send(vec![0u8; 100_001]).await.expect_err("too long");
     assert_eq!(failed.kind(), ErrorKind::LimitExceeded);
     assert_eq!(failed.buffer.expect("back").len_bytes(), 100_001);

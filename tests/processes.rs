@@ -1,1 +1,444 @@
-//! What needs processes of its own.
+//! What needs processes of its own: fork, other users and namespaces, exhausted descriptors, a
+//! peer whose memory may not be read; and a host with its own event loop.
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use thalweg::{Config, Endpoint, ErrorKind, LinkKind, Message, Node, Verdict};
+use thalweg_tests::{
+    Way, check_pattern, pair, pattern, poll_times, run_once, skipped, until, within,
+};
+
+const NOBODY: u32 = 65534;
+const BULK: usize = 3_000_000;
+
+fn am_root() -> bool {
+    // SAFETY: has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// A child process that plays `role`; see `role`.
+fn play(role: &str, settings: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command
+        .args(["--exact", "role", "--ignored", "--nocapture", "--test-threads", "1"])
+        .env("THALWEG_TEST_ROLE", role)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    for (name, value) in settings {
+        command.env(format!("THALWEG_TEST_{name}"), value);
+    }
+    command
+}
+
+fn setting(name: &str) -> Option<String> {
+    std::env::var(format!("THALWEG_TEST_{name}")).ok()
+}
+
+/// A child that is killed when the test ends, however it ends.
+struct Played {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Played {
+    fn start(mut command: Command) -> std::io::Result<Played> {
+        let mut child = command.spawn()?;
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        Ok(Played { child, lines })
+    }
+
+    /// What the child says after `key`; ends with the child.
+    fn hear(&mut self, key: &str) -> Option<String> {
+        for line in self.lines.by_ref() {
+            let line = line.ok()?;
+            // The test program's own words may stand before.
+            if let Some(at) = line.find(&format!("@{key} ")) {
+                return Some(line[at + key.len() + 2..].to_owned());
+            }
+        }
+        None
+    }
+}
+
+impl Drop for Played {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Not a test: what child processes do. `listen` prints its address; `connect` connects to
+/// ADDRESS; then both send the other a large message and print how what they got was moved.
+#[test]
+#[ignore = "played by child processes"]
+fn role() {
+    let Some(role) = setting("ROLE") else { return };
+    if setting("DUMPABLE").as_deref() == Some("0") {
+        // SAFETY: takes plain numbers.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, 0);
+    }
+    match role.as_str() {
+        "listen" | "connect" => run_once("role", talk(&role)),
+        "few" => run_once("role", few_descriptors()),
+        other => panic!("no role {other}"),
+    }
+}
+
+async fn talk(role: &str) {
+    let node = Node::new(Config::new().loans(false)).expect("a node");
+    let endpoint = if role == "listen" {
+        let listener = node.listen(setting("ADDRESS").expect("set")).await.expect("listening");
+        println!("@ADDRESS {}", listener.address());
+        listener.accept().await.expect("accepting")
+    } else {
+        node.connect(setting("ADDRESS").expect("set")).await.expect("connecting")
+    };
+    println!("@ROUTE {}", endpoint.route().to_string().replace('\n', " | "));
+    exchange(&endpoint).await;
+    let counters = endpoint.stats().link_counters;
+    println!(
+        "@MOVED {} {} {}",
+        endpoint.route().link(),
+        counters.single_copy_bytes_received,
+        counters.arena_bytes_received
+    );
+    // The other side may have closed already.
+    let _ = endpoint.close(thalweg::CloseReason::default()).await;
+}
+
+async fn exchange(endpoint: &Endpoint) {
+    let (sent, got) = tokio::join!(endpoint.send(pattern(1, BULK)), endpoint.recv());
+    sent.expect("sending");
+    check_pattern(1, &got.expect("receiving").to_vec().expect("bytes"));
+    let (sent, got) = tokio::join!(
+        endpoint.tag_send(1, pattern(2, BULK)),
+        endpoint.tag_recv(1, u64::MAX, vec![0; BULK])
+    );
+    sent.expect("sending");
+    check_pattern(2, &got.expect("receiving").buffer);
+    endpoint.fence().await.expect("a fence");
+}
+
+fn moved(played: &mut Played) -> (String, u64, u64) {
+    let line = played.hear("MOVED").expect("the child talks to its end");
+    let mut words = line.split(' ');
+    let link = words.next().expect("a link").to_owned();
+    let mut number = || words.next().and_then(|word| word.parse().ok()).expect("a number");
+    (link, number(), number())
+}
+
+/// Both sides run as nobody; one, the other or both may not be read.
+#[test]
+fn memory_that_may_not_be_read() {
+    let name = "memory_that_may_not_be_read";
+    if !am_root() {
+        return skipped(name, "must be root to become nobody");
+    }
+    for (listen, connect) in [("1", "1"), ("0", "1"), ("1", "0"), ("0", "0")] {
+        let mut command =
+            play("listen", &[("ADDRESS", "thalweg://127.0.0.1:0"), ("DUMPABLE", listen)]);
+        command.uid(NOBODY).gid(NOBODY);
+        let Ok(mut listener) = Played::start(command) else {
+            return skipped(name, "this program cannot be run by nobody");
+        };
+        let address = listener.hear("ADDRESS").expect("it listens");
+        let mut command = play("connect", &[("ADDRESS", &address), ("DUMPABLE", connect)]);
+        command.uid(NOBODY).gid(NOBODY);
+        let mut connector = Played::start(command).expect("as before");
+        let route = connector.hear("ROUTE").expect("a route");
+        let (link, single, arena) = moved(&mut connector);
+        assert_eq!(link, "shm", "{route}");
+        // exec made them dumpable again, and so readable, unless they said otherwise.
+        let readable = |dumpable: &str| dumpable == "1";
+        assert_eq!(single > 0, readable(listen), "connector {listen}{connect}: {route}");
+        assert_eq!(arena > 0, !readable(listen), "connector {listen}{connect}: {route}");
+        let (_, single, arena) = moved(&mut listener);
+        assert_eq!(single > 0, readable(connect), "listener {listen}{connect}: {route}");
+        assert_eq!(arena > 0, !readable(connect), "listener {listen}{connect}: {route}");
+    }
+}
+
+/// A different user on the same host: TCP, and the route says why.
+#[test]
+fn another_user() {
+    let name = "another_user";
+    if !am_root() {
+        return skipped(name, "must be root to become another user");
+    }
+    run_once(name, async {
+        let node = Node::new(Config::new()).expect("a node");
+        let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let address = listener.address().to_string();
+        let mut command = play("connect", &[("ADDRESS", &address)]);
+        command.uid(NOBODY).gid(NOBODY);
+        let Ok(mut other) = Played::start(command) else {
+            return skipped(name, "this program cannot be run by nobody");
+        };
+        let endpoint = listener.accept().await.expect("accepting");
+        let route = endpoint.route();
+        assert_eq!(route.link(), LinkKind::Tcp, "{route}");
+        let shm = route.candidates.iter().find(|c| c.link == LinkKind::Shm).expect("listed");
+        assert_eq!(shm.verdict, Verdict::Rejected);
+        assert!(shm.reason.contains("user"), "{route}");
+        exchange(&endpoint).await;
+        let moved = tokio::task::spawn_blocking(move || moved(&mut other)).await.expect("moved");
+        assert_eq!(moved.0, "tcp");
+    });
+}
+
+fn ip(words: &str) -> Result<(), String> {
+    let output = Command::new("ip").args(words.split(' ')).output().map_err(|e| e.to_string())?;
+    let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if output.status.success() { Ok(()) } else { Err(format!("ip {words}: {text}")) }
+}
+
+/// A network namespace with a cable to this one; both are removed when dropped.
+struct Namespace(String);
+
+impl Namespace {
+    fn new() -> Result<Namespace, String> {
+        let name = format!("thw{}", std::process::id());
+        ip(&format!("netns add {name}"))?;
+        let made = Namespace(name.clone());
+        ip(&format!("link add {name}a type veth peer name {name}b netns {name}"))?;
+        ip(&format!("addr add 10.213.77.1/30 dev {name}a"))?;
+        ip(&format!("link set {name}a up"))?;
+        ip(&format!("-n {name} addr add 10.213.77.2/30 dev {name}b"))?;
+        ip(&format!("-n {name} link set {name}b up"))?;
+        ip(&format!("-n {name} link set lo up"))?;
+        Ok(made)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // The cable may not have come to be.
+        let _ = ip(&format!("link del {}a", self.0));
+        let _ = ip(&format!("netns del {}", self.0));
+    }
+}
+
+#[test]
+fn another_network_namespace() {
+    let name = "another_network_namespace";
+    let namespace = match Namespace::new() {
+        Ok(namespace) => namespace,
+        Err(reason) => return skipped(name, &reason),
+    };
+    run_once(name, async {
+        let node = Node::new(Config::new()).expect("a node");
+        let listener = node.listen("thalweg://10.213.77.1:0").await.expect("listening");
+        let address = listener.address().to_string();
+        let inner = play("connect", &[("ADDRESS", &address)]);
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &namespace.0]).arg(inner.get_program());
+        command.args(inner.get_args()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        for (key, value) in inner.get_envs() {
+            command.env(key, value.expect("set"));
+        }
+        let mut other = Played::start(command).expect("ip works");
+        let accepting = within(Duration::from_secs(20), "accepting", listener.accept());
+        let endpoint = accepting.await.expect("accepting");
+        let route = endpoint.route();
+        assert_eq!(route.link(), LinkKind::Tcp, "{route}");
+        let shm = route.candidates.iter().find(|c| c.link == LinkKind::Shm).expect("listed");
+        assert_eq!(shm.verdict, Verdict::Rejected);
+        assert!(shm.reason.contains("namespace"), "{route}");
+        exchange(&endpoint).await;
+        let moved = tokio::task::spawn_blocking(move || moved(&mut other)).await.expect("moved");
+        assert_eq!(moved.0, "tcp");
+    });
+}
+
+/// In a child with few descriptors: connecting fails with the right error, what is up goes on, and
+/// all is well once descriptors are free again.
+async fn few_descriptors() {
+    let node = Node::new(Config::new()).expect("a node");
+    let address = setting("ADDRESS").expect("set");
+    let limit = libc::rlimit { rlim_cur: 64, rlim_max: 64 };
+    // SAFETY: reads a local of the right type.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+    let mut ends = Vec::new();
+    let error = loop {
+        match node.connect(address.as_str()).await {
+            Ok(end) => ends.push(end),
+            Err(error) => break error,
+        }
+        assert!(ends.len() < 64, "each takes a descriptor");
+    };
+    println!("@FULL {:?} {error}", error.kind());
+    for end in &ends {
+        end.send(Message::copy_from_slice(b"x")).await.expect("sending");
+        end.fence().await.expect("a fence");
+    }
+    drop(ends);
+    until("the endpoints to end", || node.stats().endpoints == 0).await;
+    let again = node.connect(address.as_str()).await;
+    println!("@AGAIN {}", again.is_ok());
+}
+
+#[test]
+fn descriptors_exhausted() {
+    run_once("descriptors_exhausted", async {
+        let node = Node::new(Config::new()).expect("a node");
+        let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let address = listener.address().to_string();
+        let child = tokio::task::spawn_blocking(move || {
+            let mut child = Played::start(play("few", &[("ADDRESS", &address)])).expect("it runs");
+            let full = child.hear("FULL").expect("it runs out of descriptors");
+            assert!(full.starts_with("Resources"), "{full}");
+            assert!(full.contains("ulimit"), "{full}");
+            assert_eq!(child.hear("AGAIN").as_deref(), Some("true"));
+        });
+        let accepting = async {
+            let mut ends = Vec::new();
+            loop {
+                ends.push(listener.accept().await.expect("accepting"));
+            }
+        };
+        tokio::select! {
+            child = child => child.expect("no panic"),
+            () = accepting => {}
+        }
+    });
+}
+
+/// Waits for a child of `fork` and gives its exit status.
+fn reap(pid: libc::pid_t) -> i32 {
+    let mut status = 0;
+    // SAFETY: writes to a local; the child is ours.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 }
+}
+
+fn forking(name: &str, way: Way) {
+    run_once(name, async {
+        let pair = pair(way).await;
+        pair.a.send(Message::copy_from_slice(b"before")).await.expect("sending");
+        assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 6);
+        // SAFETY: the child only calls this library's fast refusals and `_exit`.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let refused = pair.a.try_send(Message::copy_from_slice(b"child")).err();
+            let forked = refused.and_then(|refused| refused.error).map(|error| error.kind());
+            let mut op = pair.a.recv();
+            let received = futures_util::FutureExt::now_or_never(&mut op);
+            let other = received.map(|result| result.err().map(|error| error.kind()));
+            let good = forked == Some(ErrorKind::Forked)
+                && other == Some(Some(ErrorKind::Forked))
+                && pair.node_a.progress().is_ok();
+            // SAFETY: ends the child without running destructors.
+            unsafe { libc::_exit(if good { 0 } else { 1 }) };
+        }
+        assert!(pid > 0);
+        assert_eq!(reap(pid), 0, "the child gets errors");
+        // The parent goes on.
+        for number in 0..20u64 {
+            let bytes = pattern(number, 100_000);
+            let (sent, got) =
+                tokio::join!(pair.a.send(Message::copy_from_slice(&bytes)), pair.b.recv());
+            sent.expect("sending");
+            check_pattern(number, &got.expect("receiving").to_vec().expect("bytes"));
+        }
+    });
+}
+
+#[test]
+fn fork_tcp() {
+    forking("fork_tcp", Way::Tcp);
+}
+
+#[test]
+fn fork_shm() {
+    forking("fork_shm", Way::ShmAll);
+}
+
+/// A host that watches one descriptor with poll(2).
+struct Host {
+    node: Node,
+    stop: Arc<AtomicBool>,
+    wakes: Arc<AtomicUsize>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Host {
+    fn start(config: Config) -> Host {
+        let node = Node::with_host_loop(config).expect("a node");
+        let (stop, wakes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let thread = std::thread::spawn({
+            let (node, stop, wakes) = (node.clone(), stop.clone(), wakes.clone());
+            move || {
+                let fd = node.host_fd().expect("a descriptor").as_raw_fd();
+                while !stop.load(Ordering::SeqCst) {
+                    let mut watched = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+                    // SAFETY: one element, a local.
+                    if unsafe { libc::poll(&mut watched, 1, 50) } > 0 {
+                        wakes.fetch_add(1, Ordering::SeqCst);
+                        node.progress().expect("progress");
+                    }
+                }
+            }
+        });
+        Host { node, stop, wakes, thread: Some(thread) }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("no panic");
+        }
+    }
+}
+
+fn host_loop(name: &str, way: Way) {
+    let (one, two) = (Host::start(way.config()), Host::start(way.config()));
+    run_once(name, async {
+        let listener = two.node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = thalweg_tests::connect(&one.node, &listener).await;
+        for number in 0..200u64 {
+            let len = [8, 3_000, 200_000][(number % 3) as usize];
+            let message = Message::copy_from_slice(&pattern(number, len));
+            let (sent, got) = tokio::join!(a.send(message), b.recv());
+            sent.expect("sending");
+            check_pattern(number, &got.expect("receiving").to_vec().expect("bytes"));
+        }
+        assert!(a.recv().timeout(Duration::from_millis(20)).await.is_err());
+        let mut waiting = b.recv();
+        assert!(poll_times(&mut waiting, 3).await.is_none());
+        // Idle, once the last activity has been looked after: no wake for a whole second.
+        let mut quiet = (one.wakes.load(Ordering::SeqCst), two.wakes.load(Ordering::SeqCst));
+        let mut since = Instant::now();
+        until("a quiet second", || {
+            let now = (one.wakes.load(Ordering::SeqCst), two.wakes.load(Ordering::SeqCst));
+            if now != quiet {
+                (quiet, since) = (now, Instant::now());
+            }
+            since.elapsed() > Duration::from_secs(1)
+        })
+        .await;
+        // It still wakes.
+        a.send(Message::copy_from_slice(b"wake up")).await.expect("sending");
+        assert_eq!(waiting.await.expect("receiving").len_bytes(), 7);
+        a.close(thalweg::CloseReason::new(1, "done")).await.expect("closing");
+        assert_eq!(b.closed().await.kind(), ErrorKind::Closed);
+    });
+}
+
+#[test]
+fn host_loop_tcp() {
+    host_loop("host_loop_tcp", Way::Tcp);
+}
+
+#[test]
+fn host_loop_shm() {
+    host_loop("host_loop_shm", Way::ShmAll);
+}

@@ -69,9 +69,7 @@ fn corpus_holds_the_seeds() {
 }
 
 fn folder(target: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("fuzz/corpus")
-        .join(target)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
 }
 
 /// Runs a target over its corpus, then over mutations, on a thread that is watched.
@@ -84,15 +82,7 @@ fn campaign(name: &'static str, target: Target) {
     let runner = {
         let current = Arc::clone(&current);
         thread::spawn(move || {
-            Run {
-                name,
-                target,
-                current,
-                beat,
-                seen: HashSet::new(),
-                inputs: 0,
-            }
-            .all(kept, time)
+            Run { name, target, current, beat, seen: HashSet::new(), inputs: 0 }.all(kept, time)
         })
     };
     loop {
@@ -100,14 +90,8 @@ fn campaign(name: &'static str, target: Target) {
             Ok(()) => {}
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
-                let input = current
-                    .lock()
-                    .unwrap_or_else(|poison| poison.into_inner())
-                    .clone();
-                panic!(
-                    "{name} did not come to an end: input kept in {}",
-                    keep(name, &input)
-                );
+                let input = current.lock().unwrap_or_else(|poison| poison.into_inner()).clone();
+                panic!("{name} did not come to an end: input kept in {}", keep(name, &input));
             }
         }
     }
@@ -120,21 +104,14 @@ fn corpus(name: &str) -> Vec<Vec<u8>> {
     let Ok(entries) = fs::read_dir(folder(name)) else {
         return Vec::new();
     };
-    let mut paths: Vec<_> = entries
-        .map(|entry| entry.expect("read the corpus").path())
-        .collect();
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("read the corpus").path()).collect();
     paths.sort();
-    paths
-        .iter()
-        .map(|path| fs::read(path).expect("read an input"))
-        .collect()
+    paths.iter().map(|path| fs::read(path).expect("read an input")).collect()
 }
 
 fn setting(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")),
         Err(_) => default,
     }
 }
@@ -203,11 +180,7 @@ impl Run {
         let _ = self.beat.try_send(());
         match way {
             Ok(way) => self.seen.insert(way),
-            Err(_) => panic!(
-                "{} panicked: input kept in {}",
-                self.name,
-                keep(self.name, input)
-            ),
+            Err(_) => panic!("{} panicked: input kept in {}", self.name, keep(self.name, input)),
         }
     }
 }

@@ -89,7 +89,7 @@ impl Way {
 
     /// A frame with these bytes, in the memory that this way is about.
     pub fn frame(self, node: &Node, bytes: &[u8]) -> Frame {
-        if matches!(self, Way::ShmLoans) {
+        if matches!(self, Way::ShmLoans | Way::MockReordering) {
             let mut loan = node.loan(bytes.len()).expect("a loan");
             loan.copy_from_slice(bytes);
             loan.into()

@@ -135,9 +135,19 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_a_reason() {
-        for text in
-            ["", "a", "a:", "a:x", "a:65536", ":1", "tcp://a:1", "::1:5", "[::1:5", "[a]:1", "a b:1"]
-        {
+        for text in [
+            "",
+            "a",
+            "a:",
+            "a:x",
+            "a:65536",
+            ":1",
+            "tcp://a:1",
+            "::1:5",
+            "[::1:5",
+            "[a]:1",
+            "a b:1",
+        ] {
             let error = text.parse::<Address>().expect_err(text);
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");
         }

@@ -180,12 +180,7 @@ impl Endpoint {
     /// access), and as [`Endpoint::send`].
     ///
     /// **Cancel safety.** A put that has not begun is withdrawn; one that has begun goes on.
-    pub fn put<B: Buffer>(
-        &self,
-        buffer: B,
-        to: &RemoteKey,
-        offset_bytes: u64,
-    ) -> Op<'_, Put<B>> {
+    pub fn put<B: Buffer>(&self, buffer: B, to: &RemoteKey, offset_bytes: u64) -> Op<'_, Put<B>> {
         let refused = self.check_key(to, offset_bytes, buffer.region().len_bytes());
         Op::new(
             self.shared(),

@@ -173,8 +173,9 @@ impl Error {
     }
 
     pub(crate) fn from_link(error: &LinkError, phase: Phase) -> Self {
-        let mut made =
-            Error::new(error.kind, phase, error.detail.clone()).with_os(error.os).with_link(error.link);
+        let mut made = Error::new(error.kind, phase, error.detail.clone())
+            .with_os(error.os)
+            .with_link(error.link);
         if let Some(reason) = &error.close {
             made.inner_mut().close = Some(reason.clone());
         }

@@ -48,7 +48,9 @@ mod stats;
 
 pub use address::Address;
 pub use config::{Config, Wake};
-pub use driver::op::{Cancel, Cancelling, Fence, Get, Kind, Op, Put, Recv, Send, TagRecv, TagSend, Tagged, Timed};
+pub use driver::op::{
+    Cancel, Cancelling, Fence, Get, Kind, Op, Put, Recv, Send, TagRecv, TagSend, Tagged, Timed,
+};
 pub use endpoint::{Endpoint, TrySendError};
 pub use error::{CloseReason, Error, ErrorKind, Failed, Phase, Result};
 pub use link::{LinkCounters, LinkKind};
@@ -70,4 +72,16 @@ pub use link::mock::{MockPlan, MockSwitch};
 pub mod fuzzing {
     pub use crate::proto::fuzz_entry::*;
     pub use crate::proto::fuzz_seeds::*;
+
+    /// A frame header of the tcp link.
+    pub fn tcp_frame(bytes: &[u8]) -> u64 {
+        let Some(header) = bytes.first_chunk() else { return 0 };
+        u64::from(crate::link::tcp::decode_frame(header, 1 << 30).is_ok())
+    }
+
+    /// A capability blob of the shm link, judged against itself.
+    pub fn shm_blob(bytes: &[u8]) -> u64 {
+        let Some(blob) = crate::link::shm::Blob::from_bytes(bytes) else { return 0 };
+        u64::from(crate::link::shm::verdict(&blob, &blob).is_ok())
+    }
 }

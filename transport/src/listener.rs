@@ -218,8 +218,7 @@ async fn accept_loop(node: Arc<NodeShared>, acceptor: Acceptor, shared: Arc<Shar
                     }
                     if error.kind() != std::io::ErrorKind::Interrupted {
                         tracing::warn!(%error, "accepting; trying again shortly");
-                        pause =
-                            Some(node.timers.sleep_until(Instant::now() + AFTER_EXHAUSTION));
+                        pause = Some(node.timers.sleep_until(Instant::now() + AFTER_EXHAUSTION));
                     }
                     next = Box::pin(acceptor.accept());
                 }

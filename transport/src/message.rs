@@ -230,9 +230,7 @@ impl Frame {
     /// The frame itself, if it is not a loan or is still shared.
     pub fn into_loan(self) -> Result<Loan, Frame> {
         match self.0 {
-            Repr::Block(block) => {
-                block.try_into_loan().map_err(|block| Frame(Repr::Block(block)))
-            }
+            Repr::Block(block) => block.try_into_loan().map_err(|block| Frame(Repr::Block(block))),
             other => Err(Frame(other)),
         }
     }

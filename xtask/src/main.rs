@@ -52,8 +52,11 @@ fn main() -> ExitCode {
     if summary.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+/// Of the checkout that this was started in: one built folder may serve several.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default()
+    let this = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let this = this.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    this.parent().map(Path::to_owned).unwrap_or_default()
 }
 
 fn cargo(arguments: &[&str]) -> Command {
@@ -123,5 +126,24 @@ impl With for Command {
     fn with(mut self, arguments: &[&str]) -> Self {
         self.args(arguments);
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// The README's table names every variable that the library reads.
+    #[test]
+    fn every_variable_is_in_the_readme() {
+        let config = include_str!("../../transport/src/config.rs");
+        let readme = include_str!("../../README.md");
+        let arm = |line: &str| {
+            let (name, _) = line.trim().strip_prefix('"')?.split_once("\" =>")?;
+            name.chars().all(|c| c.is_ascii_uppercase() || c == '_').then(|| name.to_owned())
+        };
+        let names: Vec<_> = config.lines().filter_map(arm).collect();
+        assert!(names.len() > 20, "{names:?}");
+        for name in names {
+            assert!(readme.contains(&format!("| `THALWEG_{name}` |")), "{name}");
+        }
     }
 }

@@ -64,6 +64,10 @@ pub fn tools(install: bool, summary: &mut Summary) {
     }
 }
 
+/// Only ever adds packages: what would remove or upgrade one that is there is left out instead.
+const INSTALL: [&str; 5] =
+    ["install", "-y", "--no-install-recommends", "--no-remove", "--no-upgrade"];
+
 /// A failure shows in what is missing afterwards.
 fn apt(packages: &[&str]) {
     let apt = |arguments: &[&str]| {
@@ -72,11 +76,10 @@ fn apt(packages: &[&str]) {
         Step::new(&format!("apt-get {}", arguments[0]), Duration::from_secs(240)).run(command)
     };
     apt(&["update"]);
-    let all = [&["install", "-y", "--no-install-recommends"], packages].concat();
-    if apt(&all).failed() {
+    if apt(&[&INSTALL[..], packages].concat()).failed() {
         // One package that is not to be had must not keep the others away.
         for package in packages {
-            apt(&["install", "-y", "--no-install-recommends", package]);
+            apt(&[&INSTALL[..], &[package]].concat());
         }
     }
 }

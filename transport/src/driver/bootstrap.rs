@@ -94,7 +94,10 @@ pub(crate) async fn within<T>(
 }
 
 /// Connects to a listener.
-pub(crate) async fn connect(node: Arc<NodeShared>, address: Address) -> Result<Arc<EndpointShared>> {
+pub(crate) async fn connect(
+    node: Arc<NodeShared>,
+    address: Address,
+) -> Result<Arc<EndpointShared>> {
     node.usable()?;
     let shown = address.to_string();
     let limit = node.config.connect_timeout;
@@ -109,9 +112,8 @@ pub(crate) async fn connect(node: Arc<NodeShared>, address: Address) -> Result<A
 }
 
 async fn dial(node: &NodeShared, address: &Address, shown: &str) -> Result<Stream> {
-    let unresolved = |why: String| {
-        Error::new(ErrorKind::NameResolution, Phase::Connect, why).with_peer(shown)
-    };
+    let unresolved =
+        |why: String| Error::new(ErrorKind::NameResolution, Phase::Connect, why).with_peer(shown);
     let addresses = resolve(address.host(), address.port())
         .await
         .map_err(|error| unresolved(format!("{}: {error}", address.host())))?;
@@ -220,8 +222,7 @@ async fn establish(
         }
     };
     let ways = link.caps().ways.clone();
-    let route =
-        explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
+    let route = explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
     let limits = Limits {
         peer_message_window: theirs.message_window,
         peer_tag_window: theirs.tag_window,
@@ -244,7 +245,6 @@ async fn establish(
         node.clone(),
         peer,
         route,
-        kind,
         node.new_pulse(),
         smallvec![link],
         limits,
@@ -288,12 +288,7 @@ fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
 
 /// Both hellos. The connector speaks first; the acceptor answers a stranger only once it knows
 /// that it is none.
-async fn exchange(
-    stream: &Stream,
-    own: &Hello,
-    shown: &str,
-    role: Role,
-) -> Result<(Hello, u16)> {
+async fn exchange(stream: &Stream, own: &Hello, shown: &str, role: Role) -> Result<(Hello, u16)> {
     let body = own.encode().map_err(|error| bad(shown, error.to_string()))?;
     let mut message = preface_encode(body.len()).to_vec();
     message.extend_from_slice(&body);
@@ -321,8 +316,8 @@ async fn exchange(
         .read_exact(&mut body)
         .await
         .map_err(|error| lost(shown, "reading the peer's hello", &error))?;
-    let theirs = Hello::decode(&body)
-        .map_err(|error| bad(shown, format!("the peer's hello: {error}")))?;
+    let theirs =
+        Hello::decode(&body).map_err(|error| bad(shown, format!("the peer's hello: {error}")))?;
     if role == Role::Acceptor {
         stream.write_all(&message).await.map_err(|error| lost(shown, sending, &error))?;
     }
@@ -459,23 +454,15 @@ impl SetUp<'_> {
     /// Brings one link up on this side, and compares notes. `None`: one side failed, and it is
     /// recorded why.
     async fn attempt(&mut self, kind: LinkKind, role: Role) -> Result<Option<Prepared>> {
-        let own = self.bring_up(kind, role).await;
-        let report = match &own {
-            Ok(_) => Ok(()),
-            Err(failure) => Err(failure.clone()),
-        };
-        self.say(&Setup::Result(report)).await?;
-        let theirs = match self.hear().await? {
+        let (own, said) = self.compare_notes(kind, role).await?;
+        let theirs = match said {
             Setup::Result(result) => result,
             other => return Err(self.unexpected(&other)),
         };
         let failure = match (own, theirs) {
             (Ok(prepared), Ok(())) => return Ok(Some(prepared)),
             (Err(failure), _) => failure,
-            (Ok(_), Err(failure)) => Failure {
-                reason: format!("at the peer: {}", failure.reason),
-                fix: failure.fix,
-            },
+            (Ok(_), Err(failure)) => at_the_peer(failure),
         };
         tracing::info!(peer = %self.shown, link = %kind, reason = %failure.reason, "link not up");
         self.candidates.push(Candidate {
@@ -485,6 +472,46 @@ impl SetUp<'_> {
             fix: Some(failure.fix).filter(|fix| !fix.is_empty()),
         });
         Ok(None)
+    }
+
+    /// What became of the attempt on this side, and what the peer says of its own.
+    async fn compare_notes(
+        &self,
+        kind: LinkKind,
+        role: Role,
+    ) -> Result<(Result<Prepared, Failure>, Setup)> {
+        let mut hearing = pin!(self.hear());
+        let mut heard = None;
+        let own = {
+            let mut bringing = pin!(self.bring_up(kind, role));
+            poll_fn(|cx| {
+                if heard.is_none()
+                    && let Poll::Ready(said) = hearing.as_mut().poll(cx)
+                {
+                    heard = Some(said);
+                }
+                // A peer that has failed will not come any more: to wait for it here would use up
+                // the time that the next link needs.
+                match &heard {
+                    None | Some(Ok(Setup::Result(Ok(())))) => bringing.as_mut().poll(cx),
+                    Some(Ok(Setup::Result(Err(failure)))) => {
+                        Poll::Ready(Err(at_the_peer(failure.clone())))
+                    }
+                    Some(_) => Poll::Ready(Err(Failure::default())),
+                }
+            })
+            .await
+        };
+        let report = match &own {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(failure.clone()),
+        };
+        self.say(&Setup::Result(report)).await?;
+        let said = match heard {
+            Some(said) => said,
+            None => hearing.await,
+        };
+        Ok((own, said?))
     }
 
     async fn bring_up(&self, kind: LinkKind, role: Role) -> Result<Prepared, Failure> {
@@ -531,6 +558,10 @@ impl SetUp<'_> {
         self.stream.read_exact(&mut body).await.map_err(lost)?;
         Setup::decode(&body).map_err(|error| bad(&self.shown, error.to_string()))
     }
+}
+
+fn at_the_peer(failure: Failure) -> Failure {
+    Failure { reason: format!("at the peer: {}", failure.reason), fix: failure.fix }
 }
 
 /// A link that is up on this side.

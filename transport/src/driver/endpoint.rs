@@ -84,17 +84,16 @@ impl Drop for CoreGuard<'_> {
 }
 
 impl EndpointShared {
-    #[expect(clippy::too_many_arguments, reason = "one caller, and each is another thing")]
     pub fn new(
         node: Arc<NodeShared>,
         peer: Peer,
         route: Route,
-        link: LinkKind,
         pulse: Arc<Pulse>,
         lanes: Lanes,
         limits: Limits,
         window_bytes: u64,
     ) -> Arc<Self> {
+        let link = lanes.first().map_or(LinkKind::Tcp, |lane| lane.kind());
         let (keys, allocator) = (node.keys.clone(), node.allocator.clone());
         Arc::new_cyclic(|weak| {
             let views = Views(weak.clone());

@@ -4,16 +4,14 @@ use std::collections::BTreeMap;
 
 use smallvec::SmallVec;
 
-use super::core::{Core, State};
+use super::core::{Core, Life, State};
 use super::table::{Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Phase};
 use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment, SegmentMut};
 use crate::memory::MemoryKind;
 use crate::message::{Frame, Message};
 use crate::proto::credit::message_cost;
-use crate::proto::wire::{
-    Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, one_frame_head,
-};
+use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, one_frame_head};
 
 /// Messages whose frame lengths have begun to arrive. A peer sends the table of one message after
 /// the other; the slack allows for lanes that reorder.
@@ -93,7 +91,9 @@ impl Core {
                 ),
             )
             .with_peer(self.state.peer.clone())
-            .with_hint("split it, or raise THALWEG_MAX_MESSAGE or THALWEG_MAX_FRAMES at the peer"));
+            .with_hint(
+                "split it, or raise THALWEG_MAX_MESSAGE or THALWEG_MAX_FRAMES at the peer",
+            ));
         }
         Ok(())
     }
@@ -274,6 +274,45 @@ impl State {
         Ok(())
     }
 
+    /// Whether a message with this number would go straight to the inbox now.
+    #[inline]
+    pub(super) fn in_order(&self, seq: u32) -> bool {
+        self.arriving.is_empty()
+            && seq == self.arriving.next()
+            && !matches!(self.life, Life::ClosedByPeer(_))
+    }
+
+    /// A message of one frame that is here, and whose turn it is.
+    #[inline]
+    pub(super) fn on_short_message(&mut self, bytes: &[u8]) -> Disposition {
+        let len = bytes.len() as u64;
+        if len > self.limits.max_message {
+            return State::protocol("a message over the limit");
+        }
+        if let Err(error) = self.message_charge.charge(message_cost(len, 1)) {
+            return State::protocol(error.to_string());
+        }
+        self.stats.messages_received += 1;
+        self.stats.message_bytes_received += len;
+        self.arriving.pass(self.arriving.next());
+        self.inbox.push_back(Message::copy_from_slice(bytes));
+        self.message_is_here();
+        Disposition::Taken
+    }
+
+    /// The inbox has something new: whoever waits for it is told.
+    #[inline]
+    fn message_is_here(&mut self) {
+        if self.receivers.is_empty() {
+            self.announce |= !std::mem::replace(&mut self.announced, true);
+        } else {
+            self.wake_receiver();
+        }
+        if !self.fences.is_empty() {
+            self.answer_fences();
+        }
+    }
+
     pub(super) fn on_message(
         &mut self,
         lane: u8,
@@ -310,13 +349,11 @@ impl State {
             && views.iter().zip(&lens).all(|(view, len)| view.len as u64 == *len)
         {
             let lease = self.views.lease(lane, arrival.payload);
-            let message =
-                views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
+            let message = views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
             return self.message_arrived(seq, message).unwrap_or(Disposition::View);
         }
         if let Some(bytes) = arrival.inline.or((arrival.len == 0).then_some(&[][..])) {
             let message = match lens.as_slice() {
-                // The one that matters for speed.
                 [_] => Message::copy_from_slice(bytes),
                 _ => split(bytes, &lens),
             };
@@ -353,7 +390,8 @@ impl State {
     }
 
     pub(super) fn message_landed(&mut self, id: OpId, result: Result<(), Error>) {
-        let Some(Slot { what: What::LandMessage { seq, message }, .. }) = self.ops.remove(id) else {
+        let Some(Slot { what: What::LandMessage { seq, message }, .. }) = self.ops.remove(id)
+        else {
             return;
         };
         if result.is_err() {
@@ -381,14 +419,7 @@ impl State {
             }
         }
         if any {
-            if self.receivers.is_empty() {
-                self.announce |= !std::mem::replace(&mut self.announced, true);
-            } else {
-                self.wake_receiver();
-            }
-            if !self.fences.is_empty() {
-                self.answer_fences();
-            }
+            self.message_is_here();
         }
         None
     }

@@ -70,8 +70,7 @@ impl NodeShared {
     pub fn new(config: Config, reactor: Reactor) -> Result<Arc<Self>> {
         config.validate()?;
         let io = |doing: &str, error: &std::io::Error| Error::from_io(Phase::Setup, doing, error);
-        let timers =
-            Arc::new(Timers::new(&reactor).map_err(|error| io("making a timer", &error))?);
+        let timers = Arc::new(Timers::new(&reactor).map_err(|error| io("making a timer", &error))?);
         let mut id = [0; 16];
         getrandom::fill(&mut id)
             .map_err(|error| io("asking for random numbers", &std::io::Error::other(error)))?;

@@ -23,7 +23,9 @@ impl Core {
             OneSided::Put { from, key, offset } => {
                 What::Put { from, key, offset, number, local: false, remote: false }
             }
-            OneSided::Get { to, key, offset } => What::Get { to, key, offset, number, answered: false },
+            OneSided::Get { to, key, offset } => {
+                What::Get { to, key, offset, number, answered: false }
+            }
         };
         let id = self.state.ops.insert(Slot::new(Stage::Queued, what));
         self.state.one_sided_queue.push_back(id);
@@ -91,8 +93,7 @@ impl Core {
                 0 => SmallVec::new(),
                 _ => smallvec![memory.read()],
             };
-            let post =
-                self.post(op, Class::OneSided, How::Eager, &head, &payload, reply.len);
+            let post = self.post(op, Class::OneSided, How::Eager, &head, &payload, reply.len);
             match post {
                 Ok(Post::Done) => {
                     self.state.serving -= 1;

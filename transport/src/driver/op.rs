@@ -174,7 +174,14 @@ impl<'e, K: Kind> Op<'e, K> {
             self.finished = true;
             return Poll::Ready(self.kind.failure(forked()));
         }
-        let Some(mut core) = endpoint.core_or_queue(cx.waker()) else { return Poll::Pending };
+        let mut core = match self.ticket {
+            // Its place in the order is that of its first poll: it must not leave without one.
+            None => endpoint.core(),
+            Some(_) => match endpoint.core_or_queue(cx.waker()) {
+                Some(core) => core,
+                None => return Poll::Pending,
+            },
+        };
         if let Some(output) = self.step(&mut core) {
             drop(core);
             return self.ready(output);
@@ -623,11 +630,9 @@ impl<B: BufferMut> Kind for TagRecv<B> {
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
         let (result, slot) = take_result(core.0, ticket.0)?;
         Some(match (result, slot.what) {
-            (Ok(()), What::TagRecv { matched: Some(matched), .. }) => Ok(Tagged {
-                tag: matched.tag,
-                len_bytes: matched.len,
-                buffer: self.take_back(),
-            }),
+            (Ok(()), What::TagRecv { matched: Some(matched), .. }) => {
+                Ok(Tagged { tag: matched.tag, len_bytes: matched.len, buffer: self.take_back() })
+            }
             (Ok(()), _) => self.failure(nothing_owned()),
             (Err(error), _) => self.failure(error),
         })

@@ -78,6 +78,9 @@ impl<T> Shard<T> {
         let waker = super::sync::thread_waker();
         loop {
             if let Some(guard) = self.queue(&waker) {
+                // The wake that ended a sleep may have been meant for an executor that parks this
+                // thread: it gets it back.
+                waker.wake();
                 return guard;
             }
             super::sync::park();

@@ -40,11 +40,7 @@ unsafe impl Send for RawSegment {}
 
 impl From<Region> for RawSegment {
     fn from(region: Region) -> Self {
-        RawSegment {
-            ptr: region.as_mut_ptr(),
-            len: region.len_bytes(),
-            kind: region.kind(),
-        }
+        RawSegment { ptr: region.as_mut_ptr(), len: region.len_bytes(), kind: region.kind() }
     }
 }
 

@@ -79,9 +79,11 @@ impl Core {
 
     /// `None`: no credit.
     fn post_tag(&mut self, op: OpId, tag: u64, from: RawSegment) -> Result<Option<Post>, Error> {
-        let eager_max = self.state.limits.eager_max.min(
-            self.lanes.first().map_or(0, |lane| lane.caps().eager_max),
-        );
+        let eager_max = self
+            .state
+            .limits
+            .eager_max
+            .min(self.lanes.first().map_or(0, |lane| lane.caps().eager_max));
         let len = from.len as u64;
         let (how, cost) = if from.len <= eager_max && self.state.tag_credit.try_take(tag_cost(len))
         {

@@ -9,6 +9,7 @@
 //! It must not know what a parcel means. Its choices follow from the plan's seed and from the
 //! order of the calls.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Waker};
@@ -254,6 +255,13 @@ struct Way {
     starved: bool,
 }
 
+impl Way {
+    /// Whether the receiver has taken everything, and the bytes of what it is landing.
+    fn flushed(&self) -> bool {
+        self.landings == 0 && self.queues.iter().all(VecDeque::is_empty)
+    }
+}
+
 #[derive(Debug)]
 struct Parcel {
     head: SmallVec<[u8; 64]>,
@@ -348,6 +356,8 @@ pub(crate) struct MockLink {
     jobs: VecDeque<Job>,
     late: Vec<Late>,
     counters: LinkCounters,
+    /// Somebody was told that not everything is flushed: when it is, that is worth a poll.
+    flush_awaited: Cell<bool>,
     dead: bool,
 }
 
@@ -358,8 +368,6 @@ impl MockLink {
     fn new(token: [u8; 16], plan: &MockPlan, pair: Arc<Pair>, side: usize) -> Self {
         let caps = Caps {
             eager_max: plan.eager_max,
-            ordered: !plan.unordered,
-            views: plan.views,
             ways: format!(
                 "within one process, as planned by a test: in line ≤ {} bytes, else one copy",
                 plan.inline_max
@@ -378,6 +386,7 @@ impl MockLink {
             jobs: VecDeque::new(),
             late: Vec::new(),
             counters: LinkCounters::default(),
+            flush_awaited: Cell::new(false),
             dead: false,
         }
     }
@@ -434,7 +443,8 @@ impl MockLink {
         if let Some(parcel) = queues[Class::Control as usize].pop_front() {
             return Some(parcel);
         }
-        let first = if self.plan.unordered { self.below(Class::COUNT) } else { self.polls as usize };
+        let first =
+            if self.plan.unordered { self.below(Class::COUNT) } else { self.polls as usize };
         let class = (0..Class::COUNT)
             .map(|turn| (first + turn) % Class::COUNT)
             .find(|class| !queues[*class].is_empty())?;
@@ -576,8 +586,7 @@ impl MockLink {
         for op in way.over.drain(..) {
             any = true;
             self.pending.retain(|_, known| *known != op);
-            self.late
-                .push(Late { due: self.polls + u64::from(self.plan.delay_polls), op });
+            self.late.push(Late { due: self.polls + u64::from(self.plan.delay_polls), op });
         }
         Ok((any, false))
     }
@@ -595,6 +604,7 @@ impl MockLink {
             || coming.queues.iter().any(|queue| !queue.is_empty())
             || !going.over.is_empty()
             || going.starved && self.has_room(shared)
+            || self.flush_awaited.get() && going.flushed()
     }
 
     fn copies(&self, len: usize) -> bool {
@@ -632,6 +642,7 @@ impl Link for MockLink {
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
         self.polls += 1;
+        self.flush_awaited.set(false);
         let (mut any, paused) = self.take_over()?;
         if paused {
             return Ok(Progress::Idle);
@@ -709,7 +720,8 @@ impl Link for MockLink {
         let blocks = loans.filter(|loans| self.plan.views && !loans.is_empty() && len > 0);
         let copied = self.copies(len) && blocks.is_none();
         // Both answers are allowed for what was copied; a link that is late gives both.
-        let done = copied && (op == OpId::NONE || self.plan.delay_polls == 0 || self.posted % 2 == 0);
+        let done = copied
+            && (op == OpId::NONE || self.plan.delay_polls == 0 || self.posted.is_multiple_of(2));
         let bytes = if copied {
             self.counters.inline_bytes_sent += len as u64;
             Bytes::Copied(copy_out(payload, len))
@@ -769,9 +781,9 @@ impl Link for MockLink {
     }
 
     fn flushed(&self) -> bool {
-        let shared = self.pair.lock();
-        let way = &shared.ways[self.side];
-        way.landings == 0 && way.queues.iter().all(VecDeque::is_empty)
+        let flushed = self.pair.lock().ways[self.side].flushed();
+        self.flush_awaited.set(!flushed);
+        flushed
     }
 
     fn counters(&self) -> LinkCounters {

@@ -241,10 +241,6 @@ pub(crate) struct Caps {
     /// Payloads up to this many bytes may be posted `Eager` although the receiver might not be
     /// able to place them at once (it then lands them in its own memory).
     pub eager_max: usize,
-    /// Whether parcels of one class arrive in the order in which they were posted.
-    pub ordered: bool,
-    /// Whether loans arrive as views.
-    pub views: bool,
     /// The ways in which this link moves payloads, in plain words, for the route: for instance
     /// "inline ≤ 2 KiB, loan by reference, single copy (process_vm_readv)".
     pub ways: String,
@@ -343,7 +339,6 @@ pub struct LinkCounters {
 /// Setting up a link is part of the bootstrap, so each transport has functions of its own for it,
 /// called from `driver::bootstrap`.
 pub(crate) trait Engine: Send + Sync {
-    fn kind(&self) -> LinkKind;
     /// Moves what is shared, within the budget, then arms: unless it answers
     /// [`Progress::More`], `cx`'s waker has been registered for the next event. What arrived for a
     /// link is left in that link's own queue, and the link's endpoint is woken.

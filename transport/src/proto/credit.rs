@@ -34,11 +34,7 @@ pub(crate) enum CreditError {
     /// A grant for more than was ever sent.
     BeyondTaken { granted: u64, taken: u64 },
     /// More was sent than the window allows.
-    Exceeded {
-        cost: u64,
-        outstanding: u64,
-        window: u64,
-    },
+    Exceeded { cost: u64, outstanding: u64, window: u64 },
 }
 
 impl fmt::Display for CreditError {
@@ -50,11 +46,7 @@ impl fmt::Display for CreditError {
             CreditError::BeyondTaken { granted, taken } => {
                 write!(f, "credit for {granted} bytes when {taken} were sent")
             }
-            CreditError::Exceeded {
-                cost,
-                outstanding,
-                window,
-            } => {
+            CreditError::Exceeded { cost, outstanding, window } => {
                 write!(
                     f,
                     "{cost} bytes sent on top of {outstanding} outstanding, in a window of {window}"
@@ -68,10 +60,7 @@ impl std::error::Error for CreditError {}
 
 /// Whether `cost` may join `outstanding` in this window. The one rule, for both sides.
 fn admits(window: u64, outstanding: u64, cost: u64) -> bool {
-    outstanding == 0
-        || outstanding
-            .checked_add(cost)
-            .is_some_and(|sum| sum <= window)
+    outstanding == 0 || outstanding.checked_add(cost).is_some_and(|sum| sum <= window)
 }
 
 /// The sender's side.
@@ -85,11 +74,7 @@ pub(crate) struct SendCredit {
 impl SendCredit {
     /// `window`: what the receiver said it takes, in bytes.
     pub fn new(window: u64) -> Self {
-        SendCredit {
-            window,
-            taken: 0,
-            granted: 0,
-        }
+        SendCredit { window, taken: 0, granted: 0 }
     }
 
     /// Takes `cost` bytes if they are to be had.
@@ -111,26 +96,17 @@ impl SendCredit {
 
     /// Takes back a `try_take` whose parcel did not go out.
     pub fn give_back(&mut self, cost: u64) {
-        debug_assert!(
-            cost <= self.outstanding(),
-            "only what was taken can be given back"
-        );
+        debug_assert!(cost <= self.outstanding(), "only what was taken can be given back");
         self.taken = self.taken.saturating_sub(cost).max(self.granted);
     }
 
     /// The receiver has consumed this many bytes since the beginning.
     pub fn grant(&mut self, cumulative: u64) -> Result<(), CreditError> {
         if cumulative < self.granted {
-            return Err(CreditError::Backwards {
-                granted: cumulative,
-                before: self.granted,
-            });
+            return Err(CreditError::Backwards { granted: cumulative, before: self.granted });
         }
         if cumulative > self.taken {
-            return Err(CreditError::BeyondTaken {
-                granted: cumulative,
-                taken: self.taken,
-            });
+            return Err(CreditError::BeyondTaken { granted: cumulative, taken: self.taken });
         }
         self.granted = cumulative;
         Ok(())
@@ -160,12 +136,7 @@ pub(crate) struct RecvCredit {
 impl RecvCredit {
     /// `window`: what this side told the sender, in bytes.
     pub fn new(window: u64) -> Self {
-        RecvCredit {
-            window,
-            charged: 0,
-            consumed: 0,
-            reported: 0,
-        }
+        RecvCredit { window, charged: 0, consumed: 0, reported: 0 }
     }
 
     /// A parcel of this cost has arrived. Charged before anything is done for it.
@@ -173,11 +144,7 @@ impl RecvCredit {
         // What the sender believes is outstanding is at least this: it may not have seen the last
         // report yet.
         let outstanding = self.charged - self.reported;
-        let exceeded = CreditError::Exceeded {
-            cost,
-            outstanding,
-            window: self.window,
-        };
+        let exceeded = CreditError::Exceeded { cost, outstanding, window: self.window };
         if !admits(self.window, outstanding, cost) {
             return Err(exceeded);
         }
@@ -187,10 +154,7 @@ impl RecvCredit {
 
     /// This side has let go of as many bytes as were charged for some parcel.
     pub fn consume(&mut self, cost: u64) {
-        debug_assert!(
-            cost <= self.resident(),
-            "no more can be consumed than was charged"
-        );
+        debug_assert!(cost <= self.resident(), "no more can be consumed than was charged");
         self.consumed = self.consumed.saturating_add(cost).min(self.charged);
     }
 
@@ -240,21 +204,9 @@ mod tests {
     fn false_grants_are_refused() {
         let mut send = SendCredit::new(100);
         assert!(send.try_take(50));
-        assert_eq!(
-            send.grant(51),
-            Err(CreditError::BeyondTaken {
-                granted: 51,
-                taken: 50
-            })
-        );
+        assert_eq!(send.grant(51), Err(CreditError::BeyondTaken { granted: 51, taken: 50 }));
         send.grant(20).unwrap();
-        assert_eq!(
-            send.grant(19),
-            Err(CreditError::Backwards {
-                granted: 19,
-                before: 20
-            })
-        );
+        assert_eq!(send.grant(19), Err(CreditError::Backwards { granted: 19, before: 20 }));
         assert_eq!(send.outstanding(), 30);
     }
 
@@ -280,10 +232,7 @@ mod tests {
         assert_eq!(recv.take_due(false), None);
         recv.charge(1).unwrap();
         recv.consume(1);
-        assert_eq!(
-            (recv.take_due(false), recv.take_due(false)),
-            (Some(1), None)
-        );
+        assert_eq!((recv.take_due(false), recv.take_due(false)), (Some(1), None));
     }
 
     #[test]
@@ -292,11 +241,7 @@ mod tests {
         recv.charge(60).unwrap();
         assert_eq!(
             recv.charge(41),
-            Err(CreditError::Exceeded {
-                cost: 41,
-                outstanding: 60,
-                window: 100
-            })
+            Err(CreditError::Exceeded { cost: 41, outstanding: 60, window: 100 })
         );
         recv.charge(40).unwrap();
         // Consumed, but not reported: the sender cannot know.

@@ -32,10 +32,7 @@ pub(super) struct Cursor<'a> {
 impl<'a> Cursor<'a> {
     /// Reads from `bytes`; `short` says what is too short when they end early.
     pub fn new(bytes: &'a [u8], short: &'static str) -> Self {
-        Cursor {
-            rest: bytes,
-            short: WireError::new(short),
-        }
+        Cursor { rest: bytes, short: WireError::new(short) }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -79,11 +76,7 @@ impl<'a> Cursor<'a> {
 
     /// Refuses trailing bytes.
     pub fn finish(self, trailing: &'static str) -> Result<(), WireError> {
-        if self.is_empty() {
-            Ok(())
-        } else {
-            Err(WireError::new(trailing))
-        }
+        if self.is_empty() { Ok(()) } else { Err(WireError::new(trailing)) }
     }
 }
 

@@ -57,14 +57,11 @@ impl FenceLedger {
         let front = self.waiting.front()?;
         let reached = signed_distance(messages_done, front.messages) >= 0
             && signed_distance(tags_done, front.tags) >= 0;
-        if reached {
-            self.waiting.pop_front().map(|fence| fence.id)
-        } else {
-            None
-        }
+        if reached { self.waiting.pop_front().map(|fence| fence.id) } else { None }
     }
 
     /// How many wait.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn len(&self) -> usize {
         self.waiting.len()
     }

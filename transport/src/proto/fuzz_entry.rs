@@ -33,13 +33,8 @@ pub fn head(bytes: &[u8]) -> u64 {
     let way = trace(way, key.as_ref().err());
     if let Ok(head) = head {
         match &head {
-            Head::Message {
-                frames: Frames::Inline(lens),
-                ..
-            } => check_lens(lens),
-            Head::MessageTable {
-                total, first, lens, ..
-            } => {
+            Head::Message { frames: Frames::Inline(lens), .. } => check_lens(lens),
+            Head::MessageTable { total, first, lens, .. } => {
                 check_lens(lens);
                 assert!(u64::from(*first) + lens.len() as u64 <= u64::from(*total));
             }
@@ -47,10 +42,7 @@ pub fn head(bytes: &[u8]) -> u64 {
         }
         let mut out = HeadBuf::new();
         head.encode(&mut out);
-        assert!(
-            out.len() <= bytes.len(),
-            "encoding is never longer than what was accepted"
-        );
+        assert!(out.len() <= bytes.len(), "encoding is never longer than what was accepted");
         assert_eq!(Head::decode(&out), Ok(head));
     }
     if let Ok(key) = key {
@@ -121,11 +113,7 @@ pub fn setup(mut bytes: &[u8]) -> u64 {
         way = trace(way ^ u64::from(body[0]), message.as_ref().err());
         if let Ok(message) = message {
             let again = message.encode();
-            assert_eq!(
-                &again[prefix.len()..],
-                body,
-                "a set-up message has one form only"
-            );
+            assert_eq!(&again[prefix.len()..], body, "a set-up message has one form only");
         }
         bytes = rest;
     }
@@ -201,13 +189,7 @@ struct Credit {
 impl Credit {
     fn new(window: u64) -> Self {
         let (send, recv) = (SendCredit::new(window), RecvCredit::new(window));
-        Credit {
-            window,
-            send,
-            recv,
-            flying: VecDeque::new(),
-            held: VecDeque::new(),
-        }
+        Credit { window, send, recv, flying: VecDeque::new(), held: VecDeque::new() }
     }
 
     /// Does one operation; says whether it did something, or `None` at the input's end.
@@ -239,9 +221,7 @@ impl Credit {
     fn deliver(&mut self, which: usize) -> bool {
         let cost = self.flying.remove(which % self.flying.len().max(1));
         if let Some(cost) = cost {
-            self.recv
-                .charge(cost)
-                .expect("the sender kept to its credit");
+            self.recv.charge(cost).expect("the sender kept to its credit");
             self.held.push_back(cost);
         }
         cost.is_some()
@@ -288,11 +268,7 @@ impl Credit {
             self.consume();
         }
         self.report(true);
-        assert_eq!(
-            self.send.outstanding(),
-            0,
-            "a starved sender gets everything back"
-        );
+        assert_eq!(self.send.outstanding(), 0, "a starved sender gets everything back");
     }
 }
 
@@ -306,12 +282,7 @@ struct Order {
 
 impl Order {
     fn new(start: u32) -> Self {
-        Order {
-            start,
-            next: 0,
-            sequencer: Sequencer::starting_at(start),
-            model: BTreeMap::new(),
-        }
+        Order { start, next: 0, sequencer: Sequencer::starting_at(start), model: BTreeMap::new() }
     }
 
     /// Does one operation; says whether it did something, or `None` at the input's end.
@@ -322,10 +293,7 @@ impl Order {
             _ => self.pop(),
         };
         assert_eq!(self.sequencer.len(), self.model.len());
-        assert_eq!(
-            self.sequencer.next(),
-            self.start.wrapping_add(self.next as u32)
-        );
+        assert_eq!(self.sequencer.next(), self.start.wrapping_add(self.next as u32));
         Some(outcome)
     }
 
@@ -368,14 +336,7 @@ struct Tags {
 impl Tags {
     fn new(start: u32) -> Self {
         let (matcher, model) = (TagMatcher::new(), Model::default());
-        Tags {
-            start,
-            matcher,
-            model,
-            matched: Vec::new(),
-            next_recv: 0,
-            next_seq: 0,
-        }
+        Tags { start, matcher, model, matched: Vec::new(), next_recv: 0, next_seq: 0 }
     }
 
     /// Does one operation; says whether it did something, or `None` at the input's end.
@@ -406,11 +367,8 @@ impl Tags {
         self.next_recv += 1;
         let expected = self.model.post(tag, mask, recv);
         self.matched.extend(expected);
-        let expected = expected.map(|(value, tag)| Unexpected {
-            seq: self.wire(value),
-            tag,
-            value,
-        });
+        let expected =
+            expected.map(|(value, tag)| Unexpected { seq: self.wire(value), tag, value });
         assert_eq!(self.matcher.post(tag, mask, recv), expected);
         expected.is_some()
     }
@@ -446,11 +404,7 @@ impl Tags {
 
     fn finish(mut self) {
         self.model.stored.sort_unstable();
-        let stored: Vec<_> = self
-            .matcher
-            .drain_unexpected()
-            .map(|u| (u.value, u.tag))
-            .collect();
+        let stored: Vec<_> = self.matcher.drain_unexpected().map(|u| (u.value, u.tag)).collect();
         assert_eq!(stored, self.model.stored);
         let posted = self.model.posted.into_iter().map(|(_, _, recv)| recv);
         assert!(self.matcher.drain_posted().eq(posted));
@@ -481,10 +435,7 @@ impl Fences {
     fn request(&mut self, ahead: u32) -> bool {
         let target = self.done.wrapping_add(ahead);
         let room = self.model.len() < FENCES_MAX;
-        assert_eq!(
-            self.ledger.request(self.asked, target, self.done).is_ok(),
-            room
-        );
+        assert_eq!(self.ledger.request(self.asked, target, self.done).is_ok(), room);
         if room {
             self.model.push_back((self.asked, target));
         }
@@ -500,10 +451,7 @@ impl Fences {
             assert_eq!(id, expected);
             assert!(target <= self.done);
         }
-        let waits = self
-            .model
-            .front()
-            .is_none_or(|&(_, target)| target > self.done);
+        let waits = self.model.front().is_none_or(|&(_, target)| target > self.done);
         assert!(waits, "what is reached is answered");
         self.model.len() < before
     }

@@ -26,121 +26,23 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
     let inline = |lens: &Lens<'static>| Frames::Inline(lens.clone());
     let (seq, id, key) = (u32::MAX, 7, 0x0123_4567_89ab_cdef);
     for (name, head) in [
-        (
-            "message-one",
-            Head::Message {
-                seq,
-                frames: Frames::One,
-            },
-        ),
-        (
-            "message-zero",
-            Head::Message {
-                seq,
-                frames: Frames::Zero,
-            },
-        ),
-        (
-            "message-narrow",
-            Head::Message {
-                seq,
-                frames: inline(&narrow),
-            },
-        ),
-        (
-            "message-wide",
-            Head::Message {
-                seq,
-                frames: inline(&wide),
-            },
-        ),
-        (
-            "message-tabled",
-            Head::Message {
-                seq,
-                frames: Frames::Table { count: 4096 },
-            },
-        ),
-        (
-            "table-narrow",
-            Head::MessageTable {
-                seq,
-                total: 9,
-                first: 6,
-                lens: narrow,
-            },
-        ),
-        (
-            "table-wide",
-            Head::MessageTable {
-                seq,
-                total: u32::MAX,
-                first: 0,
-                lens: wide,
-            },
-        ),
+        ("message-one", Head::Message { seq, frames: Frames::One }),
+        ("message-zero", Head::Message { seq, frames: Frames::Zero }),
+        ("message-narrow", Head::Message { seq, frames: inline(&narrow) }),
+        ("message-wide", Head::Message { seq, frames: inline(&wide) }),
+        ("message-tabled", Head::Message { seq, frames: Frames::Table { count: 4096 } }),
+        ("table-narrow", Head::MessageTable { seq, total: 9, first: 6, lens: narrow }),
+        ("table-wide", Head::MessageTable { seq, total: u32::MAX, first: 0, lens: wide }),
         ("tag", Head::Tag { seq, tag: key }),
-        (
-            "put",
-            Head::Put {
-                id,
-                key,
-                offset: u64::MAX,
-            },
-        ),
-        (
-            "put-done",
-            Head::PutDone {
-                id,
-                status: Status::KeyUnknown,
-            },
-        ),
-        (
-            "get",
-            Head::Get {
-                id,
-                key,
-                offset: 1,
-                len: u64::MAX,
-            },
-        ),
-        (
-            "get-reply",
-            Head::GetReply {
-                id,
-                status: Status::OutOfBounds,
-            },
-        ),
-        (
-            "fence",
-            Head::Fence {
-                id,
-                messages: 1,
-                tags: u32::MAX,
-            },
-        ),
+        ("put", Head::Put { id, key, offset: u64::MAX }),
+        ("put-done", Head::PutDone { id, status: Status::KeyUnknown }),
+        ("get", Head::Get { id, key, offset: 1, len: u64::MAX }),
+        ("get-reply", Head::GetReply { id, status: Status::OutOfBounds }),
+        ("fence", Head::Fence { id, messages: 1, tags: u32::MAX }),
         ("fence-done", Head::FenceDone { id }),
-        (
-            "credit",
-            Head::Credit {
-                messages: u64::MAX,
-                tags: 0,
-            },
-        ),
-        (
-            "credit-wanted",
-            Head::CreditWanted {
-                messages: true,
-                tags: true,
-            },
-        ),
-        (
-            "close",
-            Head::Close {
-                code: 1,
-                text: "größer",
-            },
-        ),
+        ("credit", Head::Credit { messages: u64::MAX, tags: 0 }),
+        ("credit-wanted", Head::CreditWanted { messages: true, tags: true }),
+        ("close", Head::Close { code: 1, text: "größer" }),
         ("close-done", Head::CloseDone),
     ] {
         let mut bytes = HeadBuf::new();
@@ -148,10 +50,7 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
         add(name, bytes.to_vec());
         // A close's text ends where the head ends.
         if !matches!(head, Head::Close { .. }) {
-            add(
-                &format!("bad-{name}-cut"),
-                bytes[..bytes.len() - 1].to_vec(),
-            );
+            add(&format!("bad-{name}-cut"), bytes[..bytes.len() - 1].to_vec());
             add(&format!("bad-{name}-longer"), [&bytes[..], &[0]].concat());
         }
     }
@@ -167,22 +66,10 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
     add("bad-status", vec![10, 1, 0, 0, 0, 6]);
     add("bad-wanted-bits", vec![16, 0x84]);
     add("bad-close-not-text", vec![17, 0, 0, 0, 0, 0xc3, 0x28]);
-    add(
-        "bad-close-too-long",
-        [&[17, 0, 0, 0, 0][..], &[b'x'; 513]].concat(),
-    );
-    add(
-        "longest-lengths",
-        [&[3, 0, 0, 0, 0][..], &[0xff; 1016]].concat(),
-    );
+    add("bad-close-too-long", [&[17, 0, 0, 0, 0][..], &[b'x'; 513]].concat());
+    add("longest-lengths", [&[3, 0, 0, 0, 0][..], &[0xff; 1016]].concat());
     add("bad-too-long", vec![3; HEAD_MAX + 1]);
-    let remote = RemoteKeyWire {
-        node_id: [1; 16],
-        key,
-        len: 4096,
-        access: ACCESS_READ,
-    }
-    .to_bytes();
+    let remote = RemoteKeyWire { node_id: [1; 16], key, len: 4096, access: ACCESS_READ }.to_bytes();
     add("remote-key", remote.to_vec());
     for (name, at) in [("format", 32), ("access", 33), ("reserved", 39)] {
         let mut bytes = remote.to_vec();
@@ -209,24 +96,12 @@ fn hellos(mut add: impl FnMut(&str, Vec<u8>)) {
     add("whole", whole.clone());
     add("bad-empty-body", with_preface(&[]));
     add("bad-cut", whole[..whole.len() / 2].to_vec());
-    add(
-        "bad-field-twice",
-        with_preface(&[&body[..], &body[..22]].concat()),
-    );
-    add(
-        "unknown-field",
-        with_preface(&[&[0xe7, 3, 2, 0, 0, 0, 9, 9][..], &body].concat()),
-    );
-    add(
-        "bad-field-past-end",
-        with_preface(&[1, 0, 0xff, 0xff, 0xff, 0xff]),
-    );
+    add("bad-field-twice", with_preface(&[&body[..], &body[..22]].concat()));
+    add("unknown-field", with_preface(&[&[0xe7, 3, 2, 0, 0, 0, 9, 9][..], &body].concat()));
+    add("bad-field-past-end", with_preface(&[1, 0, 0xff, 0xff, 0xff, 0xff]));
     add("bad-field-short", with_preface(&[1, 0, 15, 0, 0, 0]));
     add("bad-links-count", with_preface(&[4, 0, 1, 0, 0, 0, 0xff]));
-    add(
-        "bad-links-name",
-        with_preface(&[4, 0, 5, 0, 0, 0, 1, 1, b'/', 0, 0]),
-    );
+    add("bad-links-name", with_preface(&[4, 0, 5, 0, 0, 0, 1, 1, b'/', 0, 0]));
     let twice = [4, 0, 9, 0, 0, 0, 2, 1, b'x', 0, 0, 1, b'x', 0, 0];
     add("bad-links-twice", with_preface(&twice));
     for (name, at, byte) in [
@@ -240,10 +115,7 @@ fn hellos(mut add: impl FnMut(&str, Vec<u8>)) {
         add(name, bytes);
     }
     add("bad-http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec());
-    add(
-        "bad-tls",
-        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\0\0\0\0\0\0".to_vec(),
-    );
+    add("bad-tls", b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\0\0\0\0\0\0".to_vec());
     add("bad-longest-unknown", {
         let mut body = vec![0xff, 0xff, 0xfa, 0xff, 0, 0];
         body.resize(HELLO_BYTES_MAX, 0);
@@ -252,33 +124,18 @@ fn hellos(mut add: impl FnMut(&str, Vec<u8>)) {
 }
 
 fn setups(mut add: impl FnMut(&str, Vec<u8>)) {
-    let failure = Failure {
-        reason: "another network namespace".into(),
-        fix: "share it".into(),
-    };
+    let failure = Failure { reason: "another network namespace".into(), fix: "share it".into() };
     let messages = [
         ("attempt", Setup::Attempt { link: "shm".into() }),
         ("ok", Setup::Result(Ok(()))),
         ("failed", Setup::Result(Err(failure))),
         ("go", Setup::Go),
-        (
-            "refuse",
-            Setup::Refuse {
-                code: 9,
-                text: "full".into(),
-            },
-        ),
+        ("refuse", Setup::Refuse { code: 9, text: "full".into() }),
     ];
     for (name, message) in &messages {
         add(name, message.encode());
     }
-    add(
-        "stream",
-        messages
-            .iter()
-            .flat_map(|(_, message)| message.encode())
-            .collect(),
-    );
+    add("stream", messages.iter().flat_map(|(_, message)| message.encode()).collect());
     add("bad-empty", vec![0; 4]);
     add("bad-length", vec![0xff; 8]);
     add("bad-length-past-end", vec![9, 0, 0, 0, 4]);
@@ -293,58 +150,23 @@ fn setups(mut add: impl FnMut(&str, Vec<u8>)) {
 /// them.
 fn sessions(mut add: impl FnMut(&str, Vec<u8>)) {
     let with_start = |start: u32, ops: &[&[u8]]| {
-        [
-            &1000u16.to_le_bytes()[..],
-            &start.to_le_bytes(),
-            &ops.concat(),
-        ]
-        .concat()
+        [&1000u16.to_le_bytes()[..], &start.to_le_bytes(), &ops.concat()].concat()
     };
     let ping = [0, 8, 0, 1, 1, 0, 2, 3, 1];
     add("credit", with_start(0, &[&ping[..]; 20]));
     let greedy = [0, 0xff, 0xff, 0xff];
-    add(
-        "credit-alone",
-        with_start(0, &[&greedy, &greedy, &[1, 0, 2, 3, 0], &greedy]),
-    );
-    add(
-        "credit-forged",
-        with_start(0, &[&ping, &[4, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]]),
-    );
-    add(
-        "credit-forged-most",
-        with_start(0, &[&greedy, &[4], &[0xff; 8]]),
-    );
-    add(
-        "order-reversed",
-        with_start(u32::MAX - 1, &[&[5, 2, 5, 1, 7, 5, 0, 7, 7, 7, 7]]),
-    );
+    add("credit-alone", with_start(0, &[&greedy, &greedy, &[1, 0, 2, 3, 0], &greedy]));
+    add("credit-forged", with_start(0, &[&ping, &[4, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]]));
+    add("credit-forged-most", with_start(0, &[&greedy, &[4], &[0xff; 8]]));
+    add("order-reversed", with_start(u32::MAX - 1, &[&[5, 2, 5, 1, 7, 5, 0, 7, 7, 7, 7]]));
     let far = [6, 0xff, 0xff, 0, 0, 6, 0, 4, 0, 0, 6, 0xff, 3, 0, 0];
-    add(
-        "order-far",
-        with_start(u32::MAX, &[&far, &[6, 0, 0, 1, 0], &[5, 0, 7], &far]),
-    );
+    add("order-far", with_start(u32::MAX, &[&far, &[6, 0, 0, 1, 0], &[5, 0, 7], &far]));
     add("order-twice", with_start(0, &[&[5, 3, 5, 3, 5, 0xff]]));
-    add(
-        "tags-posted-first",
-        with_start(0, &[&[8, 1, 9, 0, 0, 8, 1, 10, 1, 10, 1, 10, 1]]),
-    );
-    add(
-        "tags-unexpected",
-        with_start(u32::MAX, &[&[10, 1, 10, 2, 10, 1, 8, 1, 9, 0, 0, 8, 1]]),
-    );
-    add(
-        "tags-put-back",
-        with_start(u32::MAX, &[&[8, 1, 10, 1, 10, 1, 12, 0, 8, 1, 12, 0, 8, 1]]),
-    );
-    add(
-        "tags-withdrawn",
-        with_start(0, &[&[8, 1, 8, 1, 8, 1, 13, 1, 13, 1, 10, 1, 10, 1, 10, 1]]),
-    );
-    add(
-        "fences",
-        with_start(0, &[&[14, 0, 14, 2, 14, 1, 15, 0, 15, 1, 15, 1, 15, 255]]),
-    );
+    add("tags-posted-first", with_start(0, &[&[8, 1, 9, 0, 0, 8, 1, 10, 1, 10, 1, 10, 1]]));
+    add("tags-unexpected", with_start(u32::MAX, &[&[10, 1, 10, 2, 10, 1, 8, 1, 9, 0, 0, 8, 1]]));
+    add("tags-put-back", with_start(u32::MAX, &[&[8, 1, 10, 1, 10, 1, 12, 0, 8, 1, 12, 0, 8, 1]]));
+    add("tags-withdrawn", with_start(0, &[&[8, 1, 8, 1, 8, 1, 13, 1, 13, 1, 10, 1, 10, 1, 10, 1]]));
+    add("fences", with_start(0, &[&[14, 0, 14, 2, 14, 1, 15, 0, 15, 1, 15, 1, 15, 255]]));
     add("fences-too-many", with_start(0, &[&[14, 200][..]; 1100]));
 }
 
@@ -397,10 +219,7 @@ mod tests {
     fn names_are_unique_and_fit_for_files() {
         let mut seen = HashSet::new();
         for (target, name, _) in seeds() {
-            assert!(
-                name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'),
-                "{name}"
-            );
+            assert!(name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'), "{name}");
             assert!(seen.insert((target, name.clone())), "{target}/{name}");
         }
     }

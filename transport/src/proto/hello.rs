@@ -63,16 +63,10 @@ impl fmt::Display for PrefaceError {
                 write!(f, "it began with \"{}\"", first.escape_ascii())
             }
             PrefaceError::Major { theirs, ours } => {
-                write!(
-                    f,
-                    "it speaks version {theirs} of the protocol, this side version {ours}"
-                )
+                write!(f, "it speaks version {theirs} of the protocol, this side version {ours}")
             }
             PrefaceError::TooLong { body_len } => {
-                write!(
-                    f,
-                    "its hello has {body_len} bytes, {HELLO_BYTES_MAX} are allowed"
-                )
+                write!(f, "its hello has {body_len} bytes, {HELLO_BYTES_MAX} are allowed")
             }
         }
     }
@@ -82,10 +76,7 @@ impl std::error::Error for PrefaceError {}
 
 impl Preface {
     /// The minor version in which both sides can talk.
-    #[expect(
-        clippy::unnecessary_min_or_max,
-        reason = "the minor version will not stay 0"
-    )]
+    #[expect(clippy::unnecessary_min_or_max, reason = "the minor version will not stay 0")]
     pub fn minor_in_common(&self) -> u16 {
         self.minor.min(VERSION_MINOR)
     }
@@ -93,10 +84,7 @@ impl Preface {
 
 /// The preface of this version, before a hello of this length.
 pub(crate) fn preface_encode(body_len: usize) -> [u8; PREFACE_BYTES] {
-    debug_assert!(
-        body_len <= HELLO_BYTES_MAX,
-        "Hello::encode keeps to the limit"
-    );
+    debug_assert!(body_len <= HELLO_BYTES_MAX, "Hello::encode keeps to the limit");
     preface_bytes(VERSION_MAJOR, VERSION_MINOR, body_len as u32)
 }
 
@@ -112,45 +100,21 @@ fn preface_bytes(major: u16, minor: u16, body_len: u32) -> [u8; PREFACE_BYTES] {
 /// Reads a preface. The version is judged before the length, whose meaning another major version
 /// may have changed.
 pub(crate) fn preface_decode(bytes: &[u8; PREFACE_BYTES]) -> Result<Preface, PrefaceError> {
-    let [
-        m0,
-        m1,
-        m2,
-        m3,
-        m4,
-        m5,
-        m6,
-        m7,
-        j0,
-        j1,
-        n0,
-        n1,
-        l0,
-        l1,
-        l2,
-        l3,
-    ] = *bytes;
+    let [m0, m1, m2, m3, m4, m5, m6, m7, j0, j1, n0, n1, l0, l1, l2, l3] = *bytes;
     let first = [m0, m1, m2, m3, m4, m5, m6, m7];
     if first != MAGIC {
         return Err(PrefaceError::NotThalweg { first });
     }
     let major = u16::from_le_bytes([j0, j1]);
     if major != VERSION_MAJOR {
-        return Err(PrefaceError::Major {
-            theirs: major,
-            ours: VERSION_MAJOR,
-        });
+        return Err(PrefaceError::Major { theirs: major, ours: VERSION_MAJOR });
     }
     let minor = u16::from_le_bytes([n0, n1]);
     let body_len = u32::from_le_bytes([l0, l1, l2, l3]);
     if body_len as usize > HELLO_BYTES_MAX {
         return Err(PrefaceError::TooLong { body_len });
     }
-    Ok(Preface {
-        major,
-        minor,
-        body_len: body_len as usize,
-    })
+    Ok(Preface { major, minor, body_len: body_len as usize })
 }
 
 mod field {
@@ -200,23 +164,12 @@ impl Hello {
         put_field(&mut out, field::TOKEN, &self.token);
         put_field(&mut out, field::APP, &self.app);
         put_field(&mut out, field::LINKS, &links);
-        put_field(
-            &mut out,
-            field::MESSAGE_WINDOW,
-            &self.message_window.to_le_bytes(),
-        );
+        put_field(&mut out, field::MESSAGE_WINDOW, &self.message_window.to_le_bytes());
         put_field(&mut out, field::TAG_WINDOW, &self.tag_window.to_le_bytes());
-        put_field(
-            &mut out,
-            field::MAX_MESSAGE,
-            &self.max_message.to_le_bytes(),
-        );
+        put_field(&mut out, field::MAX_MESSAGE, &self.max_message.to_le_bytes());
         put_field(&mut out, field::MAX_FRAMES, &self.max_frames.to_le_bytes());
         put_field(&mut out, field::FEATURES, &self.features.to_le_bytes());
-        debug_assert!(
-            out.len() <= HELLO_BYTES_MAX,
-            "the limits on fields add up to less"
-        );
+        debug_assert!(out.len() <= HELLO_BYTES_MAX, "the limits on fields add up to less");
         Ok(out)
     }
 
@@ -282,9 +235,7 @@ fn put_field(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
 }
 
 fn sized<const N: usize>(value: &[u8]) -> Result<[u8; N], WireError> {
-    value
-        .try_into()
-        .map_err(|_| WireError::new("hello with a field of the wrong length"))
+    value.try_into().map_err(|_| WireError::new("hello with a field of the wrong length"))
 }
 
 /// Count u8; for each link: length of the name u8, name, length of the blob u16, blob.
@@ -316,10 +267,7 @@ fn decode_links(value: &[u8]) -> Result<Vec<(String, Vec<u8>)>, WireError> {
         let blob_len = usize::from(c.u16()?);
         let blob = c.take(blob_len)?;
         check_link(&links, name, blob)?;
-        links.push((
-            text(name, "link name is not UTF-8")?.to_owned(),
-            blob.to_vec(),
-        ));
+        links.push((text(name, "link name is not UTF-8")?.to_owned(), blob.to_vec()));
     }
     c.finish("bytes after the last link")?;
     Ok(links)
@@ -428,15 +376,11 @@ impl Setup {
                 Setup::Attempt { link }
             }
             setup_kind::OK => Setup::Result(Ok(())),
-            setup_kind::FAILED => Setup::Result(Err(Failure {
-                reason: get_text(&mut c)?,
-                fix: get_text(&mut c)?,
-            })),
+            setup_kind::FAILED => {
+                Setup::Result(Err(Failure { reason: get_text(&mut c)?, fix: get_text(&mut c)? }))
+            }
             setup_kind::GO => Setup::Go,
-            setup_kind::REFUSE => Setup::Refuse {
-                code: c.u32()?,
-                text: get_text(&mut c)?,
-            },
+            setup_kind::REFUSE => Setup::Refuse { code: c.u32()?, text: get_text(&mut c)? },
             _ => return Err(WireError::new("unknown set-up message")),
         };
         c.finish("bytes after a set-up message")?;
@@ -481,10 +425,7 @@ mod tests {
     #[test]
     fn preface_round_trip() {
         let preface = preface_decode(&preface_encode(HELLO_BYTES_MAX)).unwrap();
-        assert_eq!(
-            (preface.major, preface.minor),
-            (VERSION_MAJOR, VERSION_MINOR)
-        );
+        assert_eq!((preface.major, preface.minor), (VERSION_MAJOR, VERSION_MINOR));
         assert_eq!(preface.body_len, HELLO_BYTES_MAX);
     }
 
@@ -493,19 +434,10 @@ mod tests {
         let error = preface_decode(b"GET / HTTP/1.1\r\n").unwrap_err();
         assert_eq!(error.to_string(), "it began with \"GET / HT\"");
         let error = preface_decode(b"\x16\x03\x01\0\xffhello world").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "it began with \"\\x16\\x03\\x01\\x00\\xffhel\""
-        );
+        assert_eq!(error.to_string(), "it began with \"\\x16\\x03\\x01\\x00\\xffhel\"");
         // Even when the length makes no sense in this version.
         let error = preface_decode(&preface_bytes(7, 0, u32::MAX)).unwrap_err();
-        assert_eq!(
-            error,
-            PrefaceError::Major {
-                theirs: 7,
-                ours: VERSION_MAJOR
-            }
-        );
+        assert_eq!(error, PrefaceError::Major { theirs: 7, ours: VERSION_MAJOR });
         assert!(error.to_string().contains('7') && error.to_string().contains('1'));
         let error = preface_decode(&preface_bytes(VERSION_MAJOR, 0, 65537)).unwrap_err();
         assert_eq!(error, PrefaceError::TooLong { body_len: 65537 });
@@ -515,11 +447,7 @@ mod tests {
     fn other_minor_versions_are_welcome() {
         let newer = preface_decode(&preface_bytes(VERSION_MAJOR, VERSION_MINOR + 3, 0)).unwrap();
         assert_eq!(newer.minor_in_common(), VERSION_MINOR);
-        let older = Preface {
-            major: VERSION_MAJOR,
-            minor: 0,
-            body_len: 0,
-        };
+        let older = Preface { major: VERSION_MAJOR, minor: 0, body_len: 0 };
         assert_eq!(older.minor_in_common(), 0);
     }
 
@@ -528,9 +456,7 @@ mod tests {
         let name = |i| format!("{i:0>width$}", width = LINK_NAME_BYTES_MAX);
         let hello = Hello {
             app: vec![7; APP_BYTES_MAX],
-            links: (0..LINKS_MAX)
-                .map(|i| (name(i), vec![9; LINK_BLOB_BYTES_MAX]))
-                .collect(),
+            links: (0..LINKS_MAX).map(|i| (name(i), vec![9; LINK_BLOB_BYTES_MAX])).collect(),
             ..sample()
         };
         let body = hello.encode().unwrap();
@@ -541,26 +467,11 @@ mod tests {
     #[test]
     fn own_hello_over_a_limit_is_refused() {
         for hello in [
-            Hello {
-                app: vec![0; APP_BYTES_MAX + 1],
-                ..sample()
-            },
-            Hello {
-                links: vec![("x".into(), vec![0; LINK_BLOB_BYTES_MAX + 1])],
-                ..sample()
-            },
-            Hello {
-                links: vec![("X".into(), vec![])],
-                ..sample()
-            },
-            Hello {
-                links: vec![("x".into(), vec![]), ("x".into(), vec![])],
-                ..sample()
-            },
-            Hello {
-                links: vec![("x".into(), vec![]); LINKS_MAX + 1],
-                ..sample()
-            },
+            Hello { app: vec![0; APP_BYTES_MAX + 1], ..sample() },
+            Hello { links: vec![("x".into(), vec![0; LINK_BLOB_BYTES_MAX + 1])], ..sample() },
+            Hello { links: vec![("X".into(), vec![])], ..sample() },
+            Hello { links: vec![("x".into(), vec![]), ("x".into(), vec![])], ..sample() },
+            Hello { links: vec![("x".into(), vec![]); LINKS_MAX + 1], ..sample() },
         ] {
             assert!(hello.encode().is_err());
         }
@@ -583,20 +494,12 @@ mod tests {
         for cut in 0..body.len() {
             // Only at the end of the last required field may it end early.
             if let Ok(hello) = Hello::decode(&body[..cut]) {
-                assert_eq!(
-                    hello,
-                    Hello {
-                        features: 0,
-                        ..sample()
-                    }
-                );
+                assert_eq!(hello, Hello { features: 0, ..sample() });
             }
         }
-        for (kind, value) in [
-            (field::NODE_ID, vec![0; 16]),
-            (field::LINKS, vec![0]),
-            (field::FEATURES, vec![0; 8]),
-        ] {
+        for (kind, value) in
+            [(field::NODE_ID, vec![0; 16]), (field::LINKS, vec![0]), (field::FEATURES, vec![0; 8])]
+        {
             let mut twice = body.clone();
             put_field(&mut twice, kind, &value);
             let error = Hello::decode(&twice).unwrap_err();
@@ -617,10 +520,7 @@ mod tests {
             let mut bad = Vec::new();
             put_field(&mut bad, kind, &value);
             let error = Hello::decode(&bad).unwrap_err();
-            assert_ne!(
-                error.what, "hello without a required field",
-                "{kind} {value:?}"
-            );
+            assert_ne!(error.what, "hello without a required field", "{kind} {value:?}");
         }
         assert!(Hello::decode(&vec![0; HELLO_BYTES_MAX + 1]).is_err());
         assert!(Hello::decode(&[1, 0, 255, 255, 255, 255]).is_err());
@@ -639,10 +539,7 @@ mod tests {
 
     #[test]
     fn long_setup_texts_are_cut() {
-        let failure = Failure {
-            reason: "ä".repeat(5000),
-            fix: "x".repeat(5000),
-        };
+        let failure = Failure { reason: "ä".repeat(5000), fix: "x".repeat(5000) };
         let bytes = Setup::Result(Err(failure)).encode();
         let Ok(Setup::Result(Err(failure))) = Setup::decode(&bytes[SETUP_PREFIX_BYTES..]) else {
             panic!("not a failure")
@@ -656,15 +553,7 @@ mod tests {
         assert!(Setup::body_len([0; 4]).is_err());
         assert!(Setup::body_len(4097u32.to_le_bytes()).is_err());
         assert!(Setup::body_len([255; 4]).is_err());
-        for body in [
-            &[][..],
-            &[0],
-            &[9],
-            &[1, 0, 0],
-            &[1, 1, 0, b'X'],
-            &[1, 1, 0, 255],
-            &[2, 0],
-        ] {
+        for body in [&[][..], &[0], &[9], &[1, 0, 0], &[1, 1, 0, b'X'], &[1, 1, 0, 255], &[2, 0]] {
             assert!(Setup::decode(body).is_err(), "{body:?}");
         }
         let text = |len: u16| [&len.to_le_bytes()[..], &vec![b'x'; len.into()]].concat();

@@ -53,12 +53,7 @@ impl RemoteKeyWire {
             return Err(WireError::new("remote key with reserved bytes in use"));
         }
         c.finish("remote key too long")?;
-        Ok(RemoteKeyWire {
-            node_id,
-            key,
-            len,
-            access,
-        })
+        Ok(RemoteKeyWire { node_id, key, len, access })
     }
 }
 
@@ -88,21 +83,8 @@ mod tests {
 
     #[test]
     fn hostile_keys_are_refused() {
-        let good = RemoteKeyWire {
-            node_id: [9; 16],
-            key: 1,
-            len: 2,
-            access: ACCESS_WRITE,
-        };
-        for (at, byte) in [
-            (32, 0),
-            (32, 2),
-            (33, 0),
-            (33, 4),
-            (33, 0x81),
-            (34, 1),
-            (39, 1),
-        ] {
+        let good = RemoteKeyWire { node_id: [9; 16], key: 1, len: 2, access: ACCESS_WRITE };
+        for (at, byte) in [(32, 0), (32, 2), (33, 0), (33, 4), (33, 0x81), (34, 1), (39, 1)] {
             let mut bytes = good.to_bytes();
             bytes[at] = byte;
             assert!(RemoteKeyWire::from_bytes(&bytes).is_err(), "{at} {byte}");

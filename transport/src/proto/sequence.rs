@@ -63,12 +63,7 @@ impl<T> Sequencer<T> {
     /// Expects `next` first.
     pub fn starting_at(next: u32) -> Self {
         let near = VecDeque::new();
-        Sequencer {
-            popped: u64::from(next),
-            near,
-            far: BTreeMap::new(),
-            len: 0,
-        }
+        Sequencer { popped: u64::from(next), near, far: BTreeMap::new(), len: 0 }
     }
 
     /// The number that leaves next.
@@ -77,6 +72,7 @@ impl<T> Sequencer<T> {
     }
 
     /// How many values wait.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -89,10 +85,7 @@ impl<T> Sequencer<T> {
     pub fn insert(&mut self, seq: u32, value: T) -> Result<(), SequenceError> {
         let ahead = seq.wrapping_sub(self.next());
         if ahead >= SEQUENCE_WINDOW {
-            return Err(SequenceError::OutsideWindow {
-                seq,
-                next: self.next(),
-            });
+            return Err(SequenceError::OutsideWindow { seq, next: self.next() });
         }
         let number = self.popped + u64::from(ahead);
         let slot = ahead as usize;
@@ -129,11 +122,7 @@ impl<T> Sequencer<T> {
     pub fn pop(&mut self) -> Option<T> {
         let value = match self.near.front_mut() {
             Some(slot) if slot.is_some() => slot.take(),
-            _ => self
-                .far
-                .first_entry()
-                .filter(|e| *e.key() == self.popped)
-                .map(|e| e.remove()),
+            _ => self.far.first_entry().filter(|e| *e.key() == self.popped).map(|e| e.remove()),
         }?;
         self.near.pop_front();
         self.popped += 1;
@@ -142,6 +131,7 @@ impl<T> Sequencer<T> {
     }
 
     /// The value that `pop` would return.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn peek_mut(&mut self) -> Option<&mut T> {
         let popped = self.popped;
         match self.near.front_mut() {
@@ -152,19 +142,14 @@ impl<T> Sequencer<T> {
 
     /// The first waiting value of which `so` is true. Costs O(n).
     pub fn find_mut(&mut self, so: impl Fn(&T) -> bool) -> Option<&mut T> {
-        self.near
-            .iter_mut()
-            .flatten()
-            .chain(self.far.values_mut())
-            .find(|value| so(value))
+        self.near.iter_mut().flatten().chain(self.far.values_mut()).find(|value| so(value))
     }
 
     /// All values that wait, whether or not their turn has come, by number; for the end.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn drain(&mut self) -> impl Iterator<Item = T> + use<T> {
         self.len = 0;
-        let near = std::mem::take(&mut self.near)
-            .into_iter()
-            .zip(self.popped..);
+        let near = std::mem::take(&mut self.near).into_iter().zip(self.popped..);
         // Values that were far when they came may by now lie between near ones.
         let mut all = std::mem::take(&mut self.far);
         all.extend(near.filter_map(|(slot, number)| Some((number, slot?))));
@@ -188,20 +173,11 @@ mod tests {
         assert_eq!(s.peek_mut(), Some(&mut 'a'));
         assert_eq!((s.pop(), s.pop(), s.pop()), (Some('a'), Some('b'), None));
         assert_eq!(s.next(), 1);
-        assert_eq!(
-            s.insert(0, 'x'),
-            Err(SequenceError::OutsideWindow { seq: 0, next: 1 })
-        );
+        assert_eq!(s.insert(0, 'x'), Err(SequenceError::OutsideWindow { seq: 0, next: 1 }));
         let beyond = 1 + SEQUENCE_WINDOW;
-        assert!(matches!(
-            s.insert(beyond, 'x'),
-            Err(SequenceError::OutsideWindow { .. })
-        ));
+        assert!(matches!(s.insert(beyond, 'x'), Err(SequenceError::OutsideWindow { .. })));
         s.insert(beyond - 1, 'y').unwrap();
-        assert_eq!(
-            s.insert(beyond - 1, 'x'),
-            Err(SequenceError::Duplicate { seq: beyond - 1 })
-        );
+        assert_eq!(s.insert(beyond - 1, 'x'), Err(SequenceError::Duplicate { seq: beyond - 1 }));
         assert_eq!(s.len(), 1);
     }
 

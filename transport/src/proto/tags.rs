@@ -49,10 +49,7 @@ impl<R: Copy + Eq + Hash, U> Default for TagMatcher<R, U> {
 
 impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
     pub fn new() -> Self {
-        TagMatcher {
-            posted: Posted::new(),
-            stored: Stored::new(),
-        }
+        TagMatcher { posted: Posted::new(), stored: Stored::new() }
     }
 
     /// A receive for tags that equal `tag` in the bits of `mask`. Either the earliest arrival that
@@ -94,6 +91,7 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
     }
 
     /// How many receives are posted.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn posted_len(&self) -> usize {
         self.posted.index.len()
     }
@@ -109,11 +107,13 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
     }
 
     /// Forgets all stored arrivals and gives them out by number.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn drain_unexpected(&mut self) -> impl Iterator<Item = Unexpected<U>> + use<R, U> {
         self.stored.drain()
     }
 
     /// The stored arrival with this number.
+    #[cfg(test)]
     pub fn unexpected_mut(&mut self, seq: u32) -> Option<&mut U> {
         let place = self.stored.place(seq);
         self.stored.by_seq.get_mut(&place).map(|(_, value)| value)
@@ -121,11 +121,7 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
 
     /// The first stored arrival whose value is so. Looks at all of them.
     pub fn find_unexpected_mut(&mut self, so: impl Fn(&U) -> bool) -> Option<&mut U> {
-        self.stored
-            .by_seq
-            .values_mut()
-            .map(|(_, value)| value)
-            .find(|value| so(value))
+        self.stored.by_seq.values_mut().map(|(_, value)| value).find(|value| so(value))
     }
 }
 
@@ -179,14 +175,7 @@ impl<R: Copy + Eq + Hash> Posted<R> {
         let tag = tag & mask;
         let order = self.next_order;
         self.next_order += 1;
-        let at = self.allocate(Node {
-            recv,
-            order,
-            mask,
-            tag,
-            prev: NIL,
-            next: NIL,
-        });
+        let at = self.allocate(Node { recv, order, mask, tag, prev: NIL, next: NIL });
         let lists = &mut self.group(mask).lists;
         let (_, last) = lists.entry(tag).or_insert((at, NIL));
         let before = std::mem::replace(last, at);
@@ -218,10 +207,7 @@ impl<R: Copy + Eq + Hash> Posted<R> {
                 if self.groups.len() >= IDLE_MASKS_MAX {
                     self.groups.retain(|group| !group.lists.is_empty());
                 }
-                self.groups.push(Group {
-                    mask,
-                    lists: HashMap::with_hasher(self.mixer),
-                });
+                self.groups.push(Group { mask, lists: HashMap::with_hasher(self.mixer) });
                 self.groups.len() - 1
             }
         };
@@ -233,10 +219,7 @@ impl<R: Copy + Eq + Hash> Posted<R> {
             if group.lists.is_empty() {
                 return None;
             }
-            group
-                .lists
-                .get(&(tag & group.mask))
-                .map(|&(first, _)| first)
+            group.lists.get(&(tag & group.mask)).map(|&(first, _)| first)
         });
         let at = firsts.min_by_key(|&at| self.nodes[at as usize].order)?;
         let recv = self.nodes[at as usize].recv;
@@ -255,13 +238,7 @@ impl<R: Copy + Eq + Hash> Posted<R> {
 
     /// Takes a node out of its list and frees it.
     fn unlink(&mut self, at: NodeIndex) {
-        let Node {
-            mask,
-            tag,
-            prev,
-            next,
-            ..
-        } = self.nodes[at as usize];
+        let Node { mask, tag, prev, next, .. } = self.nodes[at as usize];
         if prev != NIL {
             self.nodes[prev as usize].next = next;
         }
@@ -284,11 +261,7 @@ impl<R: Copy + Eq + Hash> Posted<R> {
 
     fn drain(&mut self) -> impl Iterator<Item = R> + use<R> {
         let mut order: Vec<(u64, R)> = Vec::with_capacity(self.index.len());
-        order.extend(
-            self.index
-                .drain()
-                .map(|(recv, at)| (self.nodes[at as usize].order, recv)),
-        );
+        order.extend(self.index.drain().map(|(recv, at)| (self.nodes[at as usize].order, recv)));
         order.sort_unstable_by_key(|&(order, _)| order);
         self.nodes.clear();
         self.free.clear();
@@ -310,11 +283,7 @@ struct Stored<U> {
 impl<U> Stored<U> {
     fn new() -> Self {
         // Far from zero: numbers up to 2^31 before the first are placed without underflow.
-        Stored {
-            by_seq: BTreeMap::new(),
-            by_tag: BTreeSet::new(),
-            latest: 1 << 32,
-        }
+        Stored { by_seq: BTreeMap::new(), by_tag: BTreeSet::new(), latest: 1 << 32 }
     }
 
     fn place(&self, seq: u32) -> Place {
@@ -339,30 +308,21 @@ impl<U> Stored<U> {
             (found == tag).then_some(place)?
         } else {
             let wanted = tag & mask;
-            *self
-                .by_seq
-                .iter()
-                .find(|(_, (tag, _))| tag & mask == wanted)?
-                .0
+            *self.by_seq.iter().find(|(_, (tag, _))| tag & mask == wanted)?.0
         };
         let (tag, value) = self.by_seq.remove(&place)?;
         self.by_tag.remove(&(tag, place));
-        Some(Unexpected {
+        Some(Unexpected { seq: place as u32, tag, value })
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    fn drain(&mut self) -> impl Iterator<Item = Unexpected<U>> + use<U> {
+        self.by_tag.clear();
+        std::mem::take(&mut self.by_seq).into_iter().map(|(place, (tag, value))| Unexpected {
             seq: place as u32,
             tag,
             value,
         })
-    }
-
-    fn drain(&mut self) -> impl Iterator<Item = Unexpected<U>> + use<U> {
-        self.by_tag.clear();
-        std::mem::take(&mut self.by_seq)
-            .into_iter()
-            .map(|(place, (tag, value))| Unexpected {
-                seq: place as u32,
-                tag,
-                value,
-            })
     }
 }
 
@@ -377,10 +337,7 @@ struct Mixer {
 impl Mixer {
     fn seeded() -> Self {
         let random = RandomState::new();
-        Mixer {
-            key: random.hash_one(0u8),
-            factor: random.hash_one(1u8) | 1,
-        }
+        Mixer { key: random.hash_one(0u8), factor: random.hash_one(1u8) | 1 }
     }
 }
 
@@ -388,10 +345,7 @@ impl BuildHasher for Mixer {
     type Hasher = Mixed;
 
     fn build_hasher(&self) -> Mixed {
-        Mixed {
-            state: self.key,
-            factor: self.factor,
-        }
+        Mixed { state: self.key, factor: self.factor }
     }
 }
 
@@ -598,10 +552,7 @@ mod tests {
             m.store(seq, 1, quarter);
             m.store(seq.wrapping_sub(1), 1, u32::MAX);
             assert_eq!(m.post(0, 0, 0).map(|u| u.value), Some(u32::MAX));
-            assert_eq!(
-                m.post(1, EXACT, 0).map(|u| (u.seq, u.value)),
-                Some((seq, quarter))
-            );
+            assert_eq!(m.post(1, EXACT, 0).map(|u| (u.seq, u.value)), Some((seq, quarter)));
         }
     }
 

@@ -78,12 +78,7 @@ pub(crate) enum Head<'a> {
     Message { seq: u32, frames: Frames<'a> },
     /// Lengths of the frames `first..` of message `seq`, which has `total` frames. Sent before its
     /// `Message`, when the lengths do not fit one head. No payload.
-    MessageTable {
-        seq: u32,
-        total: u32,
-        first: u32,
-        lens: Lens<'a>,
-    },
+    MessageTable { seq: u32, total: u32, first: u32, lens: Lens<'a> },
     /// A tagged buffer; the payload is its bytes.
     Tag { seq: u32, tag: u64 },
     /// Write the payload into the region at this offset.
@@ -91,12 +86,7 @@ pub(crate) enum Head<'a> {
     /// How a put ended. No payload.
     PutDone { id: u32, status: Status },
     /// Read `len` bytes of the region at this offset. No payload.
-    Get {
-        id: u32,
-        key: u64,
-        offset: u64,
-        len: u64,
-    },
+    Get { id: u32, key: u64, offset: u64, len: u64 },
     /// How a get ended; the payload is the bytes read.
     GetReply { id: u32, status: Status },
     /// Answer once all messages and tags numbered below these have been placed, and all puts
@@ -145,6 +135,7 @@ impl<'a> Lens<'a> {
     }
 
     /// Their sum, unless it is beyond `u64`.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn checked_sum(&self) -> Option<u64> {
         self.clone().try_fold(0u64, u64::checked_add)
     }
@@ -179,9 +170,7 @@ impl Iterator for Lens<'_> {
     fn next(&mut self) -> Option<u64> {
         match &mut self.0 {
             Repr::Values(values) => values.split_off_first().copied(),
-            Repr::Narrow(lens) => lens
-                .split_off_first()
-                .map(|&b| u32::from_le_bytes(b).into()),
+            Repr::Narrow(lens) => lens.split_off_first().map(|&b| u32::from_le_bytes(b).into()),
             Repr::Wide(lens) => lens.split_off_first().map(|&b| u64::from_le_bytes(b)),
         }
     }
@@ -299,6 +288,15 @@ pub(crate) fn one_frame_head(seq: u32) -> [u8; ONE_FRAME_HEAD_BYTES] {
     [kind::MESSAGE_ONE, a, b, c, d]
 }
 
+/// The number of a message of one frame, if this is the head of one.
+#[inline]
+pub(crate) fn one_frame_seq(head: &[u8]) -> Option<u32> {
+    match *head {
+        [kind::MESSAGE_ONE, a, b, c, d] => Some(u32::from_le_bytes([a, b, c, d])),
+        _ => None,
+    }
+}
+
 impl<'a> Head<'a> {
     /// Writes this head into `out`, in place of what was there.
     ///
@@ -308,17 +306,8 @@ impl<'a> Head<'a> {
         out.0.clear();
         match self {
             Head::Message { seq, frames } => encode_message(out, *seq, frames),
-            Head::MessageTable {
-                seq,
-                total,
-                first,
-                lens,
-            } => {
-                let kind = if lens.is_wide() {
-                    kind::TABLE_WIDE
-                } else {
-                    kind::TABLE_NARROW
-                };
+            Head::MessageTable { seq, total, first, lens } => {
+                let kind = if lens.is_wide() { kind::TABLE_WIDE } else { kind::TABLE_NARROW };
                 out.kind(kind).u32(*seq).u32(*total).u32(*first).lens(lens);
             }
             Head::Tag { seq, tag } => {
@@ -330,17 +319,8 @@ impl<'a> Head<'a> {
             Head::PutDone { id, status } => {
                 out.kind(kind::PUT_DONE).u32(*id).u8(*status as u8);
             }
-            Head::Get {
-                id,
-                key,
-                offset,
-                len,
-            } => {
-                out.kind(kind::GET)
-                    .u32(*id)
-                    .u64(*key)
-                    .u64(*offset)
-                    .u64(*len);
+            Head::Get { id, key, offset, len } => {
+                out.kind(kind::GET).u32(*id).u64(*key).u64(*offset).u64(*len);
             }
             Head::GetReply { id, status } => {
                 out.kind(kind::GET_REPLY).u32(*id).u8(*status as u8);
@@ -361,17 +341,13 @@ impl<'a> Head<'a> {
             }
             Head::Close { code, text } => {
                 out.kind(kind::CLOSE).u32(*code);
-                out.0
-                    .extend_from_slice(clip(text, CLOSE_TEXT_MAX).as_bytes());
+                out.0.extend_from_slice(clip(text, CLOSE_TEXT_MAX).as_bytes());
             }
             Head::CloseDone => {
                 out.kind(kind::CLOSE_DONE);
             }
         }
-        debug_assert!(
-            out.len() <= HEAD_MAX,
-            "the caller keeps to the limits on lengths"
-        );
+        debug_assert!(out.len() <= HEAD_MAX, "the caller keeps to the limits on lengths");
     }
 
     /// Reads a head that a peer wrote. Costs the same for every head: lengths are read when asked
@@ -401,27 +377,17 @@ fn encode_message(out: &mut HeadBuf, seq: u32, frames: &Frames<'_>) {
 
 fn decode_fields<'a>(c: &mut Cursor<'a>) -> Result<Head<'a>, WireError> {
     Ok(match c.u8()? {
-        kind::MESSAGE_ONE => Head::Message {
-            seq: c.u32()?,
-            frames: Frames::One,
-        },
-        kind::MESSAGE_ZERO => Head::Message {
-            seq: c.u32()?,
-            frames: Frames::Zero,
-        },
-        kind::MESSAGE_INLINE_NARROW => Head::Message {
-            seq: c.u32()?,
-            frames: inline(Lens::decode_narrow(c.rest())?)?,
-        },
-        kind::MESSAGE_INLINE_WIDE => Head::Message {
-            seq: c.u32()?,
-            frames: inline(Lens::decode_wide(c.rest())?)?,
-        },
+        kind::MESSAGE_ONE => Head::Message { seq: c.u32()?, frames: Frames::One },
+        kind::MESSAGE_ZERO => Head::Message { seq: c.u32()?, frames: Frames::Zero },
+        kind::MESSAGE_INLINE_NARROW => {
+            Head::Message { seq: c.u32()?, frames: inline(Lens::decode_narrow(c.rest())?)? }
+        }
+        kind::MESSAGE_INLINE_WIDE => {
+            Head::Message { seq: c.u32()?, frames: inline(Lens::decode_wide(c.rest())?)? }
+        }
         kind::MESSAGE_TABLED => Head::Message {
             seq: c.u32()?,
-            frames: Frames::Table {
-                count: at_least_two(c.u32()?)?,
-            },
+            frames: Frames::Table { count: at_least_two(c.u32()?)? },
         },
         kind::TABLE_NARROW => {
             let (seq, total, first) = (c.u32()?, c.u32()?, c.u32()?);
@@ -431,39 +397,14 @@ fn decode_fields<'a>(c: &mut Cursor<'a>) -> Result<Head<'a>, WireError> {
             let (seq, total, first) = (c.u32()?, c.u32()?, c.u32()?);
             table(seq, total, first, Lens::decode_wide(c.rest())?)?
         }
-        kind::TAG => Head::Tag {
-            seq: c.u32()?,
-            tag: c.u64()?,
-        },
-        kind::PUT => Head::Put {
-            id: c.u32()?,
-            key: c.u64()?,
-            offset: c.u64()?,
-        },
-        kind::PUT_DONE => Head::PutDone {
-            id: c.u32()?,
-            status: Status::decode(c.u8()?)?,
-        },
-        kind::GET => Head::Get {
-            id: c.u32()?,
-            key: c.u64()?,
-            offset: c.u64()?,
-            len: c.u64()?,
-        },
-        kind::GET_REPLY => Head::GetReply {
-            id: c.u32()?,
-            status: Status::decode(c.u8()?)?,
-        },
-        kind::FENCE => Head::Fence {
-            id: c.u32()?,
-            messages: c.u32()?,
-            tags: c.u32()?,
-        },
+        kind::TAG => Head::Tag { seq: c.u32()?, tag: c.u64()? },
+        kind::PUT => Head::Put { id: c.u32()?, key: c.u64()?, offset: c.u64()? },
+        kind::PUT_DONE => Head::PutDone { id: c.u32()?, status: Status::decode(c.u8()?)? },
+        kind::GET => Head::Get { id: c.u32()?, key: c.u64()?, offset: c.u64()?, len: c.u64()? },
+        kind::GET_REPLY => Head::GetReply { id: c.u32()?, status: Status::decode(c.u8()?)? },
+        kind::FENCE => Head::Fence { id: c.u32()?, messages: c.u32()?, tags: c.u32()? },
         kind::FENCE_DONE => Head::FenceDone { id: c.u32()? },
-        kind::CREDIT => Head::Credit {
-            messages: c.u64()?,
-            tags: c.u64()?,
-        },
+        kind::CREDIT => Head::Credit { messages: c.u64()?, tags: c.u64()? },
         kind::CREDIT_WANTED => credit_wanted(c.u8()?)?,
         kind::CLOSE => close(c.u32()?, c.rest())?,
         kind::CLOSE_DONE => Head::CloseDone,
@@ -473,9 +414,7 @@ fn decode_fields<'a>(c: &mut Cursor<'a>) -> Result<Head<'a>, WireError> {
 
 fn at_least_two(count: u32) -> Result<u32, WireError> {
     if count < 2 {
-        Err(WireError::new(
-            "a list of lengths for fewer than two frames",
-        ))
+        Err(WireError::new("a list of lengths for fewer than two frames"))
     } else {
         Ok(count)
     }
@@ -493,16 +432,9 @@ fn table(seq: u32, total: u32, first: u32, lens: Lens<'_>) -> Result<Head<'_>, W
     }
     let end = u64::from(first) + lens.len() as u64;
     if end > u64::from(total) {
-        return Err(WireError::new(
-            "a table with more lengths than its message has frames",
-        ));
+        return Err(WireError::new("a table with more lengths than its message has frames"));
     }
-    Ok(Head::MessageTable {
-        seq,
-        total,
-        first,
-        lens,
-    })
+    Ok(Head::MessageTable { seq, total, first, lens })
 }
 
 fn credit_wanted(bits: u8) -> Result<Head<'static>, WireError> {
@@ -517,10 +449,7 @@ fn close(code: u32, bytes: &[u8]) -> Result<Head<'_>, WireError> {
     if bytes.len() > CLOSE_TEXT_MAX {
         return Err(WireError::new("a close's text is too long"));
     }
-    Ok(Head::Close {
-        code,
-        text: text(bytes, "a close's text is not UTF-8")?,
-    })
+    Ok(Head::Close { code, text: text(bytes, "a close's text is not UTF-8")? })
 }
 
 #[cfg(test)]
@@ -541,20 +470,13 @@ mod tests {
         assert_eq!(&Head::decode(&bytes).unwrap(), head);
         // Every shorter prefix is either refused or means something else, never the same.
         for cut in 0..bytes.len() {
-            assert_ne!(
-                Head::decode(&bytes[..cut]).as_ref(),
-                Ok(head),
-                "cut at {cut}"
-            );
+            assert_ne!(Head::decode(&bytes[..cut]).as_ref(), Ok(head), "cut at {cut}");
         }
     }
 
     #[test]
     fn one_frame_head_is_small() {
-        let bytes = encoded(&Head::Message {
-            seq: 7,
-            frames: Frames::One,
-        });
+        let bytes = encoded(&Head::Message { seq: 7, frames: Frames::One });
         assert_eq!(bytes, [1, 7, 0, 0, 0]);
         assert_eq!(bytes.len(), ONE_FRAME_HEAD_BYTES);
     }
@@ -562,35 +484,19 @@ mod tests {
     #[test]
     fn fullest_heads_fit() {
         let lens = vec![u64::MAX; INLINE_LENS_MAX];
-        round_trip(&Head::Message {
-            seq: 1,
-            frames: Frames::Inline(Lens::new(&lens)),
-        });
+        round_trip(&Head::Message { seq: 1, frames: Frames::Inline(Lens::new(&lens)) });
         let lens = vec![u64::MAX; TABLE_LENS_MAX];
         let total = u32::MAX;
         let first = total - TABLE_LENS_MAX as u32;
-        round_trip(&Head::MessageTable {
-            seq: 1,
-            total,
-            first,
-            lens: Lens::new(&lens),
-        });
-        round_trip(&Head::Close {
-            code: 1,
-            text: &"x".repeat(CLOSE_TEXT_MAX),
-        });
+        round_trip(&Head::MessageTable { seq: 1, total, first, lens: Lens::new(&lens) });
+        round_trip(&Head::Close { code: 1, text: &"x".repeat(CLOSE_TEXT_MAX) });
     }
 
     #[test]
     fn long_close_text_is_cut_between_characters() {
         let text = "é".repeat(CLOSE_TEXT_MAX);
-        let bytes = encoded(&Head::Close {
-            code: 0,
-            text: &format!("x{text}"),
-        });
-        let Ok(Head::Close { text, .. }) = Head::decode(&bytes) else {
-            panic!("not a close")
-        };
+        let bytes = encoded(&Head::Close { code: 0, text: &format!("x{text}") });
+        let Ok(Head::Close { text, .. }) = Head::decode(&bytes) else { panic!("not a close") };
         assert_eq!(text.len(), CLOSE_TEXT_MAX - 1);
     }
 
@@ -598,9 +504,7 @@ mod tests {
     fn hostile_heads_are_refused() {
         let table = |words: &[u32]| {
             let fields = words.iter().flat_map(|word| word.to_le_bytes());
-            std::iter::once(kind::TABLE_NARROW)
-                .chain(fields)
-                .collect::<Vec<_>>()
+            std::iter::once(kind::TABLE_NARROW).chain(fields).collect::<Vec<_>>()
         };
         assert!(Head::decode(&table(&[0, 3, 2, 9])).is_ok());
         for bytes in [
@@ -632,10 +536,7 @@ mod tests {
     fn lengths_take_four_bytes_where_they_can() {
         let most = u64::from(u32::MAX);
         for (lens, bytes) in [([0, most], 5 + 2 * 4), ([0, most + 1], 5 + 2 * 8)] {
-            let head = Head::Message {
-                seq: 0,
-                frames: Frames::Inline(Lens::new(&lens)),
-            };
+            let head = Head::Message { seq: 0, frames: Frames::Inline(Lens::new(&lens)) };
             assert_eq!(encoded(&head).len(), bytes);
             round_trip(&head);
         }

@@ -296,7 +296,8 @@ mod tests {
         for bits in 0..32u32 {
             let on = |bit: u32| bits & (1 << bit) != 0;
             let own = [capability(LinkKind::Shm, on(0)), capability(LinkKind::Tcp, true)];
-            let offers: Vec<_> = BOTH.into_iter().filter(|k| *k == LinkKind::Tcp || on(1)).collect();
+            let offers: Vec<_> =
+                BOTH.into_iter().filter(|k| *k == LinkKind::Tcp || on(1)).collect();
             let order: &[LinkKind] = if on(2) { &BOTH } else { &BOTH[1..] };
             let objections: Vec<_> = on(3)
                 .then(|| Objection { link: LinkKind::Shm, reason: "other host".into(), fix: None })

@@ -93,8 +93,7 @@ impl Stream {
         while !from.is_empty() {
             let wrote = poll_fn(|cx| {
                 self.source.poll_write(cx, |fd| {
-                    let wrote =
-                        rustix::net::send(fd, from, rustix::net::SendFlags::NOSIGNAL)?;
+                    let wrote = rustix::net::send(fd, from, rustix::net::SendFlags::NOSIGNAL)?;
                     Ok(Attempt::More(wrote))
                 })
             })

@@ -163,7 +163,8 @@ impl Ticker {
     }
 
     fn set(&self, every: Duration) {
-        let time = Timespec { tv_sec: every.as_secs() as i64, tv_nsec: every.subsec_nanos().into() };
+        let time =
+            Timespec { tv_sec: every.as_secs() as i64, tv_nsec: every.subsec_nanos().into() };
         let spec = Itimerspec { it_interval: time, it_value: time };
         // Cannot fail with a valid descriptor and a normalised time.
         let _ = timerfd_settime(self.source.fd(), TimerfdTimerFlags::empty(), &spec);

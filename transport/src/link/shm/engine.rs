@@ -21,7 +21,7 @@ use super::ring::Page;
 use super::setup::{self, Token};
 use super::socket::{self, Packet};
 use super::{SetupError, ShmOptions, Unavailable};
-use crate::link::{Budget, Engine, LinkKind, Progress};
+use crate::link::{Budget, Engine, Progress};
 use crate::memory::OwnMapping;
 use crate::runtime::{Attempt, Fd, Interest, Reactor, Sleep, Source, Timers};
 
@@ -346,10 +346,6 @@ impl Door {
 }
 
 impl Engine for ShmEngine {
-    fn kind(&self) -> LinkKind {
-        LinkKind::Shm
-    }
-
     fn poll(&self, cx: &mut Context<'_>, budget: &mut Budget) -> Progress {
         let mut wake = Vec::new();
         let mut door = self.door();

@@ -313,8 +313,6 @@ impl ShmLink {
             peer_may_pull: parts.peer_may_pull,
             caps: Caps {
                 eager_max: usize::try_from(parts.max_payload).unwrap_or(usize::MAX),
-                ordered: true,
-                views: parts.loans,
                 ways: parts.ways,
             },
             counters: LinkCounters::default(),

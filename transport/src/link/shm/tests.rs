@@ -60,10 +60,6 @@ impl Recorder {
         (to, op)
     }
 
-    fn first_landed(&self) -> &[u8] {
-        &self.landed[&(1 << 20)]
-    }
-
     fn landed_done(&self) -> usize {
         self.done.keys().filter(|index| **index >= 1 << 20).count()
     }

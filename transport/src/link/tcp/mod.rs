@@ -49,6 +49,7 @@ use crate::error::{ErrorKind, LinkError};
 use crate::runtime::{Source, is_runtime_gone};
 
 pub(crate) use self::stream::{ByteStream, Keepalive, configure_socket};
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::wire::decode as decode_frame;
 
 /// A frame up to this long is copied together and written without vectors.
@@ -146,8 +147,6 @@ impl<S: ByteStream> TcpLink<S> {
             stream,
             caps: Caps {
                 eager_max: options.eager_max,
-                ordered: true,
-                views: false,
                 ways: format!("vectored write, read into place, chunks of {chunk_kib} KiB"),
             },
             unacked_timeout: options.unacked_timeout,
@@ -195,22 +194,13 @@ impl<S: ByteStream> TcpLink<S> {
         let mut vectors = IoVecs::new();
         if whole <= FLAT_MAX {
             flatten(&mut flat, &header, head, payload);
-            vectors.push(libc::iovec {
-                iov_base: flat.as_mut_ptr().cast(),
-                iov_len: whole,
-            });
+            vectors.push(libc::iovec { iov_base: flat.as_mut_ptr().cast(), iov_len: whole });
         } else {
             vectors.push(io_vec(&header));
             vectors.push(io_vec(head));
-            vectors.extend(
-                payload
-                    .iter()
-                    .filter(|segment| segment.len > 0)
-                    .map(|segment| libc::iovec {
-                        iov_base: segment.ptr.cast_mut().cast(),
-                        iov_len: segment.len,
-                    }),
-            );
+            vectors.extend(payload.iter().filter(|segment| segment.len > 0).map(|segment| {
+                libc::iovec { iov_base: segment.ptr.cast_mut().cast(), iov_len: segment.len }
+            }));
         }
         // SAFETY: the first vectors are locals or borrowed; the segments are valid until the
         // operation is done, by the contract of `post`.
@@ -250,8 +240,7 @@ impl<S: ByteStream> TcpLink<S> {
         while self.write_error.is_none() {
             self.tx.fill(done);
             let mut vectors = IoVecs::new();
-            self.tx
-                .gather(budget.bytes.max(STEP_MIN_BYTES), &mut vectors);
+            self.tx.gather(budget.bytes.max(STEP_MIN_BYTES), &mut vectors);
             if vectors.is_empty() {
                 return Flushed::Empty;
             }
@@ -369,15 +358,11 @@ impl<S: ByteStream> TcpLink<S> {
         let mut moved = false;
         let mut flushed = Flushed::Empty;
         if !self.tx.is_idle() {
-            flushed = self.flush(access, budget, &mut moved, &mut |op| {
-                report(sink, op, Ok(()))
-            });
+            flushed = self.flush(access, budget, &mut moved, &mut |op| report(sink, op, Ok(())));
         }
         let spent = self.receive(access, budget, &mut moved, sink)?;
         if flushed == Flushed::Empty && !self.tx.is_idle() {
-            flushed = self.flush(access, budget, &mut moved, &mut |op| {
-                report(sink, op, Ok(()))
-            });
+            flushed = self.flush(access, budget, &mut moved, &mut |op| report(sink, op, Ok(())));
         }
         if spent || flushed == Flushed::Spent {
             return Ok(Progress::More);
@@ -426,11 +411,7 @@ impl<S: ByteStream> Link for TcpLink<S> {
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
         self.alive()?;
-        let mut access = if spinning {
-            Access::Direct
-        } else {
-            Access::Ready(cx)
-        };
+        let mut access = if spinning { Access::Direct } else { Access::Ready(cx) };
         let result = self.turn(&mut access, budget, sink);
         self.ended(result)
     }
@@ -449,11 +430,7 @@ impl<S: ByteStream> Link for TcpLink<S> {
         }
         let writable = armed(self.stream.poll_writable(cx));
         let writable = self.ended(writable)?;
-        Ok(if readable == Armed::Yes {
-            writable
-        } else {
-            Armed::Busy
-        })
+        Ok(if readable == Armed::Yes { writable } else { Armed::Busy })
     }
 
     fn post(
@@ -472,11 +449,7 @@ impl<S: ByteStream> Link for TcpLink<S> {
         for segment in payload {
             if !segment.kind.cpu_accessible() {
                 let detail = format!("{} memory cannot be sent as it is", segment.kind);
-                return Err(LinkError::new(
-                    ErrorKind::Unsupported,
-                    LinkKind::Tcp,
-                    detail,
-                ));
+                return Err(LinkError::new(ErrorKind::Unsupported, LinkKind::Tcp, detail));
             }
             len += segment.len;
         }
@@ -493,8 +466,7 @@ impl<S: ByteStream> Link for TcpLink<S> {
             return Ok(Post::Full);
         }
         // SAFETY: by the contract of this function; `len` is the sum of the segments.
-        self.tx
-            .enqueue(unsafe { Out::new(op, class, how, head, payload, len) });
+        self.tx.enqueue(unsafe { Out::new(op, class, how, head, payload, len) });
         if idle && self.flush_now(op) {
             return Ok(Post::Done);
         }

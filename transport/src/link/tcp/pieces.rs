@@ -31,17 +31,11 @@ pub(super) struct Pieces {
 unsafe impl Send for Pieces {}
 
 pub(super) fn io_vec(bytes: &[u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    }
+    libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }
 
 pub(super) fn io_vec_mut(bytes: &mut [u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: bytes.len(),
-    }
+    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
 impl Pieces {
@@ -49,16 +43,9 @@ impl Pieces {
         let list = segments
             .iter()
             .filter(|segment| segment.len > 0)
-            .map(|segment| Piece {
-                ptr: segment.ptr.cast_mut(),
-                len: segment.len,
-            })
+            .map(|segment| Piece { ptr: segment.ptr.cast_mut(), len: segment.len })
             .collect();
-        Pieces {
-            list,
-            index: 0,
-            offset: 0,
-        }
+        Pieces { list, index: 0, offset: 0 }
     }
 
     /// `None` when the landing is not exactly `len` bytes long, or not all of it can be written by
@@ -72,17 +59,10 @@ impl Pieces {
                 return None;
             }
             if segment.len > 0 {
-                list.push(Piece {
-                    ptr: segment.ptr,
-                    len: segment.len,
-                });
+                list.push(Piece { ptr: segment.ptr, len: segment.len });
             }
         }
-        (total == len).then_some(Pieces {
-            list,
-            index: 0,
-            offset: 0,
-        })
+        (total == len).then_some(Pieces { list, index: 0, offset: 0 })
     }
 
     /// Appends vectors for the next `limit` bytes, or fewer if that many vectors do not fit.

@@ -240,9 +240,7 @@ impl Rx {
             Disposition::Land { to, op } => Some((landing(&to, frame.len)?, op)),
             Disposition::Fatal(error) => return Err(error),
             Disposition::Taken | Disposition::Hold | Disposition::View => {
-                return Err(internal(
-                    "an eager payload was neither landed nor discarded",
-                ));
+                return Err(internal("an eager payload was neither landed nor discarded"));
             }
         };
         self.start = payload_at;
@@ -256,16 +254,9 @@ impl Rx {
             self.start += bytes.len();
             return Ok(());
         }
-        self.lanes[lane] = Some(Incoming {
-            id: 0,
-            to,
-            left: frame.len,
-        });
+        self.lanes[lane] = Some(Incoming { id: 0, to, left: frame.len });
         if frame.kind == FrameKind::Parcel {
-            self.body = Some(Body {
-                lane,
-                left: frame.len,
-            });
+            self.body = Some(Body { lane, left: frame.len });
         }
         Ok(())
     }
@@ -294,19 +285,11 @@ impl Rx {
         self.start = end;
         match disposition {
             Disposition::Hold => {
-                let offered = Offered {
-                    class: frame.class,
-                    len: frame.len,
-                    to: None,
-                };
+                let offered = Offered { class: frame.class, len: frame.len, to: None };
                 self.offers.insert(frame.id, offered);
             }
             Disposition::Land { to, op } => {
-                let offered = Offered {
-                    class: frame.class,
-                    len: frame.len,
-                    to: None,
-                };
+                let offered = Offered { class: frame.class, len: frame.len, to: None };
                 self.offers.insert(frame.id, offered);
                 if self.land(frame.id, &to, op, tx)? {
                     report(sink, op, Ok(()));
@@ -331,19 +314,13 @@ impl Rx {
                 .is_some_and(|offered| offered.to.is_some() && offered.class == frame.class);
             if pulled && let Some(offered) = self.offers.remove(&frame.id) {
                 self.payload_bytes_received += offered.len;
-                self.lanes[lane] = Some(Incoming {
-                    id: frame.id,
-                    to: offered.to,
-                    left: offered.len,
-                });
+                self.lanes[lane] =
+                    Some(Incoming { id: frame.id, to: offered.to, left: offered.len });
             }
         }
         match &self.lanes[lane] {
             Some(incoming) if incoming.id == frame.id && frame.len <= incoming.left => {
-                self.body = Some(Body {
-                    lane,
-                    left: frame.len,
-                });
+                self.body = Some(Body { lane, left: frame.len });
                 Ok(())
             }
             Some(incoming) if incoming.id == frame.id => {
@@ -361,11 +338,7 @@ impl Rx {
         op: OpId,
         tx: &mut Tx,
     ) -> Result<bool, LinkError> {
-        let Some(offered) = self
-            .offers
-            .get_mut(&id)
-            .filter(|offered| offered.to.is_none())
-        else {
+        let Some(offered) = self.offers.get_mut(&id).filter(|offered| offered.to.is_none()) else {
             return Err(internal("landing of a payload that is not held"));
         };
         let pieces = landing(to, offered.len)?;
@@ -380,10 +353,7 @@ impl Rx {
 
     /// Refuses a held offer. `false`: there is none with this id.
     pub fn release(&mut self, id: u32, tx: &mut Tx) -> bool {
-        let held = self
-            .offers
-            .get(&id)
-            .is_some_and(|offered| offered.to.is_none());
+        let held = self.offers.get(&id).is_some_and(|offered| offered.to.is_none());
         if held {
             self.offers.remove(&id);
             tx.reply(FrameKind::Refuse, id);
@@ -397,17 +367,13 @@ impl Rx {
         self.make_room();
         if let Some(body) = &self.body {
             let want = usize::try_from(body.left).unwrap_or(usize::MAX).min(limit);
-            let to = self.lanes[body.lane]
-                .as_ref()
-                .and_then(|incoming| incoming.to.as_ref());
+            let to = self.lanes[body.lane].as_ref().and_then(|incoming| incoming.to.as_ref());
             let covered = match to {
                 Some((pieces, _)) => pieces.gather(want, vectors, IOV_MAX - 1),
                 None => {
                     let len = want.min(scratch.len());
-                    vectors.push(libc::iovec {
-                        iov_base: scratch.as_mut_ptr().cast(),
-                        iov_len: len,
-                    });
+                    vectors
+                        .push(libc::iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: len });
                     len
                 }
             };
@@ -461,11 +427,7 @@ impl Rx {
         self.start = 0;
         self.end = 0;
         self.unprocessed = false;
-        let arriving = self
-            .lanes
-            .iter_mut()
-            .filter_map(Option::take)
-            .map(|incoming| incoming.to);
+        let arriving = self.lanes.iter_mut().filter_map(Option::take).map(|incoming| incoming.to);
         let offered = self.offers.drain().map(|(_, offered)| offered.to);
         for (_, op) in arriving.chain(offered).flatten() {
             done(op);

@@ -79,10 +79,7 @@ pub(crate) struct Plain {
 impl Plain {
     /// `source` is a non-blocking stream socket, registered for both directions.
     pub fn new(source: Source) -> Self {
-        Plain {
-            source,
-            owed_since: None,
-        }
+        Plain { source, owed_since: None }
     }
 }
 
@@ -136,27 +133,15 @@ pub(super) fn total(vectors: &[libc::iovec]) -> usize {
 }
 
 fn attempted(count: usize, wanted: usize) -> Attempt<usize> {
-    if count < wanted {
-        Attempt::Drained(count)
-    } else {
-        Attempt::More(count)
-    }
+    if count < wanted { Attempt::Drained(count) } else { Attempt::More(count) }
 }
 
 /// `WouldBlock` unless the descriptor has one of `events` now.
 fn look(fd: BorrowedFd<'_>, events: libc::c_short) -> io::Result<Attempt<()>> {
-    let mut entry = libc::pollfd {
-        fd: fd.as_raw_fd(),
-        events,
-        revents: 0,
-    };
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
     // SAFETY: one valid entry; a timeout of 0 never blocks.
     let ready = retried(|| unsafe { libc::poll(&mut entry, 1, 0) } as isize)?;
-    if ready == 0 {
-        Err(io::ErrorKind::WouldBlock.into())
-    } else {
-        Ok(Attempt::More(()))
-    }
+    if ready == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(Attempt::More(())) }
 }
 
 impl ByteStream for Plain {
@@ -179,11 +164,7 @@ impl ByteStream for Plain {
             // SAFETY: the same contract.
             let count = unsafe { read(fd, into) }?;
             // The end stays readable: there may be no further edge for it.
-            Ok(if count == 0 {
-                Attempt::More(0)
-            } else {
-                attempted(count, total(into))
-            })
+            Ok(if count == 0 { Attempt::More(0) } else { attempted(count, total(into)) })
         })
     }
 
@@ -200,8 +181,7 @@ impl ByteStream for Plain {
     }
 
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.source
-            .poll_read(cx, |fd| look(fd, libc::POLLIN | libc::POLLRDHUP))
+        self.source.poll_read(cx, |fd| look(fd, libc::POLLIN | libc::POLLRDHUP))
     }
 
     fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -84,17 +84,7 @@ impl Out {
             pieces = Pieces::from_segments(payload);
         }
         let len = len as u64;
-        Out {
-            op,
-            class,
-            kind,
-            bytes,
-            head_len: head.len(),
-            pieces,
-            len,
-            left: len,
-            started: false,
-        }
+        Out { op, class, kind, bytes, head_len: head.len(), pieces, len, left: len, started: false }
     }
 
     fn head(&self) -> &[u8] {
@@ -237,13 +227,7 @@ impl Tx {
     pub fn fill(&mut self, done: &mut dyn FnMut(OpId)) {
         while self.current.is_none() && self.wire.len() < WIRE_FULL {
             if let Some((kind, id)) = self.replies.pop_front() {
-                let frame = Frame {
-                    kind,
-                    class: Class::Control,
-                    head_len: 0,
-                    id,
-                    len: 0,
-                };
+                let frame = Frame { kind, class: Class::Control, head_len: 0, id, len: 0 };
                 self.wire.extend_from_slice(&frame.encode());
             } else if let Some(lane) = self.next_lane() {
                 self.begin(lane, done);
@@ -279,12 +263,11 @@ impl Tx {
         };
         let is_parcel = first && matches!(out.kind, Kind::Eager);
         if is_parcel {
-            self.wire
-                .extend_from_slice(&if out.left <= self.chunk_bytes as u64 {
-                    eager_header(out)
-                } else {
-                    header(FrameKind::Start, out, 0, out.len)
-                });
+            self.wire.extend_from_slice(&if out.left <= self.chunk_bytes as u64 {
+                eager_header(out)
+            } else {
+                header(FrameKind::Start, out, 0, out.len)
+            });
             self.wire.extend_from_slice(out.head());
             self.parcels_sent += 1;
         }
@@ -305,10 +288,7 @@ impl Tx {
             out.copy_out(chunk_len, &mut self.wire);
             self.end_frame(lane, done);
         } else {
-            self.current = Some(Current {
-                lane,
-                left: chunk_len,
-            });
+            self.current = Some(Current { lane, left: chunk_len });
         }
     }
 
@@ -319,8 +299,7 @@ impl Tx {
         let entry = self.offers.vacant_entry();
         // Bounded by `is_full`, far below 2^32.
         let id = entry.key() as u32 + 1;
-        self.wire
-            .extend_from_slice(&header(FrameKind::Offer, &out, id, out.len));
+        self.wire.extend_from_slice(&header(FrameKind::Offer, &out, id, out.len));
         self.wire.extend_from_slice(out.head());
         self.parcels_sent += 1;
         entry.insert(Some(out));
@@ -413,14 +392,7 @@ impl Tx {
 
 fn header(kind: FrameKind, out: &Out, id: u32, len: u64) -> [u8; HEADER_BYTES] {
     // A head has at most `HEAD_MAX` bytes: checked when it was posted.
-    Frame {
-        kind,
-        class: out.class,
-        head_len: out.head_len as u16,
-        id,
-        len,
-    }
-    .encode()
+    Frame { kind, class: out.class, head_len: out.head_len as u16, id, len }.encode()
 }
 
 fn eager_header(out: &Out) -> [u8; HEADER_BYTES] {

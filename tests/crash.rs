@@ -1,0 +1,423 @@
+//! A peer that is killed, at random, in the middle of everything: every operation that was pending
+//! fails soon with the right error, and nothing is left of it.
+//!
+//! `THALWEG_TEST_LONG=1` makes 200 rounds of the 20 that each way gets; `THALWEG_TEST_SEED`
+//! repeats a run.
+
+mod support;
+
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use support::{Leftovers, Peer, note, seed, serially, short_or_long};
+use thalweg::{
+    Access, CloseReason, Endpoint, Error, ErrorKind, Listener, Message, Node, RemoteKey,
+};
+use thalweg_tests::{Random, Watch, Way, runtime};
+
+/// Half of the operations must have failed by then…
+const MEDIAN_MAX: Duration = Duration::from_millis(100);
+/// …and each of them by then: what is above the median's limit is the machine's, when its cores
+/// are all busy.
+const EACH_MAX: Duration = Duration::from_secs(1);
+/// How long everything may take to be gone afterwards.
+const GONE_MAX: Duration = Duration::from_secs(5);
+
+const PHASES: [&str; 11] = [
+    "connect",
+    "handshake",
+    "idle",
+    "stream",
+    "large",
+    "views",
+    "loans",
+    "onesided",
+    "tags",
+    "close",
+    "goodbye",
+];
+
+#[test]
+fn tcp_peers_killed() {
+    rounds(Way::Tcp);
+}
+
+#[test]
+fn shm_peers_killed() {
+    rounds(Way::ShmAll);
+}
+
+#[test]
+fn shm_peers_killed_with_single_copy_only() {
+    rounds(Way::ShmSingleCopy);
+}
+
+#[test]
+fn shm_peers_killed_with_the_arena_only() {
+    rounds(Way::ShmInlineArena);
+}
+
+/// What one round does, all of it following from the seed.
+#[derive(Clone, Debug)]
+struct Round {
+    way: Way,
+    phase: &'static str,
+    seed: u64,
+    /// The peer has a child that lives on.
+    forks: bool,
+    /// The peer is stopped for a while before it dies, so that things are in flight for certain.
+    freezes: bool,
+    /// The peer listens rather than the survivor.
+    peer_listens: bool,
+    delay: Duration,
+    threads: usize,
+}
+
+impl Round {
+    fn new(way: Way, index: usize, seed: u64) -> Round {
+        let mut random = Random::new(seed ^ index as u64);
+        let phase = PHASES[index % PHASES.len()];
+        Round {
+            way,
+            phase,
+            seed: random.next(),
+            forks: index % 3 == 2 && !matches!(phase, "connect" | "handshake"),
+            freezes: random.below(2) == 1,
+            peer_listens: phase == "connect" || phase != "handshake" && random.below(2) == 1,
+            delay: Duration::from_micros(random.below(30_000) as u64),
+            threads: 1 + random.below(2),
+        }
+    }
+}
+
+/// How an operation ended.
+struct Ended {
+    what: &'static str,
+    error: Option<Error>,
+    at: Instant,
+}
+
+fn rounds(way: Way) {
+    let _alone = serially();
+    let (count, seed) = (short_or_long(20, 200), seed());
+    note(format_args!("crash {way:?}: {count} rounds, THALWEG_TEST_SEED={seed}"));
+    // What a process keeps for good exists after this.
+    round(&Round::new(way, 2, seed));
+    let leftovers = Leftovers::now();
+    let mut took = Vec::new();
+    for index in 0..count {
+        let this = Round::new(way, index, seed);
+        let watch = Watch::new(&format!("{this:?}"));
+        took.extend(round(&this));
+        leftovers.none_within(GONE_MAX, &format!("round {index}: {this:?}"));
+        drop(watch);
+    }
+    took.sort();
+    let (median, worst) = (took[took.len() / 2], took[took.len() - 1]);
+    let late = took.iter().filter(|t| **t > MEDIAN_MAX).count();
+    support::measured(&format!("kill_to_error_p50 {way:?}"), median.as_secs_f64() * 1e3, "ms");
+    support::measured(&format!("kill_to_error_max {way:?}"), worst.as_secs_f64() * 1e3, "ms");
+    note(format_args!(
+        "SOAK crash {way:?}: {count} rounds, {} operations failed, median {median:.1?}, \
+         worst {worst:.1?}, {late} later than {MEDIAN_MAX:?}; nothing left",
+        took.len()
+    ));
+    assert!(median <= MEDIAN_MAX, "half of the operations took {median:?} to fail");
+}
+
+/// One round: how long each operation took to fail.
+fn round(this: &Round) -> Vec<Duration> {
+    let runtime = runtime(this.threads);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let handle = runtime.handle().clone();
+    let running = std::thread::spawn(move || {
+        // An error: the round has panicked, which is an end as well.
+        let _ = runtime.block_on(stopped);
+    });
+    let (ended, endings) = mpsc::channel();
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let survivor = Survivor { round: this.clone(), handle, ended, held: held.clone() };
+    let (node, killed) = survivor.survive();
+    let mut took = Vec::new();
+    while let Ok(Ended { what, error, at }) = endings.recv_timeout(Duration::from_secs(20)) {
+        let late = at.saturating_duration_since(killed);
+        if let Some(error) = error {
+            assert!(expected(this, error.kind()), "{what}: {error} in {this:?}");
+        }
+        assert!(late <= EACH_MAX, "{what} failed after {late:?} in {this:?}");
+        took.push(late);
+    }
+    assert!(Arc::strong_count(&held) == 1, "an operation still waits in {this:?}");
+    views_end_well(&held.lock().expect("no panic"), this);
+    drop(held);
+    drop(node);
+    drop(stop);
+    running.join().expect("the runtime's thread");
+    took
+}
+
+fn expected(round: &Round, kind: ErrorKind) -> bool {
+    match kind {
+        ErrorKind::PeerGone | ErrorKind::ConnectionLost => true,
+        ErrorKind::Closed => matches!(round.phase, "connect" | "handshake" | "close" | "goodbye"),
+        ErrorKind::Refused => round.phase == "connect",
+        _ => false,
+    }
+}
+
+/// Views of memory whose owner is dead can be looked at without harm.
+fn views_end_well(held: &[Message], round: &Round) {
+    for message in held {
+        match message.to_vec() {
+            Ok(bytes) => assert!(bytes.iter().all(|byte| *byte == 7), "wrong bytes in {round:?}"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{round:?}"),
+        }
+    }
+}
+
+struct Survivor {
+    round: Round,
+    handle: tokio::runtime::Handle,
+    ended: mpsc::Sender<Ended>,
+    held: Arc<Mutex<Vec<Message>>>,
+}
+
+impl Survivor {
+    /// Lives through the round; every operation reports to `ended`, and holds a clone of `held`.
+    fn survive(self) -> (Node, Instant) {
+        let round = &self.round;
+        let node = self.handle.block_on(async { Node::new(round.way.config()) }).expect("a node");
+        let (mut peer, listener) = self.meet(&node);
+        let mut bystander = None;
+        if round.phase == "connect" {
+            let address = peer.said("LISTENING");
+            for _ in 0..4 {
+                self.keep_connecting(&node, &address);
+            }
+        } else if round.phase == "handshake" {
+            let listener = listener.expect("the survivor listens");
+            peer.said("GOING");
+            self.keep_accepting(listener);
+        } else {
+            let endpoint = self.connect(&node, listener, &mut peer);
+            if round.forks {
+                bystander = peer.said("CHILD").parse().ok().map(support::Bystander);
+            }
+            self.begin(&node, &endpoint);
+            if round.phase != "onesided" {
+                peer.said("GOING");
+            }
+        }
+        std::thread::sleep(round.delay);
+        if round.freezes {
+            peer.signal(libc::SIGSTOP);
+            std::thread::sleep(round.delay);
+        }
+        let killed = Instant::now();
+        peer.kill();
+        drop(peer);
+        // The child must have outlived all errors; it ends when this round's endings are known.
+        if let Some(bystander) = bystander {
+            let (held, ended) = (self.held.clone(), self.ended.clone());
+            std::thread::spawn(move || {
+                let patience = Instant::now() + EACH_MAX * 2;
+                while Arc::strong_count(&held) > 2 && Instant::now() < patience {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                assert!(bystander.lives(), "the peer's child is gone too early");
+                drop(bystander);
+                drop(held);
+                drop(ended);
+            });
+        }
+        (node, killed)
+    }
+
+    fn meet(&self, node: &Node) -> (Peer, Option<Listener>) {
+        let Round { way, phase, seed, .. } = &self.round;
+        let mode = match *phase {
+            "connect" => "echo",
+            "handshake" => "handshakes",
+            _ => "victim",
+        };
+        let mut words = vec![
+            mode.to_owned(),
+            format!("way={way:?}"),
+            format!("phase={phase}"),
+            format!("seed={seed}"),
+            format!("fork={}", u8::from(self.round.forks)),
+        ];
+        if self.round.peer_listens {
+            return (Peer::start(&words), None);
+        }
+        let listener =
+            self.handle.block_on(node.listen("thalweg://127.0.0.1:0")).expect("listening");
+        words.push(format!("connect={}", listener.address()));
+        (Peer::start(&words), Some(listener))
+    }
+
+    fn connect(&self, node: &Node, listener: Option<Listener>, peer: &mut Peer) -> Endpoint {
+        let endpoint = match listener {
+            Some(listener) => self.handle.block_on(listener.accept()),
+            None => {
+                let address = peer.said("LISTENING");
+                self.handle.block_on(node.connect(address.as_str()))
+            }
+        };
+        let endpoint = endpoint.expect("an endpoint");
+        assert_eq!(endpoint.route().link(), self.round.way.link());
+        peer.said("UP");
+        endpoint
+    }
+
+    /// Spawns an operation that goes on until it fails.
+    fn until_it_fails<F>(&self, what: &'static str, work: F)
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let (ended, held) = (self.ended.clone(), self.held.clone());
+        self.handle.spawn(async move {
+            let error = work.await.err();
+            // A receiver that is gone: the round has failed already.
+            let _ = ended.send(Ended { what, error, at: Instant::now() });
+            drop(held);
+        });
+    }
+
+    fn keep_connecting(&self, node: &Node, address: &str) {
+        let (node, address) = (node.clone(), address.to_owned());
+        self.until_it_fails("connect", async move {
+            loop {
+                let endpoint = node.connect(address.as_str()).await?;
+                tokio::task::yield_now().await;
+                drop(endpoint);
+            }
+        });
+    }
+
+    fn keep_accepting(&self, listener: Listener) {
+        let (ended, held) = (self.ended.clone(), self.held.clone());
+        self.handle.spawn(async move {
+            // Nobody is told of strangers who die on the way; it is enough that no more come.
+            while let Ok(Ok(endpoint)) =
+                tokio::time::timeout(Duration::from_millis(500), listener.accept()).await
+            {
+                let (ended, held) = (ended.clone(), held.clone());
+                tokio::spawn(async move {
+                    let error = endpoint.recv().await.err();
+                    let _ = ended.send(Ended { what: "accepted", error, at: Instant::now() });
+                    drop(held);
+                });
+            }
+        });
+    }
+
+    fn begin(&self, node: &Node, endpoint: &Endpoint) {
+        let way = self.round.way;
+        self.watch_end(endpoint);
+        match self.round.phase {
+            "stream" => {
+                self.send_on(node, endpoint, way, 128 << 10);
+                self.receive_on(endpoint);
+            }
+            "large" => {
+                self.send_on(node, endpoint, way, 24 << 20);
+                self.receive_on(endpoint);
+            }
+            "views" => self.hold_views(endpoint),
+            "loans" => {
+                for _ in 0..8 {
+                    self.send_on(node, endpoint, Way::ShmLoans, 64 << 10);
+                }
+                self.receive_on(endpoint);
+            }
+            "onesided" => self.one_sided(node, endpoint),
+            "tags" => self.tags(endpoint),
+            "close" => {
+                self.receive_on(endpoint);
+                let endpoint = endpoint.clone();
+                self.until_it_fails("close", async move {
+                    endpoint.close(CloseReason::new(2, "closing")).await
+                });
+            }
+            _ => self.receive_on(endpoint),
+        }
+    }
+
+    fn watch_end(&self, endpoint: &Endpoint) {
+        let endpoint = endpoint.clone();
+        self.until_it_fails("closed", async move { Err(endpoint.closed().await) });
+    }
+
+    fn receive_on(&self, endpoint: &Endpoint) {
+        let endpoint = endpoint.clone();
+        self.until_it_fails("recv", async move {
+            loop {
+                endpoint.recv().await?;
+            }
+        });
+    }
+
+    fn send_on(&self, node: &Node, endpoint: &Endpoint, way: Way, len_max: usize) {
+        let (node, endpoint) = (node.clone(), endpoint.clone());
+        let mut random = Random::new(self.round.seed);
+        self.until_it_fails("send", async move {
+            loop {
+                let bytes = vec![1u8; random.below(len_max)];
+                endpoint.send(way.message(&node, &bytes)).await?;
+                // A send that needs no waiting does not let the others run.
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    fn hold_views(&self, endpoint: &Endpoint) {
+        let (endpoint, held) = (endpoint.clone(), self.held.clone());
+        self.until_it_fails("recv", async move {
+            loop {
+                let message = endpoint.recv().await?;
+                held.lock().expect("no panic").push(message);
+            }
+        });
+    }
+
+    fn one_sided(&self, node: &Node, endpoint: &Endpoint) {
+        let (node, endpoint) = (node.clone(), endpoint.clone());
+        let region = node.register(vec![0u8; 1 << 20], Access::ReadWrite).expect("a region");
+        let key = self.handle.block_on(async {
+            endpoint.send(Message::copy_from_slice(&region.key().to_bytes())).await?;
+            endpoint.recv().await?.to_vec()
+        });
+        let key = RemoteKey::from_bytes(&key.expect("a key")).expect("a key");
+        let getter = endpoint.clone();
+        self.until_it_fails("put", async move {
+            let _region = region;
+            let mut buffer = vec![9u8; 1 << 19];
+            loop {
+                buffer = endpoint.put(buffer, &key, 0).await?;
+            }
+        });
+        self.until_it_fails("get", async move {
+            let mut buffer = vec![9u8; 1 << 19];
+            loop {
+                buffer = getter.get(buffer, &key, 1 << 19).await?;
+            }
+        });
+    }
+
+    fn tags(&self, endpoint: &Endpoint) {
+        for tag in 10..14 {
+            let one = endpoint.clone();
+            self.until_it_fails("tag_recv", async move {
+                one.tag_recv(tag, u64::MAX, vec![0; 1 << 16]).await?;
+                Ok(())
+            });
+            let one = endpoint.clone();
+            // Too large to travel without a receive, and nobody receives it.
+            self.until_it_fails("tag_send", async move {
+                one.tag_send(100 + tag, vec![0u8; 8 << 20]).await?;
+                Ok(())
+            });
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What the tests with processes of their own share: a peer process, what a process holds, and
+//! ways to say what was found.
+
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::fmt::Display;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a peer may take to say what is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// These tests look at their whole process: one at a time.
+pub fn serially() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The count of a short run, or that of a long one.
+pub fn short_or_long<T>(short: T, long: T) -> T {
+    if std::env::var("THALWEG_TEST_LONG").is_ok_and(|value| value == "1") { long } else { short }
+}
+
+/// Where random choices begin.
+pub fn seed() -> u64 {
+    let given = std::env::var("THALWEG_TEST_SEED").ok().and_then(|text| text.parse().ok());
+    given.unwrap_or(20_261_121)
+}
+
+/// Prints a line also when the harness keeps the output of tests that pass to itself.
+pub fn note(line: impl Display) {
+    // A closed standard error is no reason to fail.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Prints a measured value.
+pub fn measured(name: &str, value: f64, unit: &str) {
+    note(format_args!("MEASURED: {name} {value:.3} {unit}"));
+}
+
+/// Says that a test was left out, and why.
+pub fn skipped(name: &str, reason: impl Display) {
+    note(format_args!("SKIPPED {name}: {reason}"));
+}
+
+/// A peer process. Dropping it kills it.
+pub struct Peer {
+    child: Child,
+    lines: Option<BufReader<ChildStdout>>,
+    stdin: Option<ChildStdin>,
+}
+
+impl Peer {
+    /// The program.
+    pub const PROGRAM: &'static str = env!("CARGO_BIN_EXE_thalweg-test-peer");
+
+    /// A peer with these arguments.
+    pub fn start(words: &[String]) -> Peer {
+        let mut command = Command::new(Self::PROGRAM);
+        command.args(words);
+        Self::of(command)
+    }
+
+    /// A peer that this command starts.
+    pub fn of(mut command: Command) -> Peer {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        // A victim complains on its way out.
+        if std::env::var_os("THALWEG_TEST_VERBOSE").is_none() {
+            command.stderr(Stdio::null());
+        }
+        let mut child = command.spawn().expect("starting a peer");
+        let lines = child.stdout.take().map(BufReader::new);
+        let stdin = child.stdin.take();
+        Peer { child, lines, stdin }
+    }
+
+    /// The next line that the peer says.
+    pub fn line(&mut self, until: Instant) -> Option<String> {
+        let lines = self.lines.as_mut().expect("its output");
+        if lines.buffer().contains(&b'\n') || readable(lines.get_ref(), until) {
+            let mut line = String::new();
+            let count = lines.read_line(&mut line).expect("what a peer says");
+            return (count > 0).then(|| line.trim_end().to_owned());
+        }
+        None
+    }
+
+    /// Waits until the peer says a line that begins with this word: the rest of it.
+    pub fn said(&mut self, word: &str) -> String {
+        self.said_by(word, Instant::now() + PATIENCE)
+            .unwrap_or_else(|| panic!("the peer did not say {word}"))
+    }
+
+    /// As `said`, until a point in time.
+    pub fn said_by(&mut self, word: &str, until: Instant) -> Option<String> {
+        loop {
+            let line = self.line(until)?;
+            if let Some(rest) = line.strip_prefix(word) {
+                return Some(rest.trim().to_owned());
+            }
+        }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: takes no pointers; the child is not reaped yet, so the number is its own.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    /// Kills it, and does not wait.
+    pub fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Ends its standard input and waits for its end: whether it ended well.
+    pub fn finish(mut self) -> bool {
+        drop(self.stdin.take());
+        self.child.wait().expect("waiting for a peer").success()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Nothing is left to do if it is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn readable(from: &ChildStdout, until: Instant) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut entry = libc::pollfd { fd: from.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let left = until.saturating_duration_since(Instant::now()).as_millis();
+    // SAFETY: one valid entry, for the time of the call.
+    unsafe { libc::poll(&mut entry, 1, i32::try_from(left).unwrap_or(i32::MAX)) > 0 }
+}
+
+/// A process that somebody else's child left behind. Dropping it kills it.
+pub struct Bystander(pub i32);
+
+impl Bystander {
+    /// Whether it is there.
+    pub fn lives(&self) -> bool {
+        // SAFETY: takes no pointers; signal 0 only asks.
+        unsafe { libc::kill(self.0, 0) == 0 }
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        // SAFETY: takes no pointers. It waits for ever until this.
+        unsafe { libc::kill(self.0, libc::SIGKILL) };
+    }
+}
+
+/// What could be left of something, as it was before.
+pub struct Leftovers {
+    descriptors: Vec<String>,
+    mappings: usize,
+    shared_files: Vec<String>,
+    socket_names: usize,
+}
+
+impl Leftovers {
+    /// What there is now.
+    pub fn now() -> Leftovers {
+        Leftovers {
+            descriptors: descriptors(),
+            mappings: mappings(),
+            shared_files: shared_files(),
+            socket_names: socket_names(),
+        }
+    }
+
+    /// Waits until there is no more than there was; fails after `limit`.
+    pub fn none_within(&self, limit: Duration, what: &str) {
+        let until = Instant::now() + limit;
+        while let Some(more) = self.more() {
+            assert!(Instant::now() < until, "left after {what}: {more}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn more(&self) -> Option<String> {
+        let now = Leftovers::now();
+        if now.descriptors.len() > self.descriptors.len() {
+            return Some(format!("descriptors {:?}, were {:?}", now.descriptors, self.descriptors));
+        }
+        if now.mappings > self.mappings {
+            return Some(format!("{} shared mappings, were {}", now.mappings, self.mappings));
+        }
+        if let Some(file) = now.shared_files.iter().find(|file| !self.shared_files.contains(file)) {
+            return Some(format!("/dev/shm/{file}"));
+        }
+        if now.socket_names > self.socket_names {
+            return Some(format!("{} named sockets", now.socket_names));
+        }
+        children().first().map(|child| format!("process {child}"))
+    }
+}
+
+/// What this process's descriptors are.
+pub fn descriptors() -> Vec<String> {
+    let folder = fs::read_dir("/proc/self/fd").expect("descriptors");
+    let mut all: Vec<String> = folder
+        .flatten()
+        // The folder's own is gone by now.
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|link| link.to_string_lossy().into_owned())
+        .collect();
+    all.sort();
+    all
+}
+
+fn mappings() -> usize {
+    let maps = fs::read_to_string("/proc/self/maps").expect("mappings");
+    maps.lines().filter(|line| line.contains("memfd:")).count()
+}
+
+/// Files of this name: those of other programs come and go.
+fn shared_files() -> Vec<String> {
+    let names = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    names
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.contains("thalweg"))
+        .collect()
+}
+
+/// Named Unix sockets that this process's nodes would be reached by.
+fn socket_names() -> usize {
+    let own: Vec<String> = descriptors()
+        .iter()
+        .filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|words| words.len() > 7 && words[7].contains("thalweg"))
+        .filter(|words| own.iter().any(|inode| inode == words[6]))
+        .count()
+}
+
+/// The children of this process.
+fn children() -> Vec<String> {
+    let own = std::process::id();
+    let tasks = fs::read_dir(format!("/proc/{own}/task")).into_iter().flatten().flatten();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .collect()
+}
+
+/// Resident memory of this process, in bytes.
+pub fn resident_bytes() -> usize {
+    let text = fs::read_to_string("/proc/self/statm").expect("memory");
+    let pages: usize = text.split(' ').nth(1).and_then(|n| n.parse().ok()).expect("pages");
+    pages * 4096
+}
