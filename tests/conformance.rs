@@ -847,8 +847,6 @@ async fn credit_is_respected(way: Way) {
         }
     };
     tokio::join!(sending, receiving);
-    // With room for two parcels, it is room that is waited for.
-    assert!(way == Way::MockTiny || pair.a.stats().credit_stalls > 0);
 }
 
 async fn credit_admits_the_oversized(way: Way) {
@@ -878,6 +876,10 @@ async fn credit_blocks_and_resumes(way: Way) {
     }
     let mut blocked = pair.a.send(Message::copy_from_slice(&[2; 16_000]));
     assert!(poll_times(&mut blocked, 20).await.is_none(), "no credit");
+    // With room for two parcels, it may be room that is waited for.
+    if way != Way::MockTiny {
+        until("the wait for credit to be counted", || pair.a.stats().credit_stalls > 0).await;
+    }
     assert!(pair.b.stats().inbox_bytes <= window);
     let receiving = async {
         for _ in 0..sent {
@@ -1081,7 +1083,14 @@ async fn close_while_the_peer_asks(way: Way) {
             pair.a.close(CloseReason::new(4, "enough")).await
         };
         let (errors, closed) = tokio::join!(asking, closing);
-        closed.expect("closing");
+        closed.unwrap_or_else(|e| {
+            panic!(
+                "{polls} {e} {:?} {:?} {errors:?} {:?}",
+                pair.a.stats(),
+                pair.b.stats(),
+                std::thread::current().name()
+            )
+        });
         for error in errors.into_iter().flatten() {
             assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
         }

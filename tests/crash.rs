@@ -136,7 +136,8 @@ fn round(this: &Round) -> Vec<Duration> {
     });
     let (ended, endings) = mpsc::channel();
     let held = Arc::new(Mutex::new(Vec::new()));
-    let survivor = Survivor { round: this.clone(), handle, ended, held: held.clone() };
+    let reports = Reports { held: held.clone(), ended };
+    let survivor = Survivor { round: this.clone(), handle, reports };
     let (node, killed) = survivor.survive();
     let mut took = Vec::new();
     while let Ok(Ended { what, error, at }) = endings.recv_timeout(Duration::from_secs(20)) {
@@ -178,12 +179,26 @@ fn views_end_well(held: &[Message], round: &Round) {
 struct Survivor {
     round: Round,
     handle: tokio::runtime::Handle,
-    ended: mpsc::Sender<Ended>,
+    reports: Reports,
+}
+
+/// Where an operation says how it ended. Everybody who holds one may still have to.
+#[derive(Clone)]
+struct Reports {
+    /// Messages that are held. Dropped before `ended`: when that is closed, nobody holds it.
     held: Arc<Mutex<Vec<Message>>>,
+    ended: mpsc::Sender<Ended>,
+}
+
+impl Reports {
+    fn ended(&self, what: &'static str, error: Option<Error>) {
+        // A receiver that is gone: the round has failed already.
+        let _ = self.ended.send(Ended { what, error, at: Instant::now() });
+    }
 }
 
 impl Survivor {
-    /// Lives through the round; every operation reports to `ended`, and holds a clone of `held`.
+    /// Lives through the round; every operation holds a clone of `reports`.
     fn survive(self) -> (Node, Instant) {
         let round = &self.round;
         let node = self.handle.block_on(async { Node::new(round.way.config()) }).expect("a node");
@@ -216,18 +231,18 @@ impl Survivor {
         let killed = Instant::now();
         peer.kill();
         drop(peer);
-        // The child must have outlived all errors; it ends when this round's endings are known.
+        // The child must outlive all errors: it ends when all is known.
         if let Some(bystander) = bystander {
-            let (held, ended) = (self.held.clone(), self.ended.clone());
+            let reports = self.reports.clone();
             std::thread::spawn(move || {
                 let patience = Instant::now() + EACH_MAX * 2;
-                while Arc::strong_count(&held) > 2 && Instant::now() < patience {
+                // The round's own, and this thread's.
+                while Arc::strong_count(&reports.held) > 2 && Instant::now() < patience {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 assert!(bystander.lives(), "the peer's child is gone too early");
                 drop(bystander);
-                drop(held);
-                drop(ended);
+                drop(reports);
             });
         }
         (node, killed)
@@ -275,12 +290,10 @@ impl Survivor {
     where
         F: Future<Output = Result<(), Error>> + Send + 'static,
     {
-        let (ended, held) = (self.ended.clone(), self.held.clone());
+        let reports = self.reports.clone();
         self.handle.spawn(async move {
             let error = work.await.err();
-            // A receiver that is gone: the round has failed already.
-            let _ = ended.send(Ended { what, error, at: Instant::now() });
-            drop(held);
+            reports.ended(what, error);
         });
     }
 
@@ -296,17 +309,16 @@ impl Survivor {
     }
 
     fn keep_accepting(&self, listener: Listener) {
-        let (ended, held) = (self.ended.clone(), self.held.clone());
+        let reports = self.reports.clone();
         self.handle.spawn(async move {
             // Nobody is told of strangers who die on the way; it is enough that no more come.
             while let Ok(Ok(endpoint)) =
                 tokio::time::timeout(Duration::from_millis(500), listener.accept()).await
             {
-                let (ended, held) = (ended.clone(), held.clone());
+                let reports = reports.clone();
                 tokio::spawn(async move {
                     let error = endpoint.recv().await.err();
-                    let _ = ended.send(Ended { what: "accepted", error, at: Instant::now() });
-                    drop(held);
+                    reports.ended("accepted", error);
                 });
             }
         });
@@ -372,7 +384,7 @@ impl Survivor {
     }
 
     fn hold_views(&self, endpoint: &Endpoint) {
-        let (endpoint, held) = (endpoint.clone(), self.held.clone());
+        let (endpoint, held) = (endpoint.clone(), self.reports.held.clone());
         self.until_it_fails("recv", async move {
             loop {
                 let message = endpoint.recv().await?;

@@ -60,6 +60,11 @@ impl Endpoint {
         Endpoint(Arc::new(Handle { shared, _node: node }))
     }
 
+    /// The handle that is owed to whoever connected or accepts.
+    pub(crate) fn first(shared: Arc<EndpointShared>, node: Node) -> Self {
+        Endpoint(Arc::new(Handle { shared, _node: node }))
+    }
+
     fn shared(&self) -> &Arc<EndpointShared> {
         &self.0.shared
     }
@@ -245,6 +250,9 @@ impl Endpoint {
 
     /// What this endpoint has counted. Takes the endpoint's lock for a moment.
     pub fn stats(&self) -> Stats {
+        if self.shared().forked() {
+            return Stats::default();
+        }
         self.shared().core().stats(self.shared().link)
     }
 
@@ -328,6 +336,9 @@ impl Endpoint {
     ///
     /// **Cancel safety.** Has no effect but waiting.
     pub async fn closed(&self) -> Error {
+        if self.shared().forked() {
+            return op::forked();
+        }
         let mut why = None;
         until(|waker| {
             let mut core = self.shared().core();

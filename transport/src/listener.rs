@@ -32,6 +32,8 @@ const ACCEPTED_MAX: usize = 4096;
 struct Queue {
     accepted: VecDeque<Arc<EndpointShared>>,
     waiters: Vec<Waker>,
+    /// The listener is gone: what still comes up is closed.
+    closed: bool,
     /// Why there will be no more.
     ended: Option<Error>,
     /// The accept loop, when it waits for room.
@@ -129,7 +131,7 @@ impl Listener {
             Poll::Pending
         })
         .await?;
-        Ok(Endpoint::new(shared, self.node.clone()))
+        Ok(Endpoint::first(shared, self.node.clone()))
     }
 }
 
@@ -140,9 +142,12 @@ impl Drop for Listener {
         if self.node.shared().fork.forked() {
             return;
         }
-        let accepted = std::mem::take(&mut lock(&self.shared.queue).accepted);
+        let mut queue = lock(&self.shared.queue);
+        queue.closed = true;
+        let accepted = std::mem::take(&mut queue.accepted);
+        drop(queue);
         for endpoint in accepted {
-            drop(Endpoint::new(endpoint, self.node.clone()));
+            drop(Endpoint::first(endpoint, self.node.clone()));
         }
     }
 }
@@ -239,6 +244,13 @@ fn full(shared: &Shared, waker: &Waker) -> bool {
 
 fn deliver(shared: &Shared, endpoint: Arc<EndpointShared>) {
     let mut queue = lock(&shared.queue);
+    if queue.closed {
+        drop(queue);
+        if endpoint.drop_handle() {
+            endpoint.close_in_background();
+        }
+        return;
+    }
     queue.accepted.push_back(endpoint);
     let waiters = std::mem::take(&mut queue.waiters);
     drop(queue);

@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use crate::address::Address;
 use crate::config::Config;
+use crate::driver::Mutex;
 use crate::driver::bootstrap;
 use crate::driver::node::NodeShared;
 use crate::driver::resident::Resident;
-use crate::driver::{Mutex, lock};
 use crate::endpoint::Endpoint;
 use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
 use crate::listener::Listener;
@@ -80,7 +80,8 @@ impl Node {
 
     /// A node without a runtime, for a host with its own event loop: watch [`Node::host_fd`] and
     /// call [`Node::progress`] when it is readable. Futures of the node may be polled from
-    /// anywhere, and wake as usual.
+    /// anywhere, and wake as usual. Close the node before its last handle is dropped: nothing
+    /// makes progress afterwards, so endpoints end at once then.
     ///
     /// # Errors
     ///
@@ -115,7 +116,11 @@ impl Node {
         side.host
             .drain()
             .map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))?;
-        let mut resident = lock(&side.resident);
+        // Another thread, or a waker called from here, may be at it.
+        let Ok(mut resident) = side.resident.try_lock() else {
+            side.host.wake();
+            return Ok(());
+        };
         if let Some(running) = &mut *resident {
             let mut cx = Context::from_waker(&side.waker);
             if Pin::new(running).poll(&mut cx).is_ready() {
@@ -169,7 +174,7 @@ impl Node {
     {
         let address = address.try_into().map_err(Error::from)?;
         let shared = bootstrap::connect(self.0.shared.clone(), address).await?;
-        Ok(Endpoint::new(shared, self.clone()))
+        Ok(Endpoint::first(shared, self.clone()))
     }
 
     /// The next message of any endpoint that nobody is receiving on. Endpoints take turns.
@@ -230,6 +235,9 @@ impl Node {
     /// Closes every endpoint with this reason, and then the node. Waits for the peers' answers,
     /// at most [`Config::close_timeout`].
     pub async fn close(&self, reason: CloseReason) {
+        if self.0.shared.fork.forked() {
+            return;
+        }
         let endpoints = self.0.shared.all_endpoints();
         for endpoint in &endpoints {
             endpoint.core().close(reason.clone());
@@ -271,20 +279,19 @@ impl Future for RecvAny<'_> {
         if let Err(error) = shared.usable() {
             return Poll::Ready(Err(error));
         }
-        while let Some(id) = shared.next_announced(cx.waker()) {
-            let Some(endpoint) = shared.endpoint(id) else { continue };
+        while let Some(endpoint) = shared.next_announced(cx.waker()) {
             let mut core = endpoint.core();
-            core.state.announced = false;
             let message = core.take_message();
-            if core.has_message() {
-                core.state.announced = true;
-                core.state.announce = true;
-            }
+            core.announce_again();
             endpoint.pulse.watch();
             drop(core);
             if let Some(message) = message {
                 return Poll::Ready(Ok((Endpoint::new(endpoint, self.node.clone()), message)));
             }
+        }
+        // The node may have ended before the waker was in place.
+        if let Err(error) = shared.usable() {
+            return Poll::Ready(Err(error));
         }
         Poll::Pending
     }

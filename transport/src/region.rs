@@ -9,7 +9,7 @@ use std::task::Poll;
 use crate::driver::keys::Entry;
 use crate::driver::node::NodeShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::memory::BufferMut;
+use crate::memory::{BufferMut, racy_read, racy_write};
 use crate::proto::keys::{
     ACCESS_READ, ACCESS_WRITE, REMOTE_KEY_BYTES, RemoteKeyWire, check_bounds,
 };
@@ -131,7 +131,7 @@ impl<B: BufferMut> Registered<B> {
         self.check(offset_bytes, to.len())?;
         let memory = self.entry().memory();
         // SAFETY: in bounds of memory that the entry keeps; raw, because peers may be writing.
-        unsafe { std::ptr::copy(memory.ptr.add(offset_bytes), to.as_mut_ptr(), to.len()) };
+        unsafe { racy_read(memory.ptr.add(offset_bytes), to) };
         Ok(())
     }
 
@@ -140,12 +140,12 @@ impl<B: BufferMut> Registered<B> {
     /// # Errors
     ///
     /// [`ErrorKind::OutOfBounds`].
-    pub fn write(&self, offset_bytes: usize, from: &[u8]) -> Result<()> {
+    pub fn write(&mut self, offset_bytes: usize, from: &[u8]) -> Result<()> {
         self.check(offset_bytes, from.len())?;
         let memory = self.entry().memory();
         // SAFETY: in bounds of memory that the entry keeps, and writable by `BufferMut`'s promise;
         // raw, because peers may be reading and writing.
-        unsafe { std::ptr::copy(from.as_ptr(), memory.ptr.add(offset_bytes), from.len()) };
+        unsafe { racy_write(memory.ptr.add(offset_bytes), from) };
         Ok(())
     }
 

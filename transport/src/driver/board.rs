@@ -71,15 +71,16 @@ impl Pulse {
     }
 
     /// Makes this operation the one that is woken. Set before arming.
-    pub fn lead(&self, op: OpId, waker: &Waker) {
+    /// Gives the waker that it replaces, to be dropped outside of any lock.
+    #[must_use]
+    pub fn lead(&self, op: OpId, waker: &Waker) -> Option<Waker> {
         let mut leader = lock(&self.leader);
         match &mut *leader {
-            Some((id, known)) if known.will_wake(waker) => *id = op,
-            slot => {
-                let old = slot.replace((op, waker.clone()));
-                drop(leader);
-                drop(old);
+            Some((id, known)) if known.will_wake(waker) => {
+                *id = op;
+                None
             }
+            slot => slot.replace((op, waker.clone())).map(|(_, old)| old),
         }
     }
 
@@ -103,7 +104,8 @@ impl Pulse {
 
     /// The resident task has taken it off the queue; called before driving.
     pub fn dequeued(&self) {
-        self.queued.store(false, Ordering::Release);
+        // An exchange, so that whoever found it queued is seen by the drive that follows.
+        self.queued.swap(false, Ordering::AcqRel);
     }
 
     /// Puts the endpoint on the watch list. One relaxed load when it is there already.

@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::collections::{BTreeSet, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
@@ -197,7 +198,8 @@ pub(crate) struct State {
     /// The peer's one-sided operations in progress here.
     pub(super) serving: usize,
     pub(super) fences: FenceLedger,
-    pub(super) fence_queue: Vec<(OpId, u32, u32)>,
+    /// Fences that wait until what was queued before them has been posted or withdrawn.
+    pub(super) fence_queue: VecDeque<OpId>,
     /// Fences whose answer is awaited.
     pub(super) local_fences: Vec<OpId>,
     /// Refusals of puts whose memory a link still holds.
@@ -283,7 +285,7 @@ impl State {
             replies: VecDeque::new(),
             serving: 0,
             fences: FenceLedger::new(),
-            fence_queue: Vec::new(),
+            fence_queue: VecDeque::new(),
             local_fences: Vec::new(),
             put_errors: Vec::new(),
             outbox: VecDeque::new(),
@@ -298,7 +300,10 @@ impl State {
         if len < POOLED_MIN {
             Some(Frame::heap(len))
         } else {
-            self.allocator.allocate(len).map(Frame::from)
+            // A panic must not unwind through a link in the middle of a parcel.
+            let allocate = AssertUnwindSafe(|| self.allocator.allocate(len));
+            let memory = std::panic::catch_unwind(allocate).ok().flatten();
+            memory.filter(|memory| memory.len() == len).map(Frame::from)
         }
     }
 
@@ -888,6 +893,8 @@ impl State {
     pub(super) fn unqueue_send(&mut self, id: OpId) {
         if let Some(at) = self.send_queue.iter().position(|queued| *queued == id) {
             self.send_queue.remove(at);
+            // Its frame table may have left; whoever takes its number sends its own.
+            self.tables_posted &= at != 0;
         }
     }
 
@@ -947,6 +954,12 @@ impl Core {
     /// Whether a message is here.
     pub fn has_message(&self) -> bool {
         !self.state.inbox.is_empty()
+    }
+
+    /// Tells `recv_any` of what is here, if anything is, whether or not it was told before.
+    pub fn announce_again(&mut self) {
+        self.state.announced = self.has_message();
+        self.state.announce = self.state.announced;
     }
 
     /// Lets an operation go on without anybody waiting for it.

@@ -1,8 +1,8 @@
 //! An endpoint as the driver sees it: the locked core, its pulse, and how both are woken.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
@@ -35,8 +35,10 @@ pub(crate) struct EndpointShared {
     ended: AtomicBool,
     /// The window that was taken from the node's budget.
     window_bytes: u64,
-    /// Public handles; the endpoint closes with the last.
+    /// Public handles; the endpoint closes with the last. Begins with the one that is owed to
+    /// whoever connected or accepts.
     handles: AtomicUsize,
+    this: Weak<EndpointShared>,
 }
 
 /// The lock, and what is to be done when it is released.
@@ -77,7 +79,7 @@ impl Drop for CoreGuard<'_> {
             self.endpoint.node.endpoint_ended(self.endpoint);
         }
         if announce {
-            self.endpoint.node.announce(self.endpoint.pulse.id);
+            self.endpoint.node.announce(self.endpoint.this.clone());
         }
         after.run();
     }
@@ -110,7 +112,8 @@ impl EndpointShared {
                 any_released: AtomicBool::new(false),
                 ended: AtomicBool::new(false),
                 window_bytes,
-                handles: AtomicUsize::new(0),
+                handles: AtomicUsize::new(1),
+                this: weak.clone(),
             }
         })
     }
@@ -160,10 +163,14 @@ impl EndpointShared {
     /// A view is no longer used. Tells the sender at once, unless somebody is at work here: then
     /// they, or the resident task, do.
     pub fn release_view(self: &Arc<Self>, lane: u8, payload: PayloadId) {
+        if self.forked() {
+            return;
+        }
         if let Some(guard) = self.core.try_lock() {
             let mut guard = self.guard(guard);
             guard.release(lane, payload);
-            drop(guard);
+            // The lane may not have had room for it: somebody has to look again.
+            self.pulse.watch();
             return;
         }
         lock(&self.released).push((lane, payload));

@@ -17,8 +17,21 @@ use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, on
 /// the other; the slack allows for lanes that reorder.
 const TABLES_MAX: usize = 64;
 
+/// Tables that have begun, by the number of their message.
 #[derive(Default)]
-pub(super) struct Tables(BTreeMap<u32, Vec<u64>>);
+pub(super) struct Tables {
+    begun: BTreeMap<u32, Vec<u64>>,
+    /// Lengths in all of them; at most what one message may have.
+    lens: usize,
+}
+
+impl Tables {
+    fn take(&mut self, seq: u32) -> Option<Vec<u64>> {
+        let table = self.begun.remove(&seq)?;
+        self.lens -= table.len();
+        Some(table)
+    }
+}
 
 /// What became of a `send` that was just started.
 pub(crate) enum Sent {
@@ -196,8 +209,9 @@ impl Core {
     }
 
     fn put_message(&mut self, id: OpId, held: Box<Message>) {
-        if let Some(Slot { what: What::Send { message, .. }, .. }) = self.state.ops.get(id) {
-            *message = Some(held);
+        match self.state.ops.get(id) {
+            Some(Slot { what: What::Send { message, .. }, .. }) => *message = Some(held),
+            _ => self.state.after.discard_message(*held),
         }
     }
 
@@ -233,6 +247,9 @@ impl State {
         }
         self.free(id);
         if !self.inbox.is_empty() {
+            self.message_is_here();
+        } else if !matches!(self.life, Life::Open) {
+            // The next one learns of the end.
             self.wake_receiver();
         }
     }
@@ -262,15 +279,20 @@ impl State {
                 self.limits.max_frames
             )));
         }
-        let known = self.tables.0.len();
-        let table = self.tables.0.entry(seq).or_default();
-        if table.is_empty() && known >= TABLES_MAX {
+        if first == 0 {
+            // A message that was withdrawn after its table had left gives way to the next one.
+            self.tables.take(seq);
+        }
+        let all = self.tables.lens + lens.len();
+        if all > self.limits.max_frames as usize || self.tables.begun.len() >= TABLES_MAX {
             return Err(State::protocol("too many frame tables at once"));
         }
+        let table = self.tables.begun.entry(seq).or_default();
         if table.len() != first as usize || table.len() + lens.len() > total as usize {
             return Err(State::protocol("frame tables out of order"));
         }
         table.extend(lens);
+        self.tables.lens = all;
         Ok(())
     }
 
@@ -278,6 +300,7 @@ impl State {
     #[inline]
     pub(super) fn in_order(&self, seq: u32) -> bool {
         self.arriving.is_empty()
+            && self.tables.begun.is_empty()
             && seq == self.arriving.next()
             && !matches!(self.life, Life::ClosedByPeer(_))
     }
@@ -327,11 +350,14 @@ impl State {
             ));
         }
         let mut lens: SmallVec<[u64; 16]> = SmallVec::new();
+        if !matches!(frames, Frames::Table { .. }) {
+            self.tables.take(seq);
+        }
         match frames {
             Frames::Zero => {}
             Frames::One => lens.push(arrival.len),
             Frames::Inline(table) => lens.extend(table.clone()),
-            Frames::Table { count } => match self.tables.0.remove(&seq) {
+            Frames::Table { count } => match self.tables.take(seq) {
                 Some(table) if table.len() == *count as usize => lens = table.into(),
                 _ => return State::protocol("a message without its frame table"),
             },

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::Waker;
 
 use super::board::{Board, EndpointId, Pulse};
@@ -24,12 +24,18 @@ use crate::stats::{NodeStats, Stats};
 /// A background piece of work of the node: a handshake, an accept loop.
 pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// Announcements of endpoints that may wait before the first look for such as are gone.
+const ANNOUNCED_MIN: usize = 64;
+
 /// The smallest window that an endpoint gets when the node's budget is used up.
 const WINDOW_MIN: u64 = 64 << 10;
 
 #[derive(Default)]
 struct Any {
-    ready: VecDeque<EndpointId>,
+    /// Endpoints with messages, each at most once.
+    ready: VecDeque<Weak<EndpointShared>>,
+    /// The length at which entries of endpoints that are gone are taken out.
+    prune_at: usize,
     /// Emptied at every announcement.
     waiters: Vec<Waker>,
 }
@@ -216,9 +222,14 @@ impl NodeShared {
     }
 
     /// An endpoint has a message that nobody is waiting for.
-    pub fn announce(&self, id: EndpointId) {
+    pub fn announce(&self, endpoint: Weak<EndpointShared>) {
         let mut any = lock(&self.any);
-        any.ready.push_back(id);
+        if any.ready.len() >= any.prune_at {
+            // Nobody may ever ask: entries of endpoints that are gone must not pile up.
+            any.ready.retain(|endpoint| endpoint.strong_count() > 0);
+            any.prune_at = (2 * any.ready.len()).max(ANNOUNCED_MIN);
+        }
+        any.ready.push_back(endpoint);
         let waiters = std::mem::take(&mut any.waiters);
         drop(any);
         for waker in waiters {
@@ -227,10 +238,12 @@ impl NodeShared {
     }
 
     /// The next endpoint that announced itself, or a promise to wake `waker`.
-    pub fn next_announced(&self, waker: &Waker) -> Option<EndpointId> {
+    pub fn next_announced(&self, waker: &Waker) -> Option<Arc<EndpointShared>> {
         let mut any = lock(&self.any);
-        if let Some(id) = any.ready.pop_front() {
-            return Some(id);
+        while let Some(endpoint) = any.ready.pop_front() {
+            if let Some(endpoint) = endpoint.upgrade() {
+                return Some(endpoint);
+            }
         }
         if !any.waiters.iter().any(|known| known.will_wake(waker)) {
             any.waiters.push(waker.clone());

@@ -1,6 +1,8 @@
 //! Put, get and fence. Over every link so far the target's process serves them: it lands a put in
 //! the region, and answers a get out of it, after checking key, bounds and access itself.
 
+use std::collections::VecDeque;
+
 use smallvec::{SmallVec, smallvec};
 
 use super::core::{Control, Core, ONE_SIDED_MAX, Reply, State};
@@ -124,20 +126,29 @@ impl Core {
         let before = self.state.one_sided_number;
         let what = What::Fence { before, remote: false };
         let id = self.state.ops.insert(Slot::new(Stage::Posted, what));
-        // What waits in the queues counts as sent before.
-        let messages = self.state.message_seq.wrapping_add(self.state.send_queue.len() as u32);
-        let tags = self.state.tag_seq.wrapping_add(self.state.tag_queue.len() as u32);
-        self.state.fence_queue.push((id, messages, tags));
+        self.state.fence_queue.push_back(id);
         self.flush();
         Ok(id)
     }
 
     pub(super) fn post_fences(&mut self) -> Result<(), Error> {
-        while let Some(&(id, messages, tags)) = self.state.fence_queue.first() {
-            if self.state.local_fences.len() >= crate::proto::fence::FENCES_MAX {
+        while let Some(&id) = self.state.fence_queue.front() {
+            // Slots are numbered in the order in which they are taken: what was queued before the
+            // fence has a lower number. It has left when it was posted, or withdrawn.
+            let behind = |queue: &VecDeque<OpId>| {
+                queue
+                    .front()
+                    .is_some_and(|first| (first.generation.wrapping_sub(id.generation) as i32) < 0)
+            };
+            let state = &self.state;
+            if behind(&state.send_queue)
+                || behind(&state.tag_queue)
+                || state.local_fences.len() >= crate::proto::fence::FENCES_MAX
+            {
                 return Ok(());
             }
-            self.state.fence_queue.remove(0);
+            let (messages, tags) = (state.message_seq, state.tag_seq);
+            self.state.fence_queue.pop_front();
             self.control(&Head::Fence { id: id.index, messages, tags })?;
             self.state.local_fences.push(id);
         }
@@ -173,7 +184,7 @@ impl State {
             // SAFETY: `used` keeps the region's memory alive and was checked for bounds and write
             // access. Other writers may race with this one, as with any remote memory: the
             // region's owner was told to expect it, and copies out raw bytes only.
-            unsafe { memory.fill(bytes) };
+            unsafe { crate::memory::racy_write(memory.ptr, bytes) };
             self.serving -= 1;
             self.after.discard_use(used);
             self.outbox.push_back(Control::PutDone { id, status: Status::Ok });

@@ -105,7 +105,10 @@ impl<'e, K: Kind> Op<'e, K> {
     /// not begun is withdrawn then and gives its buffer back; one whose memory the peer may still
     /// be reading or writing goes on in the background, and the buffer is dropped when it ends.
     pub fn timeout(self, timeout: Duration) -> Timed<'e, K> {
-        self.deadline(Instant::now() + timeout)
+        let now = Instant::now();
+        // A time beyond the clock is as good as none.
+        let never = || now + Duration::from_secs(u32::MAX.into());
+        self.deadline(now.checked_add(timeout).unwrap_or_else(never))
     }
 
     /// As [`Op::timeout`], at a point in time.
@@ -226,9 +229,20 @@ impl<'e, K: Kind> Op<'e, K> {
             self.store_waker(&mut core, cx);
             if let Some(id) = self.ticket {
                 self.led = true;
-                endpoint.pulse.lead(id, cx.waker());
+                if let Some(old) = endpoint.pulse.lead(id, cx.waker()) {
+                    core.state.after.discard_any(Box::new(old));
+                }
             }
-            if !core.ended() && core.arm(&mut lane_cx) == Armed::Yes && !core.ended() {
+            if !K::LAZY {
+                // An answer is awaited: the watch, and after it the patrol, see to it that a peer
+                // which has fallen silent is noticed.
+                endpoint.pulse.watch();
+            }
+            if core.ended() {
+                // Somebody before it in the line has what is left; it is woken after them.
+                return Poll::Pending;
+            }
+            if core.arm(&mut lane_cx) == Armed::Yes && !core.ended() {
                 return Poll::Pending;
             }
         }
@@ -374,6 +388,9 @@ impl<K: Kind> Future for Cancelling<'_, K> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let op = &mut self.op;
+        if op.ticket.is_some() && op.endpoint.forked() {
+            return op.poll_op(cx).map(Cancel::Completed);
+        }
         if op.try_withdraw() {
             op.finished = true;
             return Poll::Ready(Cancel::Cancelled(op.kind.take_back()));

@@ -107,7 +107,7 @@ pub(crate) enum What {
         heir: Option<OpId>,
     },
     /// An unexpected eager payload that a link is landing in driver memory.
-    LandTag { buffer: Box<Frame>, heir: Option<OpId> },
+    LandTag { seq: u32, buffer: Box<Frame>, heir: Option<OpId> },
     /// A put: over when the link has let go and the target has answered.
     Put { from: RawSegment, key: u64, offset: u64, number: u64, local: bool, remote: bool },
     /// The peer's put that a link is landing in a region.

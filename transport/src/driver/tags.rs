@@ -284,7 +284,7 @@ impl State {
             self.tag_placed(seq, None);
             return disposition;
         }
-        let (stray, disposition) = match self.keep(lane, cost, arrival) {
+        let (stray, disposition) = match self.keep(lane, seq, cost, arrival) {
             Ok(kept) => kept,
             Err(fatal) => return fatal,
         };
@@ -337,6 +337,7 @@ impl State {
     fn keep(
         &mut self,
         lane: u8,
+        seq: u32,
         cost: u64,
         arrival: &Arrival<'_>,
     ) -> Result<(Stray, Disposition), Disposition> {
@@ -354,7 +355,7 @@ impl State {
         let Some((ptr, len)) = buffer.as_mut_slice().map(|b| (b.as_mut_ptr(), b.len())) else {
             return Err(State::no_memory(arrival.len));
         };
-        let what = What::LandTag { buffer: Box::new(buffer), heir: None };
+        let what = What::LandTag { seq, buffer: Box::new(buffer), heir: None };
         let slot = self.ops.insert(Slot::new(Stage::Posted, what));
         let to = smallvec![SegmentMut { ptr, len, kind: MemoryKind::Host }];
         Ok((Stray::Landing { slot, len, cost }, Disposition::Land { to, op: slot }))
@@ -402,17 +403,18 @@ impl State {
                         // writing its first `len` bytes, and nobody else uses it.
                         unsafe { to.copy_out(copy) };
                     }
-                    self.stray_is_here(id, heir, bytes);
+                    self.stray_is_here(id, matched.seq, heir, bytes);
                 } else if let (Err(error), Some(heir)) = (result, heir) {
                     self.finish(heir, Err(error));
                 }
                 self.free(id);
             }
-            What::LandTag { buffer, heir } => {
+            What::LandTag { seq, buffer, heir } => {
+                let seq = *seq;
                 let bytes = std::mem::replace(&mut **buffer, Frame::heap(0));
                 let heir = heir.take();
                 match (result, heir) {
-                    (Ok(()), heir) => self.stray_is_here(id, heir, bytes),
+                    (Ok(()), heir) => self.stray_is_here(id, seq, heir, bytes),
                     (Err(error), Some(heir)) => self.finish(heir, Err(error)),
                     (Err(_), None) => {}
                 }
@@ -424,7 +426,7 @@ impl State {
 
     /// The bytes that `slot` was landing are in driver memory now: they go to the receive that
     /// waits for them, or to their place among the strays.
-    fn stray_is_here(&mut self, slot: OpId, heir: Option<OpId>, bytes: Frame) {
+    fn stray_is_here(&mut self, slot: OpId, seq: u32, heir: Option<OpId>, bytes: Frame) {
         if let Some(heir) = heir {
             if let Some(Slot { what: What::TagRecv { to, behind, .. }, .. }) = self.ops.get(heir) {
                 *behind = None;
@@ -439,9 +441,9 @@ impl State {
             return;
         }
         let is_it = |stray: &Stray| matches!(stray, Stray::Landing { slot: s, .. } if *s == slot);
-        let stray = match self.matcher.find_unexpected_mut(is_it) {
-            Some(stray) => Some(stray),
-            None => match self.early_tags.find_mut(|(_, stray)| is_it(stray)) {
+        let stray = match self.matcher.unexpected_mut(seq) {
+            Some(stray) if is_it(stray) => Some(stray),
+            _ => match self.early_tags.find_mut(|(_, stray)| is_it(stray)) {
                 Some((_, stray)) => Some(stray),
                 None => self
                     .deliveries
@@ -510,7 +512,9 @@ impl State {
             (Stage::Posted, Some(Matched { seq, tag, len })) => {
                 slot.abandoned = true;
                 slot.orphan = Some(buffer);
-                slot.waker = None;
+                if let Some(waker) = slot.waker.take() {
+                    self.after.discard_any(Box::new(waker));
+                }
                 self.put_stray_back(seq, tag, Stray::Landing { slot: id, len, cost: 0 });
             }
             _ => {

@@ -805,3 +805,143 @@ impl Drop for MockLink {
         wake(shared);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryKind;
+
+    /// Takes what is in line, lands the rest in memory of its own, and remembers.
+    #[derive(Default)]
+    struct Remember {
+        heads: Vec<Vec<u8>>,
+        done: Vec<(OpId, bool)>,
+        landed: Vec<Box<[u8]>>,
+    }
+
+    impl Sink for Remember {
+        fn parcel(&mut self, arrival: Arrival<'_>) -> Disposition {
+            self.heads.push(arrival.head.to_vec());
+            if arrival.inline.is_some() || arrival.len == 0 {
+                return Disposition::Taken;
+            }
+            let mut memory = vec![0; arrival.len as usize].into_boxed_slice();
+            let (ptr, len) = (memory.as_mut_ptr(), memory.len());
+            self.landed.push(memory);
+            let to =
+                smallvec::smallvec![super::super::SegmentMut { ptr, len, kind: MemoryKind::Host }];
+            Disposition::Land { to, op: op(1000 + self.landed.len() as u32) }
+        }
+
+        fn done(&mut self, op: OpId, result: Result<(), LinkError>) {
+            self.done.push((op, result.is_ok()));
+        }
+    }
+
+    fn op(index: u32) -> OpId {
+        OpId { index, generation: 1 }
+    }
+
+    fn linked(token: u8, plan: &MockPlan) -> (MockLink, MockLink) {
+        let half = || pair([token; 16], plan, Some(&blob())).expect("one process");
+        (half(), half())
+    }
+
+    fn segment(bytes: &[u8]) -> Segment<'_> {
+        Segment { ptr: bytes.as_ptr(), len: bytes.len(), kind: MemoryKind::Host, shared: None }
+    }
+
+    fn turn(link: &mut MockLink, sink: &mut Remember) -> Result<Progress, LinkError> {
+        let mut cx = Context::from_waker(Waker::noop());
+        link.poll(&mut cx, false, &mut Budget::TURN.clone(), sink)
+    }
+
+    fn post(link: &mut MockLink, index: u32, bytes: &[u8]) -> Result<Post, LinkError> {
+        link.post(op(index), Class::Message, How::Eager, &[index as u8], &[segment(bytes)])
+    }
+
+    #[test]
+    fn only_this_process_can_pair() {
+        assert!(pair([1; 16], &MockPlan::new(), Some(&[0; 16])).is_err());
+        assert!(pair([1; 16], &MockPlan::new(), None).is_err());
+    }
+
+    #[test]
+    fn completions_come_once_and_late() {
+        let plan = MockPlan::new().delay_polls(3).inline_max(0);
+        let (mut one, mut two) = linked(2, &plan);
+        let bytes = vec![7; 5000];
+        assert_eq!(post(&mut one, 1, &bytes).expect("up"), Post::Pending);
+        assert!(!one.flushed());
+        let (mut here, mut there) = (Remember::default(), Remember::default());
+        for _ in 0..3 {
+            turn(&mut two, &mut there).expect("up");
+            assert!(there.done.is_empty(), "too early");
+            turn(&mut one, &mut here).expect("up");
+            assert!(here.done.is_empty(), "too early");
+        }
+        for _ in 0..5 {
+            turn(&mut two, &mut there).expect("up");
+            turn(&mut one, &mut here).expect("up");
+        }
+        assert_eq!((here.done, there.done), (vec![(op(1), true)], vec![(op(1001), true)]));
+        assert_eq!(there.landed[0][..], bytes[..]);
+        assert!(one.flushed());
+    }
+
+    #[test]
+    fn order_is_lost_only_when_planned() {
+        for (token, unordered) in [(3, false), (4, true)] {
+            let (mut one, mut two) = linked(token, &MockPlan::new().unordered(unordered));
+            for index in 0..100 {
+                assert_eq!(post(&mut one, index, b"x").expect("up"), Post::Done);
+            }
+            let mut there = Remember::default();
+            turn(&mut two, &mut there).expect("up");
+            assert_eq!(there.heads.len(), 100);
+            assert_eq!(there.heads.is_sorted(), !unordered);
+        }
+    }
+
+    #[test]
+    fn room_ends_for_all_but_control() {
+        let (mut one, mut two) = linked(5, &MockPlan::new().capacity(2));
+        assert_eq!(post(&mut one, 1, b"x").expect("up"), Post::Done);
+        assert_eq!(post(&mut one, 2, b"x").expect("up"), Post::Done);
+        assert_eq!(post(&mut one, 3, b"x").expect("up"), Post::Full);
+        let control = one.post(OpId::NONE, Class::Control, How::Eager, b"c", &[]);
+        assert_eq!(control.expect("up"), Post::Done);
+        let mut cx = Context::from_waker(Waker::noop());
+        assert_eq!(one.arm(&mut cx).expect("up"), Armed::Yes);
+        turn(&mut two, &mut Remember::default()).expect("up");
+        assert_eq!(one.arm(&mut cx).expect("up"), Armed::Busy, "there is room again");
+        assert_eq!(post(&mut one, 3, b"x").expect("up"), Post::Done);
+    }
+
+    #[test]
+    fn an_end_reports_everything_and_reaches_the_other_side() {
+        let (mut one, mut two) = linked(6, &MockPlan::new());
+        let bytes = vec![1; 5000];
+        assert_eq!(post(&mut one, 1, &bytes).expect("up"), Post::Pending);
+        let mut here = Remember::default();
+        one.kill(&breach("enough"), &mut here);
+        drop(bytes);
+        assert_eq!(here.done, [(op(1), false)]);
+        let mut there = Remember::default();
+        assert_eq!(turn(&mut two, &mut there).expect_err("over").kind, ErrorKind::ConnectionLost);
+        assert!(there.heads.is_empty());
+    }
+
+    #[test]
+    fn it_breaks_as_planned_and_on_command() {
+        let switch = MockSwitch::new();
+        let (mut one, mut two) = linked(7, &MockPlan::new().drop_after(Some(1)).switch(&switch));
+        assert_eq!(post(&mut one, 1, b"x").expect("up"), Post::Done);
+        assert!(post(&mut one, 2, b"x").is_err());
+        assert!(turn(&mut two, &mut Remember::default()).is_err());
+        let (mut one, mut two) = linked(8, &MockPlan::new().switch(&switch));
+        switch.break_links();
+        assert!(turn(&mut one, &mut Remember::default()).is_err());
+        assert!(turn(&mut two, &mut Remember::default()).is_err());
+    }
+}

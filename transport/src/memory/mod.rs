@@ -8,6 +8,7 @@ mod pool;
 mod shared;
 
 use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 pub use buffer::{Buffer, BufferMut};
 pub use pool::{Allocator, HostPool, PoolBuf};
@@ -107,5 +108,31 @@ impl Region {
     /// The device it belongs to, for device memory.
     pub fn device(&self) -> Option<u32> {
         self.device
+    }
+}
+
+/// Copies into memory that others may be reading and writing at the same time: bytes may mix, and
+/// nothing worse happens.
+///
+/// # Safety
+///
+/// `to` is valid for writes of `from.len()` bytes, and everybody in this process who touches that
+/// memory meanwhile does so through these two functions or through the kernel.
+pub(crate) unsafe fn racy_write(to: *mut u8, from: &[u8]) {
+    for (index, byte) in from.iter().enumerate() {
+        // SAFETY: in range by the caller's promise; a byte has no alignment.
+        unsafe { AtomicU8::from_ptr(to.add(index)) }.store(*byte, Ordering::Relaxed);
+    }
+}
+
+/// Copies out of such memory.
+///
+/// # Safety
+///
+/// As [`racy_write`], for reads.
+pub(crate) unsafe fn racy_read(from: *mut u8, to: &mut [u8]) {
+    for (index, byte) in to.iter_mut().enumerate() {
+        // SAFETY: as in `racy_write`.
+        *byte = unsafe { AtomicU8::from_ptr(from.add(index)) }.load(Ordering::Relaxed);
     }
 }

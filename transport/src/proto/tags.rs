@@ -113,13 +113,13 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
     }
 
     /// The stored arrival with this number.
-    #[cfg(test)]
     pub fn unexpected_mut(&mut self, seq: u32) -> Option<&mut U> {
         let place = self.stored.place(seq);
         self.stored.by_seq.get_mut(&place).map(|(_, value)| value)
     }
 
     /// The first stored arrival whose value is so. Looks at all of them.
+    #[cfg(test)]
     pub fn find_unexpected_mut(&mut self, so: impl Fn(&U) -> bool) -> Option<&mut U> {
         self.stored.by_seq.values_mut().map(|(_, value)| value).find(|value| so(value))
     }

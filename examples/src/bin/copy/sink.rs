@@ -195,6 +195,14 @@ mod tests {
         assert!(take(&mut sink, Record::Enter { name: "way".into() }).is_err());
         let file = Record::File { name: "way".into(), mode: 0o644 };
         assert!(take(&mut sink, file).is_err());
+        // The same for a link to a file that would be made, or changed.
+        fs::write(around.path().join("precious"), "mine").expect("written");
+        for (name, target) in [("new", "../outside/new"), ("old", "../precious")] {
+            let link = Record::Link { name: name.into(), target: target.into() };
+            take(&mut sink, link).expect("a link is only written");
+            assert!(take(&mut sink, Record::File { name: name.into(), mode: 0o644 }).is_err());
+        }
+        assert_eq!(fs::read(around.path().join("precious")).expect("untouched"), b"mine");
         let inside = fs::read_dir(around.path().join("outside")).expect("still there");
         assert_eq!(inside.count(), 0);
     }

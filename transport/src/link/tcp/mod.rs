@@ -61,6 +61,10 @@ const SCRATCH_BYTES: usize = 16 * 1024;
 /// The least that one read or write asks for, however little of the budget is left.
 const STEP_MIN_BYTES: usize = 16 * 1024;
 
+/// Control parcels that may wait to be written. Answers to what a peer sends are among them, so a
+/// peer that sends and never reads ends here.
+const CONTROL_MAX: usize = 65_536;
+
 /// What a link is told when it is made.
 #[derive(Clone, Debug)]
 pub(crate) struct TcpOptions {
@@ -460,6 +464,13 @@ impl<S: ByteStream> Link for TcpLink<S> {
             && payload.len() <= DIRECT_SEGMENTS
         {
             return Ok(self.post_direct(op, class, head, payload, len));
+        }
+        if class == Class::Control && self.tx.control_waiting() >= CONTROL_MAX {
+            return self.ended(Err(LinkError::new(
+                ErrorKind::LimitExceeded,
+                LinkKind::Tcp,
+                "the peer causes answers and does not read them",
+            )));
         }
         if self.tx.is_full(class, how) {
             self.stalls += 1;

@@ -160,6 +160,11 @@ impl Tx {
                 || (how == How::Offer && self.offers.len() >= OFFERS_SENT_MAX))
     }
 
+    /// Control parcels that wait.
+    pub fn control_waiting(&self) -> usize {
+        self.lanes[lane_of(Class::Control, false)].len()
+    }
+
     pub fn enqueue(&mut self, out: Out) {
         self.lanes[lane_of(out.class, false)].push_back(out);
     }
