@@ -1083,14 +1083,7 @@ async fn close_while_the_peer_asks(way: Way) {
             pair.a.close(CloseReason::new(4, "enough")).await
         };
         let (errors, closed) = tokio::join!(asking, closing);
-        closed.unwrap_or_else(|e| {
-            panic!(
-                "{polls} {e} {:?} {:?} {errors:?} {:?}",
-                pair.a.stats(),
-                pair.b.stats(),
-                std::thread::current().name()
-            )
-        });
+        closed.expect("closing");
         for error in errors.into_iter().flatten() {
             assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
         }

@@ -117,7 +117,7 @@ impl Raw {
     }
 
     /// Reads until the other side closes; gives what came.
-    fn to_the_end(mut self) -> Vec<u8> {
+    fn into_the_end(mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         // A reset is an end too.
         let _ = self.0.read_to_end(&mut bytes);
@@ -257,7 +257,7 @@ fn strangers_at_the_listener() {
             // It may have been thrown out already.
             let _ = raw.0.write_all(&bytes);
             if round % 2 == 0 {
-                tokio::task::spawn_blocking(move || raw.to_the_end()).await.expect("no panic");
+                tokio::task::spawn_blocking(move || raw.into_the_end()).await.expect("no panic");
             }
         }
         still_accepts(&listener).await;
@@ -276,7 +276,7 @@ fn another_major_version_is_refused_and_told() {
         let told = tokio::task::spawn_blocking(move || {
             let mut raw = Raw::connect(to);
             raw.say(&Raw::preface(2, 0, 0));
-            raw.to_the_end()
+            raw.into_the_end()
         })
         .await
         .expect("no panic");
@@ -379,7 +379,7 @@ fn hostile_bytes_on_an_established_connection() {
             let attack = tokio::task::spawn_blocking(move || {
                 // It may hang up in the middle.
                 let _ = raw.0.write_all(&bytes);
-                raw.to_the_end()
+                raw.into_the_end()
             });
             let mut error = within(Duration::from_secs(10), name, endpoint.recv()).await;
             if error.is_ok() {

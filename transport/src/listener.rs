@@ -47,7 +47,8 @@ struct Shared {
 }
 
 /// Accepts connections at an address. Handshakes go on in the background, so that `accept` yields
-/// finished endpoints and a slow stranger delays nobody. Dropping it closes the socket.
+/// finished endpoints and a slow stranger delays nobody. Dropping it closes the socket, as soon as
+/// the node's task runs.
 pub struct Listener {
     node: Node,
     address: Address,

@@ -180,11 +180,11 @@ impl Frame {
             Repr::View(view) => {
                 // SAFETY: in bounds (checked above) of a live mapping. The peer may write to it,
                 // so it is copied as raw memory, never as a reference; what came is trusted only
-                // if the lease is alive afterwards.
+                // if afterwards the peer still keeps the memory and the lease is alive.
                 unsafe {
                     std::ptr::copy(view.raw.ptr.add(offset_bytes), to.as_mut_ptr(), to.len());
                 }
-                if !view.lease.alive() {
+                if !view.raw.keep.trusted() || !view.lease.alive() {
                     return Err(Error::new(
                         ErrorKind::ConnectionLost,
                         Phase::Transfer,
@@ -465,6 +465,40 @@ mod tests {
     fn short_frames_are_inline_and_long_ones_are_not() {
         assert!(Frame::copy_from_slice(&[1; INLINE_MAX]).is_inline());
         assert!(!Frame::copy_from_slice(&[1; INLINE_MAX + 1]).is_inline());
+    }
+
+    struct Peer {
+        keeps: bool,
+        alive: bool,
+    }
+
+    impl crate::link::Mapping for Peer {
+        fn trusted(&self) -> bool {
+            self.keeps
+        }
+    }
+
+    impl Lease for Peer {
+        fn alive(&self) -> bool {
+            self.alive
+        }
+    }
+
+    #[test]
+    fn a_view_is_copied_only_while_the_sender_keeps_it() {
+        static BYTES: [u8; 100] = [7; 100];
+        for (keeps, alive) in [(true, true), (false, true), (true, false)] {
+            let keep = Arc::new(Peer { keeps, alive });
+            let raw = RawView { ptr: BYTES.as_ptr(), len: BYTES.len(), keep: keep.clone() };
+            let frame = Frame::view(raw, keep);
+            match frame.to_vec() {
+                Ok(bytes) => assert!(keeps && alive && bytes == BYTES),
+                Err(error) => {
+                    assert!(!(keeps && alive));
+                    assert_eq!(error.kind(), ErrorKind::ConnectionLost);
+                }
+            }
+        }
     }
 
     #[test]

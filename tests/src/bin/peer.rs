@@ -275,17 +275,17 @@ async fn watch(arguments: &Arguments) -> Result<(), Failure> {
         }
     };
     let sending = async {
-        let mut count = 0;
-        while streams {
-            if let Err(failed) = endpoint.send(vec![1u8; 1 << 20]).await {
-                return ended("send", &failed.error);
-            }
-            count += 1;
+        if !streams {
+            return say("GOING");
+        }
+        for count in 0u64.. {
             if count == 8 {
                 say("GOING");
             }
+            if let Err(failed) = endpoint.send(vec![1u8; 1 << 20]).await {
+                return ended("send", &failed.error);
+            }
         }
-        say("GOING");
     };
     tokio::join!(receiving, tagged, sending);
     Ok(())

@@ -40,8 +40,9 @@ pub(crate) enum Sent {
 }
 
 impl Core {
-    /// Starts a send. Takes the message out of `message` unless it is done at once.
-    pub fn start_send(&mut self, message: &mut Option<Message>) -> Result<Sent, Error> {
+    /// Sends if that needs no waiting in the queue: `None` if it does. Takes the message out of
+    /// `message` unless it is done at once.
+    pub fn try_send(&mut self, message: &mut Option<Message>) -> Result<Option<Sent>, Error> {
         if let Some(error) = self.state.refusal() {
             return Err(error);
         }
@@ -51,38 +52,46 @@ impl Core {
         let len = held.len_bytes();
         let frames = held.frame_count();
         self.check_limits(len, frames)?;
-        let cost = message_cost(len as u64, frames as u32);
-        if !self.state.send_queue.is_empty() {
-            return Ok(self.queue_send(message, cost));
-        }
-        if !self.state.message_credit.try_take(cost) {
-            let sent = self.queue_send(message, cost);
-            self.flush();
-            return Ok(sent);
-        }
         // Inline frames move with the message: unless the link copies them at once, they need an
-        // address that stays.
+        // address that stays, which they get in the queue.
         let stable = len <= crate::link::COPIED_MAX || !held.frames().iter().any(Frame::is_inline);
-        if !stable {
-            self.state.message_credit.give_back(cost);
-            let sent = self.queue_send(message, cost);
-            self.flush();
-            return Ok(sent);
+        // One with a frame table goes from the queue as well: its table leaves once, whatever
+        // becomes of the message.
+        let simple = stable && frames <= INLINE_LENS_MAX;
+        let cost = message_cost(len as u64, frames as u32);
+        if !simple || !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost)
+        {
+            return Ok(None);
         }
         let id = self.state.ops.next_id();
         match self.post_message(id, held, len)? {
-            Post::Done => Ok(Sent::Done),
+            Post::Done => Ok(Some(Sent::Done)),
             Post::Pending => {
                 let message = message.take().map(Box::new);
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
-                Ok(Sent::Waits(self.state.ops.insert(slot)))
+                Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
             }
             Post::Full => {
                 self.state.message_credit.give_back(cost);
-                self.state.stats.room_stalls += 1;
-                Ok(self.queue_send(message, cost))
+                Ok(None)
             }
         }
+    }
+
+    /// Sends, if need be from the queue.
+    pub fn start_send(&mut self, message: &mut Option<Message>) -> Result<Sent, Error> {
+        if let Some(sent) = self.try_send(message)? {
+            return Ok(sent);
+        }
+        let cost = message
+            .as_ref()
+            .map_or(0, |held| message_cost(held.len_bytes() as u64, held.frame_count() as u32));
+        let held = message.take().map(Box::new);
+        let slot = Slot::new(Stage::Queued, What::Send { message: held, cost });
+        let id = self.state.ops.insert(slot);
+        self.state.send_queue.push_back(id);
+        self.flush();
+        Ok(Sent::Waits(id))
     }
 
     /// Whether a send could start now without waiting for credit or for others.
@@ -109,14 +118,6 @@ impl Core {
             ));
         }
         Ok(())
-    }
-
-    fn queue_send(&mut self, message: &mut Option<Message>, cost: u64) -> Sent {
-        let message = message.take().map(Box::new);
-        let slot = Slot::new(Stage::Queued, What::Send { message, cost });
-        let id = self.state.ops.insert(slot);
-        self.state.send_queue.push_back(id);
-        Sent::Waits(id)
     }
 
     /// Posts the next message in order.

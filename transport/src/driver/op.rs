@@ -47,10 +47,14 @@ pub trait Kind: Unpin {
     #[doc(hidden)]
     const LAZY: bool = false;
 
-    /// For lazy operations: the outcome, if it is there for one without a place.
+    /// Whether the peer owes something while the operation waits.
+    #[doc(hidden)]
+    const ANSWERED: bool = true;
+
+    /// For lazy operations: what comes of it without waiting in a line, if anything does.
     #[doc(hidden)]
     #[inline]
-    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Self::Output> {
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
         let _ = core;
         None
     }
@@ -126,7 +130,10 @@ impl<'e, K: Kind> Op<'e, K> {
     #[inline]
     fn step(&mut self, core: &mut Core) -> Option<K::Output> {
         if K::LAZY && self.ticket.is_none() {
-            return self.kind.try_now(&mut CoreRef(core));
+            match self.kind.try_now(&mut CoreRef(core))? {
+                Started::Ready(output) => return Some(output),
+                Started::Waits(Ticket(id)) => self.ticket = Some(id),
+            }
         }
         self.step_in_place(core)
     }
@@ -233,7 +240,7 @@ impl<'e, K: Kind> Op<'e, K> {
                     core.state.after.discard_any(Box::new(old));
                 }
             }
-            if !K::LAZY {
+            if K::ANSWERED {
                 // An answer is awaited: the watch, and after it the patrol, see to it that a peer
                 // which has fallen silent is noticed.
                 endpoint.pulse.watch();
@@ -421,13 +428,17 @@ pub struct Send {
 impl Kind for Send {
     type Output = Result<Message, Failed<Message>>;
     type Withdrawn = Message;
+    const LAZY: bool = true;
+
+    #[inline]
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
+        let sent = core.0.try_send(&mut self.message).transpose()?;
+        Some(self.started(sent))
+    }
 
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
-        match core.0.start_send(&mut self.message) {
-            Ok(Sent::Done) => Started::Ready(Ok(self.message.take().unwrap_or_default())),
-            Ok(Sent::Waits(id)) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
-        }
+        let sent = core.0.start_send(&mut self.message);
+        self.started(sent)
     }
 
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
@@ -470,6 +481,17 @@ impl Kind for Send {
     }
 }
 
+impl Send {
+    #[inline]
+    fn started(&mut self, sent: Result<Sent>) -> Started<<Self as Kind>::Output> {
+        match sent {
+            Ok(Sent::Done) => Started::Ready(Ok(self.message.take().unwrap_or_default())),
+            Ok(Sent::Waits(id)) => Started::Waits(Ticket(id)),
+            Err(error) => Started::Ready(self.failure(error)),
+        }
+    }
+}
+
 /// See [`crate::Endpoint::recv`].
 pub struct Recv;
 
@@ -477,22 +499,23 @@ impl Kind for Recv {
     type Output = Result<Message>;
     type Withdrawn = ();
     const LAZY: bool = true;
+    const ANSWERED: bool = false;
 
     #[inline]
-    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Self::Output> {
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
         let core = &mut *core.0;
         if core.state.has_receivers() {
             return None;
         }
         match core.take_message() {
-            Some(message) => Some(Ok(message)),
-            None => core.state.refusal().map(Err),
+            Some(message) => Some(Started::Ready(Ok(message))),
+            None => core.state.refusal().map(|error| Started::Ready(Err(error))),
         }
     }
 
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
         match self.try_now(core) {
-            Some(output) => Started::Ready(output),
+            Some(started) => started,
             None => Started::Waits(Ticket(core.0.state.wait_for_message())),
         }
     }

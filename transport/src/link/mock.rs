@@ -18,7 +18,7 @@ use smallvec::SmallVec;
 
 use super::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Landing, Link,
-    LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
+    LinkCounters, LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
 };
 use crate::error::{ErrorKind, LinkError};
 use crate::memory::SharedBlock;
@@ -256,9 +256,18 @@ struct Way {
 }
 
 impl Way {
-    /// Whether the receiver has taken everything, and the bytes of what it is landing.
+    /// Whether the receiver has taken everything that a later control parcel must not overtake,
+    /// and the bytes of what it is landing.
     fn flushed(&self) -> bool {
-        self.landings == 0 && self.queues.iter().all(VecDeque::is_empty)
+        let waits = |class: Class| !self.queues[class as usize].is_empty();
+        self.landings == 0 && !waits(Class::Message) && !waits(Class::Tag)
+    }
+}
+
+/// A view is the sender's own block, which the view keeps.
+impl Mapping for SharedBlock {
+    fn trusted(&self) -> bool {
+        true
     }
 }
 

@@ -145,14 +145,20 @@ unsafe impl Send for SegmentMut {}
 /// Destinations of a landing, in payload order; their lengths add up to the payload's.
 pub(crate) type Landing = SmallVec<[SegmentMut; 2]>;
 
+/// Memory of the peer, mapped for as long as this is held.
+pub(crate) trait Mapping: Send + Sync {
+    /// Whether what was read until now can be trusted: the peer had not begun to let go of it.
+    /// Once `false`, always `false`.
+    fn trusted(&self) -> bool;
+}
+
 /// A payload, or a piece of one, that lies in memory of the peer which this process has mapped
 /// read-only. The mapping lives as long as `keep`.
 #[derive(Clone)]
 pub(crate) struct RawView {
     pub ptr: *const u8,
     pub len: usize,
-    #[allow(dead_code, reason = "held for its drop")]
-    pub keep: Arc<dyn Send + Sync>,
+    pub keep: Arc<dyn Mapping>,
 }
 
 // SAFETY: the memory is a read-only mapping kept alive by `keep`; it is not tied to a thread.
@@ -290,7 +296,12 @@ pub(crate) trait Link: Send {
     /// `error` before this returns, and no memory of theirs is touched afterwards.
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink);
 
-    /// Whether everything posted has left this process (for close: flush before the end).
+    /// Whether everything posted has left this process (for close: flush before the end). Where
+    /// the peer reads this process's memory, a payload leaves it only when the peer is finished
+    /// with it. Such a link cannot tell an offer that is being read from one without a receive,
+    /// so that the latter, or a view that is kept, holds this `false` for as long as the peer
+    /// likes; a link that sends an offer only when asked for it does not count it before. Whoever
+    /// waits for this therefore sets a limit.
     fn flushed(&self) -> bool;
 
     /// Asks the system whether the peer's host still answers. Costs a system call: called now and

@@ -101,6 +101,11 @@ impl OwnMapping {
     pub fn len(&self) -> usize {
         self.len
     }
+
+    /// Whether this is a forked child, which has no such mapping.
+    pub fn forked(&self) -> bool {
+        self.guard.forked()
+    }
 }
 
 impl Drop for OwnMapping {
@@ -602,17 +607,23 @@ impl fmt::Debug for SharedBlock {
     }
 }
 
+/// A peer's segment, and what the user of this room knows about that peer.
+pub(crate) struct PeerSegment<T> {
+    mapping: PeerMapping,
+    pub peer: T,
+}
+
 /// A piece of a peer's segment. The peer may change the bytes at any time.
-pub(crate) struct PeerSlice {
+pub(crate) struct PeerSlice<T> {
     pub ptr: *const u8,
     pub len: usize,
-    pub keep: Arc<PeerMapping>,
+    pub keep: Arc<PeerSegment<T>>,
 }
 
 // SAFETY: points into a mapping that `keep` holds; it is not tied to a thread.
-unsafe impl Send for PeerSlice {}
+unsafe impl<T: Send + Sync> Send for PeerSlice<T> {}
 // SAFETY: as above; this side only reads.
-unsafe impl Sync for PeerSlice {}
+unsafe impl<T: Send + Sync> Sync for PeerSlice<T> {}
 
 /// Why a descriptor of a peer's does not name readable memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -624,16 +635,18 @@ pub(crate) enum PeerSegmentError {
 }
 
 /// What one peer has shown of its pool: read-only mappings by segment number.
-pub(crate) struct PeerSegments {
-    mapped: Vec<Option<Arc<PeerMapping>>>,
+pub(crate) struct PeerSegments<T> {
+    mapped: Vec<Option<Arc<PeerSegment<T>>>>,
     bytes: u64,
     limit_bytes: u64,
+    peer: T,
 }
 
-impl PeerSegments {
-    /// Maps `limit_bytes` (address space, not memory of ours) at most.
-    pub fn new(limit_bytes: u64) -> Self {
-        PeerSegments { mapped: Vec::new(), bytes: 0, limit_bytes }
+impl<T: Clone> PeerSegments<T> {
+    /// Maps `limit_bytes` (address space, not memory of ours) at most. Each segment goes with a
+    /// clone of `peer`.
+    pub fn new(limit_bytes: u64, peer: T) -> Self {
+        PeerSegments { mapped: Vec::new(), bytes: 0, limit_bytes, peer }
     }
 
     pub fn contains(&self, segment: u32) -> bool {
@@ -654,7 +667,7 @@ impl PeerSegments {
         if self.mapped.len() <= index {
             self.mapped.resize_with(index + 1, || None);
         }
-        self.mapped[index] = Some(Arc::new(mapping));
+        self.mapped[index] = Some(Arc::new(PeerSegment { mapping, peer: self.peer.clone() }));
         Ok(())
     }
 
@@ -663,20 +676,20 @@ impl PeerSegments {
         segment: u32,
         offset: u64,
         len: u64,
-    ) -> Result<PeerSlice, PeerSegmentError> {
-        let mapping = self
+    ) -> Result<PeerSlice<T>, PeerSegmentError> {
+        let segment = self
             .mapped
             .get(segment as usize)
             .and_then(Option::as_ref)
             .ok_or(PeerSegmentError::Unknown)?;
         let end = offset.checked_add(len).ok_or(PeerSegmentError::OutOfBounds)?;
-        if end > mapping.len() as u64 {
+        if end > segment.mapping.len() as u64 {
             return Err(PeerSegmentError::OutOfBounds);
         }
-        // SAFETY: `offset <= end <= mapping.len()`, so the pointer stays in or one past the
+        // SAFETY: `offset <= end <= segment.mapping.len()`, so the pointer stays in or one past the
         // mapping, and both numbers fit `usize`.
-        let ptr = unsafe { mapping.as_ptr().add(offset as usize) };
-        Ok(PeerSlice { ptr, len: len as usize, keep: mapping.clone() })
+        let ptr = unsafe { segment.mapping.as_ptr().add(offset as usize) };
+        Ok(PeerSlice { ptr, len: len as usize, keep: segment.clone() })
     }
 }
 
@@ -756,7 +769,7 @@ mod tests {
         let mut loan = pool.loan(4096).expect("room");
         loan[4095] = 9;
         let block = loan.into_block();
-        let mut peer = PeerSegments::new(64 << 20);
+        let mut peer = PeerSegments::new(64 << 20, ());
         assert_eq!(peer.slice(0, 0, 1).err(), Some(PeerSegmentError::Unknown));
         peer.insert(block.segment(), block.segment_fd()).expect("good segment");
         let slice = peer.slice(block.segment(), block.offset(), 4096).expect("in bounds");

@@ -9,7 +9,9 @@
 //! | `ring`, `cells` | the ring, sleep and wake, and what it is made of |
 //! | `model` | the same under `loom` (tests only) |
 //! | `wire` | what a ring record says |
-//! | `link` | the link: what is on its way, and how it moves |
+//! | `link` | the link: its life and death, and what both directions share |
+//! | `link/incoming` | reading what the peer sends, and landing its payloads |
+//! | `link/outgoing` | posting, staging, and what the peer answers |
 //! | `copy` | copying out of a peer's memory |
 //! | `table` | keys with generations |
 //! | `socket` | packets and descriptors over the Unix socket |

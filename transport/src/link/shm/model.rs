@@ -98,10 +98,7 @@ fn receive(side: &mut Side, count: u64) {
 fn send(side: &mut Side, count: u64) {
     for value in 0..count {
         let bytes = value.to_ne_bytes();
-        while !side.0.push(0, 8, 0, [&bytes[..]].into_iter()).expect("sound") {
-            if side.0.want_room().expect("sound") {
-                continue;
-            }
+        while !side.0.push_or_want(0, 8, 0, [&bytes[..]].into_iter()).expect("sound") {
             if side.0.fall_asleep().expect("sound") {
                 side.1.wait();
                 side.0.wake_up();
@@ -128,10 +125,7 @@ fn a_full_ring_wakes_its_producer() {
         send(&mut left, u64::from(SLOTS));
         let sender = thread::spawn(move || {
             let bytes = u64::from(SLOTS).to_ne_bytes();
-            while !left.0.push(0, 8, 0, [&bytes[..]].into_iter()).expect("sound") {
-                if left.0.want_room().expect("sound") {
-                    continue;
-                }
+            while !left.0.push_or_want(0, 8, 0, [&bytes[..]].into_iter()).expect("sound") {
                 if left.0.fall_asleep().expect("sound") {
                     left.1.wait();
                     left.0.wake_up();
@@ -140,6 +134,39 @@ fn a_full_ring_wakes_its_producer() {
         });
         receive(&mut right, u64::from(SLOTS) + 1);
         sender.join().expect("sender");
+    });
+}
+
+#[test]
+fn a_full_ring_wakes_a_producer_that_slept_before() {
+    model(|| {
+        let (mut left, mut right) = pair();
+        send(&mut left, u64::from(SLOTS));
+        assert!(left.0.fall_asleep().expect("sound"));
+        let sender = thread::spawn(move || {
+            let bytes = u64::from(SLOTS).to_ne_bytes();
+            while !left.0.push_or_want(0, 8, 0, [&bytes[..]].into_iter()).expect("sound") {
+                left.1.wait();
+            }
+        });
+        receive(&mut right, u64::from(SLOTS) + 1);
+        sender.join().expect("sender");
+    });
+}
+
+#[test]
+fn what_is_read_of_memory_let_go_of_is_not_trusted() {
+    model(|| {
+        let page = Arc::new(Page::zeroed());
+        let lent = Arc::new(cells::AtomicU32::new(1));
+        let (peer, borrowed) = (page.clone(), lent.clone());
+        let owner = thread::spawn(move || {
+            page.begin_dying();
+            lent.store(2, cells::Ordering::Relaxed);
+        });
+        let read = borrowed.load(cells::Ordering::Relaxed);
+        assert!(read == 1 || !peer.trusted());
+        owner.join().expect("owner");
     });
 }
 

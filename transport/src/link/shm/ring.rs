@@ -12,8 +12,9 @@
 //! word", of which at least one load sees the other's store:
 //! - *no data*: the consumer stores an odd sleep epoch, then looks at the ring once more; the
 //!   producer publishes, then looks at the epoch. It wakes each odd epoch once.
-//! - *no room*: the producer stores `want` and falls asleep as above, looking at the consumer's
-//!   head once more; the consumer publishes its head, then looks at `want` and the epoch.
+//! - *no room*: the producer stores `want`, then looks at the consumer's head once more; the
+//!   consumer publishes its head, then looks at `want` and the epoch. So it is whether the producer
+//!   falls asleep afterwards, as above, or slept before.
 //!
 //! The head is published lazily: every quarter of the ring, before sleeping, and whenever the
 //! producer is seen to want room. A drained ring thus shows at least three quarters free, which is
@@ -66,6 +67,9 @@ struct SleepLine {
 pub(super) struct Page {
     /// Random bytes that prove that both sides see the same memory.
     secret: [AtomicU64; 2],
+    /// Not 0: the owner lets go of memory that it told the other side of. The line is written
+    /// at set-up and then only for this.
+    dying: AtomicU32,
     head: HeadLine,
     sleep: SleepLine,
     slots: [Slot; SLOTS as usize],
@@ -81,6 +85,19 @@ impl Page {
     pub fn secret(&self) -> [u8; 16] {
         let [low, high] = [0, 1].map(|at: usize| self.secret[at].load(Ordering::Acquire));
         (u128::from(low) | u128::from(high) << 64).to_ne_bytes()
+    }
+
+    /// Says that from now on memory which the peer may be reading is let go of.
+    pub fn begin_dying(&self) {
+        self.dying.store(1, Ordering::Relaxed);
+        // Whoever reads something written after this fence sees the word after a fence of its own.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether what was read of the owner's memory until now was not yet let go of.
+    pub fn trusted(&self) -> bool {
+        fence(Ordering::Acquire);
+        self.dying.load(Ordering::Relaxed) == 0
     }
 }
 
@@ -147,6 +164,14 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         &self.bell
     }
 
+    pub fn own(&self) -> &O {
+        &self.own
+    }
+
+    pub fn peer(&self) -> &P {
+        &self.peer
+    }
+
     fn own_slot(&self, position: u32) -> &Slot {
         &self.own.slots[(position % SLOTS) as usize]
     }
@@ -211,12 +236,30 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         }
     }
 
+    /// Pushes a record, or else tells the consumer that room is wanted: it then rings when there
+    /// is some, also if this side sleeps.
+    pub fn push_or_want<'a>(
+        &mut self,
+        flags: u32,
+        len: usize,
+        reserve: u32,
+        parts: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<bool, Corrupt> {
+        while !self.push(flags, len, reserve, parts.clone())? {
+            if !self.want_room()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Tells the consumer that there is no room. `true`: room has appeared meanwhile.
-    pub fn want_room(&mut self) -> Result<bool, Corrupt> {
+    fn want_room(&mut self) -> Result<bool, Corrupt> {
         if !self.wanting {
             self.wanting = true;
-            // `fall_asleep` has the fence; a producer that does not sleep looks again anyway.
             self.own.sleep.want.store(1, Ordering::Relaxed);
+            // This side may be asleep already: no later look at the head can be counted on.
+            fence(Ordering::SeqCst);
         }
         self.room_appeared()
     }
@@ -402,6 +445,7 @@ mod forge {
             let long = |_| AtomicU64::new(0);
             Page {
                 secret: [0, 1].map(long),
+                dying: word(),
                 head: HeadLine { head: word() },
                 sleep: SleepLine { sleep: word(), want: word() },
                 slots: std::array::from_fn(|_| Slot {

@@ -56,7 +56,8 @@ fn a_full_ring_refuses_until_read() {
         sent += 1;
     }
     assert_eq!(sent, SLOTS);
-    assert!(!left.want_room().expect("sound"));
+    assert!(!left.push_or_want(0, 1, 0, [&b"x"[..]].into_iter()).expect("sound"));
+    assert!(left.is_wanting());
     let mut into = [0; RECORD_MAX];
     right.pop(&mut into).expect("sound").expect("a record");
     right.publish_if_wanted();
@@ -102,11 +103,21 @@ fn a_lying_page_is_reported() {
     let (left, mut right, page) = pair();
     while send(&mut right, 0, b"x") {}
     page.set_head(SLOTS + 1);
-    let refused = right.push(0, 1, 0, [&b"x"[..]].into_iter());
+    let parts = || [&b"x"[..]].into_iter();
+    let refused = right.push(0, 1, 0, parts());
     assert_eq!(refused, Err(Corrupt::Head), "read more than was written");
     page.set_head(10);
     assert!(send(&mut right, 0, b"x"));
     page.set_head(9);
-    assert_eq!(right.want_room(), Err(Corrupt::Head), "ran backwards");
+    assert_eq!(right.push(0, RECORD_MAX, SLOTS, parts()), Err(Corrupt::Head), "ran backwards");
     drop(left);
+}
+
+#[test]
+fn a_page_is_trusted_until_its_owner_lets_go() {
+    let (left, right, _) = pair();
+    assert!(right.peer().trusted());
+    left.own().begin_dying();
+    assert!(!right.peer().trusted());
+    assert!(left.peer().trusted());
 }

@@ -11,8 +11,8 @@ use super::link::ShmLink;
 use super::*;
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
-    Armed, Arrival, Budget, Class, Disposition, Engine, How, Landing, Link, LinkKind, OpId,
-    PayloadId, Post, Progress, RawView, Segment, SegmentMut, Sink,
+    Armed, Arrival, Budget, COPIED_MAX, Class, Disposition, Engine, How, Landing, Link, LinkKind,
+    OpId, PayloadId, Post, Progress, RawView, Segment, SegmentMut, Sink,
 };
 use crate::memory::{MemoryKind, SharedBlock, SharedPool};
 use crate::runtime::{Reactor, Timers};
@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Clone, Copy, PartialEq)]
 enum Policy {
     Land,
+    /// Lands in memory that is too short.
+    Short,
     Hold,
     View,
     Discard,
@@ -71,6 +73,10 @@ impl Sink for Recorder {
         match self.policy {
             Some(Policy::Land) => {
                 let (to, op) = self.landing(arrival.len as usize);
+                Disposition::Land { to, op }
+            }
+            Some(Policy::Short) => {
+                let (to, op) = self.landing(arrival.len as usize - 1);
                 Disposition::Land { to, op }
             }
             Some(Policy::Hold) => {
@@ -288,7 +294,7 @@ async fn a_held_offer_is_landed_or_refused_later() {
         }
         assert!(pair.at_right.landed[&op.index] == payloads[at]);
     }
-    pair.pump(|pair| pair.at_left.done.len() == 3 && pair.left.flushed());
+    pair.pump(|pair| pair.at_left.done.len() == 4 && pair.left.flushed());
     assert!(pair.right.land(held[0].0, Landing::new(), OpId::NONE).is_err(), "not open any more");
 }
 
@@ -462,6 +468,178 @@ async fn kill_ends_everything_once_and_the_peer_learns() {
     assert_eq!(pair.at_right.landed_done(), 1, "the half-landed one");
 }
 
+fn closed() -> LinkError {
+    LinkError::new(ErrorKind::Closed, LinkKind::Shm, "enough")
+}
+
+/// What the memory of a sender looks like soon after it was let go of.
+fn reuse(block: SharedBlock) {
+    block.try_into_loan().expect("let go of").fill(0xee);
+}
+
+impl Pair {
+    /// The right reads what there is, until its link fails; no landing may have ended well.
+    fn assert_nothing_lands(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let error = loop {
+            if let Err(error) = turn(&mut self.right, &mut self.at_right) {
+                break error;
+            }
+            assert!(self.at_right.done.values().all(Result::is_err), "bytes of freed memory");
+            assert!(Instant::now() < deadline, "nothing happens");
+        };
+        assert_eq!(error.kind, ErrorKind::PeerGone);
+        self.right.kill(&error, &mut self.at_right);
+        assert_eq!(self.at_right.landed_done(), self.at_right.landed.len());
+        assert!(self.at_right.done.values().all(Result::is_err));
+    }
+}
+
+#[tokio::test]
+async fn a_view_is_not_trusted_once_the_sender_lets_go() {
+    for by_drop in [false, true] {
+        let mut pair = pair().await;
+        pair.at_right.policy = Some(Policy::View);
+        let block = block(&pair.pool, &pattern(10_000));
+        assert_eq!(pair.post(1, &[loaned(&block)]), Post::Pending);
+        pair.pump(|pair| !pair.at_right.views.is_empty());
+        let view = pair.at_right.views[0].1[0].clone();
+        assert!(view.keep.trusted());
+        if by_drop {
+            drop(pair);
+        } else {
+            pair.left.kill(&closed(), &mut pair.at_left);
+        }
+        reuse(block);
+        assert!(!view.keep.trusted());
+    }
+}
+
+#[tokio::test]
+async fn a_loan_let_go_of_while_it_is_landed_does_not_land() {
+    for begun in [false, true] {
+        let mut pair = pair().await;
+        let block = block(&pair.pool, &pattern(5 << 20));
+        assert_eq!(pair.post(1, &[loaned(&block)]), Post::Pending);
+        if begun {
+            turn(&mut pair.right, &mut pair.at_right).expect("right");
+            assert_eq!(pair.at_right.landed.len(), 1);
+        }
+        pair.left.kill(&closed(), &mut pair.at_left);
+        reuse(block);
+        pair.assert_nothing_lands();
+    }
+}
+
+#[tokio::test]
+async fn a_chunk_let_go_of_before_it_is_copied_does_not_land() {
+    let mut pair = pair_with(no_single_copy(), no_single_copy()).await;
+    let bytes = pattern(100_000);
+    assert_eq!(pair.post(1, &[segment(&bytes)]), Post::Pending);
+    turn(&mut pair.right, &mut pair.at_right).expect("asks");
+    turn(&mut pair.left, &mut pair.at_left).expect("stages");
+    assert_eq!(pair.left.counters().arena_bytes_sent, 100_000);
+    pair.left.kill(&closed(), &mut pair.at_left);
+    pair.assert_nothing_lands();
+}
+
+#[tokio::test]
+async fn a_held_loan_let_go_of_cannot_be_landed() {
+    let mut pair = pair().await;
+    pair.at_right.policy = Some(Policy::Hold);
+    let block = block(&pair.pool, &pattern(5000));
+    assert_eq!(pair.post(1, &[loaned(&block)]), Post::Pending);
+    pair.pump(|pair| !pair.at_right.held.is_empty());
+    let (payload, len) = pair.at_right.held[0];
+    pair.left.kill(&closed(), &mut pair.at_left);
+    reuse(block);
+    let (to, op) = pair.at_right.landing(len);
+    let refused = pair.right.land(payload, to, op).expect_err("freed memory");
+    assert_eq!(refused.kind, ErrorKind::PeerGone);
+    pair.right.kill(&refused, &mut pair.at_right);
+    assert!(pair.at_right.done.is_empty(), "it was not accepted");
+}
+
+#[tokio::test]
+async fn short_offers_not_in_the_ring_are_copied() {
+    for options in [ShmOptions::default(), no_single_copy()] {
+        let mut pair = pair_with(options.clone(), options).await;
+        pair.at_right.policy = Some(Policy::Hold);
+        for len in [64, 65, COPIED_MAX, COPIED_MAX + 1] {
+            let mut bytes = pattern(len);
+            let (front, back) = bytes.split_at(len / 2);
+            let op = OpId { index: len as u32, generation: 0 };
+            let payload = [segment(front), segment(&[]), segment(back)];
+            let posted = pair.left.post(op, Class::Tag, How::Offer, b"", &payload).expect("post");
+            assert_eq!(posted, if len <= 64 { Post::Done } else { Post::Pending });
+            if len <= COPIED_MAX {
+                bytes.fill(0xee);
+            }
+            pair.pump(|pair| !pair.at_right.held.is_empty());
+            let (held, _) = pair.at_right.held.pop().expect("held");
+            let (to, landing) = pair.at_right.landing(len);
+            if pair.right.land(held, to, landing).expect("land") == Post::Pending {
+                pair.pump(|pair| pair.at_right.done.contains_key(&landing.index));
+            }
+            assert!(pair.at_right.landed[&landing.index] == pattern(len), "{len}");
+            pair.pump(|pair| pair.left.flushed());
+        }
+    }
+}
+
+/// Fills the way from the right to the left, control's backlog too.
+fn block_answers(pair: &mut Pair) {
+    let mut sent = 0u32;
+    while pair.right.post(OpId::NONE, Class::Control, How::Eager, b"noise", &[]).is_ok() {
+        sent += 1;
+        assert!(sent < 1 << 20);
+    }
+}
+
+#[tokio::test]
+async fn a_landing_whose_end_cannot_be_told_is_reported_once() {
+    let bytes = pattern(10_000);
+    // In `poll`, by single copy, and by the arena.
+    for options in [ShmOptions::default(), no_single_copy()] {
+        let staged = !options.single_copy;
+        let mut pair = pair_with(options.clone(), options).await;
+        assert_eq!(pair.post(1, &[segment(&bytes)]), Post::Pending);
+        if staged {
+            turn(&mut pair.right, &mut pair.at_right).expect("asks");
+            turn(&mut pair.left, &mut pair.at_left).expect("stages");
+        }
+        block_answers(&mut pair);
+        let error = turn(&mut pair.right, &mut pair.at_right).expect_err("no room for the end");
+        assert_eq!(error.kind, ErrorKind::LimitExceeded);
+        pair.right.kill(&error, &mut pair.at_right);
+        assert_eq!(pair.at_right.landed_done(), 1);
+    }
+    // In `land`, which says so itself.
+    let mut pair = pair().await;
+    pair.at_right.policy = Some(Policy::Hold);
+    assert_eq!(pair.post(1, &[segment(&bytes)]), Post::Pending);
+    pair.pump(|pair| !pair.at_right.held.is_empty());
+    block_answers(&mut pair);
+    let (to, op) = pair.at_right.landing(bytes.len());
+    let error = pair.right.land(pair.at_right.held[0].0, to, op).expect_err("no room for the end");
+    pair.right.kill(&error, &mut pair.at_right);
+    assert!(pair.at_right.done.is_empty());
+}
+
+#[tokio::test]
+async fn a_landing_that_does_not_fit_is_reported_once() {
+    for len in [100, 10_000] {
+        let mut pair = pair().await;
+        pair.at_right.policy = Some(Policy::Short);
+        let bytes = pattern(len);
+        assert_ne!(pair.post(1, &[segment(&bytes)]), Post::Full);
+        let error = turn(&mut pair.right, &mut pair.at_right).expect_err("does not fit");
+        assert_eq!(error.kind, ErrorKind::InvalidInput);
+        pair.right.kill(&error, &mut pair.at_right);
+        assert_eq!(pair.at_right.landed_done(), 1);
+    }
+}
+
 #[tokio::test]
 async fn what_was_sent_before_the_end_is_read_before_the_end() {
     let mut pair = pair().await;
@@ -543,6 +721,7 @@ mod hostile {
             ("a head longer than its record", record(Kind::Inline, 9, &[1])),
             ("a head over the limit", record(Kind::Inline, 1032, &[0; 140])),
             ("an inline payload over the limit", record(Kind::Inline, 0, &[0; 300])),
+            ("an offer that is inline", (flags(Kind::Inline, How::Offer, 0), vec![0; 65])),
             ("no fixed fields", record(Kind::Pull, 0, &[1, 2])),
             ("an empty payload", record(Kind::Push, 0, &[1, 0, 0])),
             ("a payload over the limit", record(Kind::Push, 0, &[1, max + 1, 0])),

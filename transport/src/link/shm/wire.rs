@@ -11,6 +11,9 @@ use crate::link::{HEAD_MAX, How};
 
 /// Payloads up to this size travel in the ring.
 pub(super) const INLINE_MAX: usize = 2048;
+/// Offers up to this size travel in the ring; whoever holds one has it in memory of its own, which
+/// the driver does not charge by length.
+pub(super) const OFFER_INLINE_MAX: usize = 64;
 /// Loans up to this size travel in the ring as well: handing over a reference costs more.
 pub(super) const LOAN_INLINE_MAX: usize = 256;
 /// Most loans handed over by reference in one parcel; more are copied once.

@@ -1,0 +1,167 @@
+#!/bin/bash
+# run-in-vm.sh [-t SECONDS] -- PROGRAM [ARGUMENT]...
+#
+# Runs a program in a virtual machine that lives for just that: Debian's kernel, which has network
+# emulation, under qemu's software emulation, so that nothing of the host's kernel is needed. The
+# program comes along with the other files that its arguments name (by absolute paths), and with ip
+# and tc; all else is busybox. Its output comes to standard output, and its status is this script's.
+#
+#   77    the machine cannot be made here; the last line on standard error says why
+#   124   the time is up
+#   125   the machine died
+#
+# The kernel is Debian's package, fetched once (not installed) into $THALWEG_TEST_VM_CACHE, by
+# default ~/.cache/thalweg-vm.
+set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
+
+cannot() { echo "$*" >&2; exit 77; }
+
+limit=180
+while getopts t: option; do
+  case $option in t) limit=$OPTARG ;; *) exit 2 ;; esac
+done
+shift $((OPTIND - 1))
+[ "${1-}" != -- ] || shift
+[ $# -gt 0 ] || { echo "which program?" >&2; exit 2; }
+
+for tool in qemu-system-x86_64 busybox cpio modprobe depmod xz zstd ip tc; do
+  command -v "$tool" >/dev/null || cannot "there is no $tool"
+done
+[ "$(uname -m)" = x86_64 ] || cannot "the programs of $(uname -m) do not run in it"
+
+cache=${THALWEG_TEST_VM_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/thalweg-vm}
+mkdir -p "$cache" || cannot "cannot make $cache"
+work=$(mktemp -d "${TMPDIR:-/tmp}/thalweg-vm.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# number FILE OFFSET LENGTH: a little-endian number
+number() { od -An -v -t"u$3" -j"$2" -N"$3" "$1" | tr -d ' '; }
+
+# The kernel proper, out of the self-extracting file FROM: emulated, its own extraction takes long.
+# The boot protocol says where it lies: at 0x1f1 the sectors of set-up, at 0x248 the offset of the
+# compressed kernel behind them, at 0x24c its length, of which the last four bytes are its size.
+extract_kernel() { # FROM TO
+  local at length
+  at=$((($(number "$1" $((0x1f1)) 1) + 1) * 512 + $(number "$1" $((0x248)) 4)))
+  length=$(($(number "$1" $((0x24c)) 4) - 4))
+  tail -c +$((at + 1)) "$1" | head -c "$length" >"$work/compressed"
+  case $(od -An -tx1 -N4 "$work/compressed" | tr -d ' ') in
+    fd377a58) xz -dc --single-stream <"$work/compressed" ;;
+    28b52ffd) zstd -dcq <"$work/compressed" ;;
+    1f8b*) gzip -dc <"$work/compressed" ;;
+    *) return 1 ;;
+  esac >"$2"
+}
+
+fetch_package() {
+  local package
+  find_package() {
+    apt-cache depends linux-image-amd64 2>/dev/null |
+      sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1
+  }
+  download() { (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$1") >&2; }
+  package=$(find_package)
+  if [ -z "$package" ] || ! download "$package"; then
+    apt-get -qq update >&2 || :
+    package=$(find_package)
+    [ -n "$package" ] && download "$package"
+  fi
+}
+
+# Fills the cache: `kernel`, and `modules`, a folder with those that are needed and their order.
+prepare() {
+  command -v apt-get >/dev/null || cannot "there is no apt-get to fetch a kernel with"
+  fetch_package || cannot "the package of a kernel cannot be fetched"
+  local root=$work/package release module file
+  mkdir -p "$root"
+  dpkg-deb --fsys-tarfile "$work"/linux-image-*.deb |
+    tar -x -C "$root" --wildcards './boot/vmlinuz-*' './lib/modules/*/kernel/net' \
+      './lib/modules/*/kernel/drivers/net/veth*' './lib/modules/*/kernel/lib' \
+      './lib/modules/*/modules.*' || cannot "the package of the kernel is not as it was"
+  release=$(ls "$root/lib/modules")
+  depmod -b "$root" "$release"
+  mkdir -p "$work/modules"
+  for module in veth sch_netem; do
+    modprobe -d "$root" -S "$release" --show-depends "$module"
+  done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r file; do
+    case $file in
+      *.xz) file_name=$(basename "$file" .xz) && xz -dc "$file" >"$work/modules/$file_name" ;;
+      *) file_name=$(basename "$file") && cp "$file" "$work/modules/" ;;
+    esac
+    echo "$file_name" >>"$work/modules/order"
+  done
+  grep -q netem "$work/modules/order" || cannot "kernel $release has no network emulation"
+  extract_kernel "$root/boot/vmlinuz-$release" "$work/kernel" || cannot "cannot extract the kernel"
+  rm -rf "$cache/modules"
+  mv "$work/modules" "$cache/modules"
+  mv "$work/kernel" "$cache/kernel" # last: it is what is looked for
+  rm -rf "$root"
+}
+
+exec 9>"$cache/lock"
+flock 9
+[ -s "$cache/kernel" ] || prepare
+exec 9>&-
+
+# The file system of the machine: busybox, ip and tc, the program, what they are linked with.
+root=$work/root
+mkdir -p "$root"/{bin,dev,proc,sys,tmp,run/netns,var,etc,modules}
+ln -s ../run "$root/var/run"
+cp "$(command -v busybox)" "$root/bin/busybox"
+cp "$cache"/modules/* "$root/modules/"
+
+# Puts files where they are on the host, with their libraries.
+bring() {
+  local file library
+  for file in "$@"; do
+    install -D -m 755 "$file" "$root$(realpath -s "$file")"
+    # Scripts are linked with nothing.
+    for library in $(ldd "$file" 2>/dev/null | grep -o '/[^ ]*' || :); do
+      [ -e "$root$library" ] || install -D -m 755 "$library" "$root$library"
+    done
+  done
+}
+bring "$(command -v ip)" "$(command -v tc)"
+for word in "$@"; do
+  [ ! -f "$word" ] || bring "$word"
+done
+{
+  echo "export PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+  # By path: the shell would take busybox's own.
+  echo "export IP=$(command -v ip) TC=$(command -v tc)"
+  printf 'exec'
+  printf ' %q' "$@"
+  echo
+} >"$root/program"
+
+cat >"$root/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+ulimit -n 65536
+while read -r module; do insmod "/modules/$module"; done </modules/order
+ip link set lo up
+stty -F /dev/ttyS1 raw
+sh /program >/dev/ttyS1 2>&1 </dev/null
+echo "STATUS $?" >/dev/ttyS1
+poweroff -f
+INIT
+chmod +x "$root/init"
+(cd "$root" && find . | cpio -o -H newc --quiet) >"$work/initrd"
+
+state=0
+timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 \
+  -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
+  -append "console=ttyS0 panic=-1 mitigations=off loglevel=4" \
+  -serial "file:$work/log" -serial "file:$work/output" </dev/null || state=$?
+tr -d '\r' <"$work/output" | grep -v '^STATUS ' || :
+status=$(sed -n 's/^STATUS \([0-9]*\).*/\1/p' "$work/output" | tail -1)
+[ -z "$status" ] || exit "$status"
+[ "$state" != 124 ] || { echo "no end within $limit s" >&2; exit 124; }
+tail -15 "$work/log" >&2
+echo "the machine died (qemu: $state)" >&2
+exit 125
