@@ -10,8 +10,8 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use thalweg::{
-    Access, Cancel, CloseReason, Endpoint, ErrorKind, Family, Frame, LinkKind, Message, MockPlan,
-    MockSwitch, Node, RemoteKey, Verdict,
+    Access, Cancel, CloseReason, Endpoint, ErrorKind, Family, Frame, Message, Node, RemoteKey,
+    Verdict,
 };
 use thalweg_tests::{
     Pair, Random, Way, check_pattern, connect, pair, pair_of, pair_with, pattern, poll_times, run,
@@ -1370,7 +1370,7 @@ async fn stats_count(way: Way) {
                 assert!(got.frames()[0].is_view());
             });
             sent.expect("sending");
-            drop(got);
+            let () = got;
             assert!(pair.b.stats().link_counters.loaned_bytes_received >= 100_000);
         }
         _ => {}
