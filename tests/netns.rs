@@ -48,7 +48,7 @@ impl Hosts {
 
     /// A peer on one of them.
     fn peer(&self, host: usize, words: &[&str]) -> Peer {
-        let mut command = Command::new("ip");
+        let mut command = ip_command();
         command.args(["netns", "exec", &self.names[host], Peer::PROGRAM]).args(words);
         Peer::of(command)
     }
@@ -69,9 +69,15 @@ impl Drop for Hosts {
     }
 }
 
-fn ip(words: &[&str]) -> Result<(), String> {
+fn ip_command() -> Command {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let ran = Command::new("ip").args(words).env("PATH", path).output();
+    let mut command = Command::new("ip");
+    command.env("PATH", path);
+    command
+}
+
+fn ip(words: &[&str]) -> Result<(), String> {
+    let ran = ip_command().args(words).output();
     let Output { status, stderr, .. } = ran.map_err(|error| format!("cannot run ip: {error}"))?;
     if status.success() {
         return Ok(());

@@ -2,7 +2,7 @@
 //!
 //! The first message of a session goes from the connecting side to the listening one and says what
 //! will be measured, so that a listener needs no options. A listener whose node was configured
-//! differently answers [`Reply::Again`], makes a suitable node at the same address, and the
+//! differently answers `Reply::Again`, makes a suitable node at the same address, and the
 //! connector connects once more. The last message brings the listener's consumption.
 
 use std::collections::VecDeque;

@@ -32,8 +32,8 @@ pub fn seed() -> u64 {
 
 /// Prints a line also when the harness keeps the output of tests that pass to itself.
 pub fn note(line: impl Display) {
-    // A closed standard error is no reason to fail.
-    let _ = writeln!(std::io::stderr(), "{line}");
+    // In one piece, because others write there as well. If it is closed, nobody wants to know.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Prints a measured value.

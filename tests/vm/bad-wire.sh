@@ -29,7 +29,7 @@ wire() {
   port=$((port + 1))
   ip netns exec a "$peer" echo way=Tcp listen=thalweg://$server:$port >/tmp/echo.$port &
   echo=$!
-  while ! grep -q LISTENING /tmp/echo.$port; do
+  while ! grep -qs LISTENING /tmp/echo.$port; do
     kill -0 $echo
     usleep 20000
   done
