@@ -365,6 +365,12 @@ impl<'a> Side<'a> {
 
     /// Sends every message, at most `window` of them unfinished.
     async fn stream(&mut self) -> Result<()> {
+        if self.sends_end_at_once() {
+            for _ in 0..self.case.iters {
+                self.endpoint.send(self.message()?).await?;
+            }
+            return Ok(());
+        }
         let mut unfinished = VecDeque::with_capacity(self.case.window);
         for _ in 0..self.case.iters {
             let out = self.message()?;
