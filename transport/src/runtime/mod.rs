@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::Interest as TokioInterest;
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 pub(crate) use fd::Fd;
 pub(crate) use fork::ForkGuard;
@@ -89,14 +89,8 @@ impl Source {
         match &self.0 {
             Inner::Tokio(fd) => loop {
                 let mut guard = ready!(fd.poll_read_ready(cx)).map_err(runtime_gone)?;
-                match attempt(fd.get_ref().as_fd()) {
-                    Ok(Attempt::More(done)) => return Poll::Ready(Ok(done)),
-                    Ok(Attempt::Drained(done)) => {
-                        guard.clear_ready();
-                        return Poll::Ready(Ok(done));
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => guard.clear_ready(),
-                    Err(error) => return Poll::Ready(Err(error)),
+                if let Some(done) = settle(&mut guard, attempt(fd.get_ref().as_fd())) {
+                    return Poll::Ready(done);
                 }
             },
             Inner::Host(source) => source.poll(host::Direction::Read, cx, attempt),
@@ -112,14 +106,8 @@ impl Source {
         match &self.0 {
             Inner::Tokio(fd) => loop {
                 let mut guard = ready!(fd.poll_write_ready(cx)).map_err(runtime_gone)?;
-                match attempt(fd.get_ref().as_fd()) {
-                    Ok(Attempt::More(done)) => return Poll::Ready(Ok(done)),
-                    Ok(Attempt::Drained(done)) => {
-                        guard.clear_ready();
-                        return Poll::Ready(Ok(done));
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => guard.clear_ready(),
-                    Err(error) => return Poll::Ready(Err(error)),
+                if let Some(done) = settle(&mut guard, attempt(fd.get_ref().as_fd())) {
+                    return Poll::Ready(done);
                 }
             },
             Inner::Host(source) => source.poll(host::Direction::Write, cx, attempt),
@@ -143,6 +131,26 @@ impl Source {
 impl AsRawFd for Source {
     fn as_raw_fd(&self) -> RawFd {
         self.fd().as_raw_fd()
+    }
+}
+
+/// What an attempt says of a descriptor's readiness. `None`: nothing was there, wait for an edge.
+#[inline]
+fn settle<R>(
+    guard: &mut AsyncFdReadyGuard<'_, Fd>,
+    outcome: io::Result<Attempt<R>>,
+) -> Option<io::Result<R>> {
+    match outcome {
+        Ok(Attempt::More(done)) => Some(Ok(done)),
+        Ok(Attempt::Drained(done)) => {
+            guard.clear_ready();
+            Some(Ok(done))
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            guard.clear_ready();
+            None
+        }
+        Err(error) => Some(Err(error)),
     }
 }
 
