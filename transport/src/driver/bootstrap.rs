@@ -24,10 +24,12 @@ use smallvec::smallvec;
 use super::core::Limits;
 use super::endpoint::EndpointShared;
 use super::node::NodeShared;
+use super::{Mutex, lock};
 use crate::address::Address;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{Blob, verdict};
 use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
+use crate::link::ucx::{Opened, Reservation};
 use crate::link::{Link, LinkKind};
 use crate::peer::Peer;
 use crate::proto::hello::{
@@ -198,12 +200,15 @@ async fn establish(
         getrandom::fill(&mut token)
             .map_err(|error| lost(&shown, "random numbers", &io::Error::other(error)))?;
     }
-    let own = own_hello(node, token, window.bytes);
+    let reservation = reserve(node, &shown)?;
+    let own = own_hello(node, token, window.bytes, reservation.as_ref());
     let (theirs, minor) = exchange(&stream, &own, &shown, role).await?;
     if role == Role::Acceptor {
         token = theirs.token;
     }
-    let mut setup = SetUp { node, stream, shown, theirs, token, candidates: Vec::new() };
+    let reservation = Mutex::new(reservation);
+    let mut setup =
+        SetUp { node, stream, shown, theirs, token, candidates: Vec::new(), reservation };
     let (prepared, kind, attempts, rejected) = match role {
         Role::Connector => setup.lead().await?,
         Role::Acceptor => setup.follow().await?,
@@ -220,6 +225,7 @@ async fn establish(
             };
             Box::new(TcpLink::new(stream.into_source(), Vec::new(), options)) as Box<dyn Link>
         }
+        Prepared::Beside(opened) => Box::new(opened.into_link(stream.into_source())),
     };
     let ways = link.caps().ways.clone();
     let route = explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
@@ -254,7 +260,21 @@ async fn establish(
     Ok(endpoint)
 }
 
-fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
+/// A place for this connection at the node's UCX worker, if it has one.
+fn reserve(node: &NodeShared, shown: &str) -> Result<Option<Reservation>> {
+    let Some(engine) = &node.ucx else { return Ok(None) };
+    engine
+        .reserve()
+        .map(Some)
+        .map_err(|why| lost(shown, "reserving a place at the worker", &io::Error::other(why)))
+}
+
+fn own_hello(
+    node: &NodeShared,
+    token: [u8; 16],
+    window: u64,
+    reservation: Option<&Reservation>,
+) -> Hello {
     let config = &node.config;
     let mut links = Vec::new();
     for kind in &config.transports {
@@ -265,6 +285,11 @@ fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
                 }
             }
             LinkKind::Tcp => links.push((kind.name().to_owned(), Vec::new())),
+            LinkKind::Ucx => {
+                if let Some(reservation) = reservation {
+                    links.push((kind.name().to_owned(), reservation.blob()));
+                }
+            }
             #[cfg(feature = "mock")]
             LinkKind::Mock => {
                 links.push((kind.name().to_owned(), crate::link::mock::blob()));
@@ -347,6 +372,8 @@ struct SetUp<'a> {
     token: [u8; 16],
     /// Links that were tried and did not come up.
     candidates: Vec<Candidate>,
+    /// Until the attempt at UCX takes it.
+    reservation: Mutex<Option<Reservation>>,
 }
 
 impl SetUp<'_> {
@@ -376,6 +403,11 @@ impl SetUp<'_> {
                 reason,
                 fix: None,
             }));
+        }
+        if let (Some(ucx), Some(blob)) = (&self.node.ucx, self.blob(LinkKind::Ucx))
+            && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), blob)
+        {
+            objections.push(Objection { link: LinkKind::Ucx, reason, fix });
         }
         let peer = Side { offers: offers.collect() };
         plan(&policy, &self.node.capabilities, &peer, &objections)
@@ -528,6 +560,14 @@ impl SetUp<'_> {
                 link.map(|link| Prepared::Link(Box::new(link)))
                     .map_err(|error| Failure { reason: error.reason, fix: error.fix })
             }
+            LinkKind::Ucx => {
+                let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+                let engine = self.node.ucx.as_ref().ok_or_else(absent)?;
+                let blob = self.blob(kind).ok_or_else(absent)?;
+                let slot = lock(&self.reservation).as_mut().and_then(Reservation::take);
+                let opened = engine.open(slot.ok_or_else(absent)?, blob).await?;
+                Ok(Prepared::Beside(Box::new(opened)))
+            }
             #[cfg(feature = "mock")]
             LinkKind::Mock => {
                 crate::link::mock::pair(self.token, &self.node.config.mock, self.blob(kind))
@@ -569,4 +609,6 @@ enum Prepared {
     Link(Box<dyn Link>),
     /// The connection that the bootstrap runs on.
     Bootstrap,
+    /// A link that keeps the bootstrap connection beside it, as the sign that the peer lives.
+    Beside(Box<Opened>),
 }
