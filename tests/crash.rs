@@ -57,6 +57,14 @@ fn shm_peers_killed_with_the_arena_only() {
     rounds(Way::ShmInlineArena);
 }
 
+#[test]
+fn ucx_peers_killed() {
+    if let Some(why) = Way::Ucx.missing() {
+        return thalweg_tests::skipped("ucx_peers_killed", &why);
+    }
+    rounds(Way::Ucx);
+}
+
 /// What one round does, all of it following from the seed.
 #[derive(Clone, Debug)]
 struct Round {

@@ -38,6 +38,14 @@ fn soak_shm() {
 }
 
 #[test]
+fn soak_ucx() {
+    if let Some(why) = Way::Ucx.missing() {
+        return thalweg_tests::skipped("soak_ucx", &why);
+    }
+    soak(Way::Ucx);
+}
+
+#[test]
 fn soak_mock() {
     soak(Way::MockReordering);
 }

@@ -33,7 +33,11 @@ impl Arguments {
 
     fn way(&self) -> Way {
         let name: String = self.or("way", "Tcp".to_owned());
-        Way::ALL.into_iter().find(|way| format!("{way:?}") == name).unwrap_or(Way::Tcp)
+        Way::ALL
+            .into_iter()
+            .chain([Way::Ucx])
+            .find(|way| format!("{way:?}") == name)
+            .unwrap_or(Way::Tcp)
     }
 
     fn config(&self) -> Config {

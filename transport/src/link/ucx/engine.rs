@@ -175,13 +175,15 @@ fn ping(
         kind: Kind::Ping,
         class: Class::Control,
         head_len: 0,
+        id: 0,
+        len: 0,
         seq: 0,
         slot: to.slot,
         secret: to.secret,
     };
     op.bytes.extend_from_slice(&header.encode());
     // SAFETY: all of it lies in the box.
-    unsafe { worker.send(ep, op, 0, false) }.map(drop).map_err(|(_, status)| status)
+    unsafe { worker.send(ep, op, 0) }.map(drop).map_err(|(_, status)| status)
 }
 
 impl Engine for UcxEngine {

@@ -19,7 +19,7 @@ pub(super) const INLINE_MAX: usize = 2048;
 /// What an entry counts beside its bytes.
 const ENTRY_BYTES: usize = 256;
 
-/// Memory of UCX's that describes a payload, to be received or released exactly once.
+/// Memory of UCX's that a message lies in, to be released exactly once.
 #[derive(Debug)]
 #[must_use = "a descriptor that is dropped is lost to UCX"]
 pub(super) struct Desc(pub NonNull<c_void>);
@@ -34,19 +34,17 @@ pub(super) enum Body {
     Inline,
     /// In memory of our own.
     Owned(Vec<u8>),
-    /// In UCX's memory, all of it.
+    /// In UCX's memory.
     Held(Desc),
-    /// At the sender.
-    Waiting(Desc),
 }
 
 /// A parcel that came.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub kind: Kind,
-    pub head_len: usize,
-    /// The head, and the payload if it is in line.
+    pub header: Header,
+    /// The head, and what comes with it if that is in line.
     pub bytes: SmallVec<[u8; 160]>,
+    /// How much came with it.
     pub len: usize,
     pub body: Body,
 }
@@ -55,7 +53,7 @@ impl Entry {
     /// What it holds in memory, about.
     pub fn cost(&self) -> usize {
         let payload = match self.body {
-            Body::Inline | Body::Waiting(_) => 0,
+            Body::Inline => 0,
             Body::Owned(_) | Body::Held(_) => self.len,
         };
         ENTRY_BYTES + self.bytes.len() + payload
@@ -93,9 +91,11 @@ pub(super) struct Inbox {
     waker: Option<Waker>,
     parked: bool,
 
-    /// For flushing: parcels sent, those known to have left, and whether UCX is at it.
+    /// For flushing: parcels sent, those known to have left, those that somebody waits for, and
+    /// whether UCX is at it.
     pub sent: u64,
     pub flushed: u64,
+    pub flush_goal: Option<u64>,
     pub flushing: bool,
 }
 
@@ -139,7 +139,7 @@ impl Inbox {
             .drain(..)
             .chain(early)
             .filter_map(|entry| match entry.body {
-                Body::Held(desc) | Body::Waiting(desc) => Some(desc),
+                Body::Held(desc) => Some(desc),
                 Body::Inline | Body::Owned(_) => None,
             })
             .collect()
@@ -217,7 +217,8 @@ impl Mailbox {
     }
 
     /// A message has come. `Some`: it is not wanted.
-    pub fn deliver(&self, header: Header, entry: Entry) -> Option<Entry> {
+    pub fn deliver(&self, entry: Entry) -> Option<Entry> {
+        let header = entry.header;
         let mut inbox = self.inbox();
         if inbox.closed {
             return Some(entry);

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
+use super::bulk::{Incoming, Outgoing, Outgoings, append};
 use super::engine::{Opened, Slot};
-use super::inbox::{Body, Desc, Entry, Fault, INLINE_MAX};
-use super::request::{Begun, Finished, RecvOp, SendOp};
+use super::inbox::{Body, Entry, Fault, INLINE_MAX};
+use super::request::{Begun, Finished, SendOp};
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Locked, Worker};
 use super::{UcxOptions, link_error};
@@ -24,14 +25,17 @@ use crate::runtime::{Attempt, Source, is_runtime_gone};
 
 /// Payloads up to this many bytes are copied behind their heads and leave in one piece.
 const PACKED_PAYLOAD_MAX: usize = INLINE_MAX;
-/// Up to this many bytes UCX may choose its way by the site's settings; longer payloads wait at
-/// the sender until they are landed, whatever it would choose.
+/// Longer payloads wait at the sender until they are pulled.
 const EAGER_BYTES_MAX: usize = 64 << 10;
+/// Chunks that UCX may be at work on, in bytes: what other classes wait behind at most.
+const CHUNKS_BYTES_MAX: usize = 256 << 10;
 /// Requests of a bulk class that may be under way.
 const IN_FLIGHT_MAX: usize = 1024;
 /// The same for control. Answers to what a peer sends are among them, so a peer that sends and
 /// never reads ends here.
 const CONTROL_MAX: usize = 65_536;
+/// A chunk fits into one segment of shared memory, so that UCX does not put it together again.
+const CHUNK_BYTES: usize = 8000;
 /// Payloads that may wait at the peer without having been landed.
 const OPEN_MAX: usize = 65_536;
 /// Boxes that are kept for the next parcels.
@@ -78,11 +82,18 @@ pub(crate) struct UcxLink {
     arrived: VecDeque<Entry>,
     /// Taken from the inbox, not reported yet.
     finished: Vec<Finished>,
-    /// Payloads that were handed up and wait to be landed.
-    open: HashMap<u64, (Body, usize)>,
+    /// Payloads that were handed up and wait to be landed: the peer's number, and the length.
+    open: HashMap<u64, (u32, usize)>,
+    /// Payloads that are being landed, by the peer's number.
+    incoming: HashMap<u32, Incoming>,
+    outgoing: Outgoings,
+    chunk_bytes: usize,
+    chunks_in_flight: usize,
     next_payload: u64,
     next_seq: u32,
     in_flight: [usize; Class::COUNT],
+    /// Those among them whose memory is not the link's own.
+    reporting: usize,
     spare: Vec<Box<SendOp>>,
     dead: Option<LinkError>,
     /// Killed; counted among the worker's endings for as long as UCX is at work on something.
@@ -103,7 +114,7 @@ impl UcxLink {
             caps: Caps {
                 eager_max: eager_max.min(EAGER_BYTES_MAX),
                 ways: format!(
-                    "UCX active messages over {lanes}; packed ≤ {} KiB, rendezvous > {} KiB",
+                    "UCX active messages over {lanes}; packed ≤ {} KiB, pulled in chunks > {} KiB",
                     PACKED_PAYLOAD_MAX / 1024,
                     EAGER_BYTES_MAX / 1024
                 ),
@@ -115,9 +126,14 @@ impl UcxLink {
             arrived: VecDeque::new(),
             finished: Vec::new(),
             open: HashMap::new(),
+            incoming: HashMap::new(),
+            outgoing: Outgoings::default(),
+            chunk_bytes: CHUNK_BYTES,
+            chunks_in_flight: 0,
             next_payload: 0,
             next_seq: 0,
             in_flight: [0; Class::COUNT],
+            reporting: 0,
             spare: Vec::new(),
             dead: None,
             killed: false,
@@ -198,25 +214,36 @@ impl UcxLink {
         let any = !self.finished.is_empty();
         for finished in std::mem::take(&mut self.finished) {
             match finished {
-                Finished::Send(op, status) => {
-                    let count = &mut self.in_flight[op.class as usize];
-                    *count = count.saturating_sub(1);
-                    let result = self.result("sending", status, failed);
-                    if op.reports && op.op != OpId::NONE {
-                        sink.done(op.op, result);
-                    }
-                    self.spare(op);
-                }
-                Finished::Recv { op, status } => {
-                    let result = self.result("receiving", status, failed);
-                    if op != OpId::NONE {
-                        sink.done(op, result);
-                    }
-                }
+                Finished::Send(op, status) => self.sent(op, status, sink, failed),
                 Finished::Flush { .. } => {}
             }
         }
         any
+    }
+
+    fn sent(
+        &mut self,
+        op: Box<SendOp>,
+        status: ucs_status_t,
+        sink: &mut dyn Sink,
+        failed: Option<&LinkError>,
+    ) {
+        let count = &mut self.in_flight[op.class as usize];
+        *count = count.saturating_sub(1);
+        self.reporting -= usize::from(op.reports);
+        let result = self.result("sending", status, failed);
+        let over = match op.chunk_of {
+            Some(id) => {
+                self.chunks_in_flight -= 1;
+                // One that failed leaves the rest to the end of the link.
+                self.outgoing.chunk_left(id)
+            }
+            None => Some(op.op).filter(|_| op.reports),
+        };
+        if let Some(op) = over.filter(|op| *op != OpId::NONE) {
+            sink.done(op, result);
+        }
+        self.spare(op);
     }
 
     fn result(
@@ -271,108 +298,240 @@ impl UcxLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        let Entry { kind, head_len, bytes, len, body, .. } = entry;
-        if len as u64 > self.max_payload || self.open.len() >= OPEN_MAX {
-            self.give_back(body);
-            let what = "a payload over the limit, or too many open ones";
-            return Err(LinkError::protocol(LinkKind::Ucx, what));
+        let Entry { header, bytes, len, body } = entry;
+        let bad = |what: &str| Err(LinkError::protocol(LinkKind::Ucx, what));
+        match header.kind {
+            Kind::Eager => return self.eager(&header, &bytes, len, body, budget, sink),
+            Kind::Chunk => return self.chunk(&header, &bytes, len, body, budget, sink),
+            Kind::Offer | Kind::Bulk if len == 0 => return self.offer(&header, &bytes, sink),
+            Kind::Pull if len == 0 => {
+                if !self.outgoing.pulled(header.id, header.len) {
+                    return bad("a payload is pulled that is not there");
+                }
+                return self.send_chunks();
+            }
+            Kind::Refuse if len == 0 => {
+                let Some(op) = self.outgoing.refused(header.id) else {
+                    return bad("a payload is refused that is not there");
+                };
+                if op != OpId::NONE {
+                    sink.done(op, Ok(()));
+                }
+                return Ok(());
+            }
+            Kind::Offer | Kind::Bulk | Kind::Pull | Kind::Refuse | Kind::Ping => {}
         }
-        let (head, inline) = bytes.split_at(head_len);
-        let inline = matches!(body, Body::Inline).then_some(inline);
+        self.give_back(body);
+        bad("a message with more behind it than there may be")
+    }
+
+    /// Counts a parcel that came, and numbers its payload.
+    fn arrived(&mut self) -> PayloadId {
         let payload = PayloadId(self.next_payload);
         self.next_payload += 1;
         self.counters.parcels_received += 1;
-        let how = if kind == Kind::Offer { How::Offer } else { How::Eager };
+        payload
+    }
+
+    /// A parcel with its payload.
+    fn eager(
+        &mut self,
+        header: &Header,
+        bytes: &[u8],
+        len: usize,
+        body: Body,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let payload = self.arrived();
+        self.counters.inline_bytes_received += len as u64;
+        let (head, inline) = bytes.split_at(usize::from(header.head_len));
+        let inline = matches!(body, Body::Inline).then_some(inline);
+        let how = How::Eager;
         let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
-        match sink.parcel(arrival) {
-            Disposition::Taken if inline.is_some() => {
-                self.counters.inline_bytes_received += len as u64;
-                Ok(())
-            }
-            Disposition::Discard => {
-                self.give_back(body);
-                Ok(())
-            }
+        let result = match sink.parcel(arrival) {
+            Disposition::Taken if inline.is_some() => Ok(()),
+            Disposition::Discard => Ok(()),
             Disposition::Land { to, op } => {
-                let body = match inline {
-                    Some(bytes) => Body::Owned(bytes.to_vec()),
-                    None => body,
-                };
                 budget.bytes = budget.bytes.saturating_sub(len);
-                if self.place(body, len, to, op)? == Post::Done && op != OpId::NONE {
+                let mut landing = landing(to, op, len)?;
+                let from = match &body {
+                    Body::Inline => bytes[usize::from(header.head_len)..].as_ptr(),
+                    Body::Owned(bytes) => bytes.as_ptr(),
+                    Body::Held(desc) => desc.0.as_ptr().cast_const().cast(),
+                };
+                // SAFETY: `len` bytes lie there, UCX's until they are given back below; the driver
+                // keeps the landing, which has room for as many.
+                unsafe { landing.take(from, len) };
+                if op != OpId::NONE {
                     sink.done(op, Ok(()));
                 }
                 Ok(())
             }
+            Disposition::Fatal(error) => Err(error),
+            Disposition::Taken | Disposition::Hold | Disposition::View => {
+                Err(internal("an eager payload was neither landed nor discarded"))
+            }
+        };
+        self.give_back(body);
+        result
+    }
+
+    /// A parcel whose payload waits at the peer.
+    fn offer(
+        &mut self,
+        header: &Header,
+        head: &[u8],
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let bad = |what: &str| Err(LinkError::protocol(LinkKind::Ucx, what));
+        if header.len == 0 || header.len > self.max_payload {
+            return bad("a payload of a length that may not be");
+        }
+        let Ok(len) = usize::try_from(header.len) else { return bad("a payload over the limit") };
+        if self.open.len() + self.incoming.len() >= OPEN_MAX {
+            return bad("too many open payloads");
+        }
+        let payload = self.arrived();
+        let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
+        let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
+        match sink.parcel(arrival) {
+            Disposition::Land { to, op } => self.pull(header.id, len, to, op),
             Disposition::Hold if how == How::Offer => {
-                let body = match inline {
-                    Some(bytes) => Body::Owned(bytes.to_vec()),
-                    None => body,
-                };
-                self.open.insert(payload.0, (body, len));
+                self.open.insert(payload.0, (header.id, len));
                 Ok(())
             }
-            Disposition::Fatal(error) => {
-                self.give_back(body);
-                Err(error)
-            }
+            Disposition::Discard => self.answer(Kind::Refuse, header.id, 0),
+            Disposition::Fatal(error) => Err(error),
             Disposition::Taken | Disposition::Hold | Disposition::View => {
-                self.give_back(body);
-                Err(internal("a payload was neither landed, held nor discarded"))
+                Err(internal("an offer was neither landed, held nor discarded"))
             }
         }
+    }
+
+    /// Lands a payload that waits at the peer.
+    fn pull(&mut self, id: u32, len: usize, to: Landing, op: OpId) -> Result<(), LinkError> {
+        let mut incoming = landing(to, op, len)?;
+        let granted = incoming.grant().unwrap_or(0);
+        if self.incoming.insert(id, incoming).is_some() {
+            return Err(LinkError::protocol(LinkKind::Ucx, "a payload's number is in use"));
+        }
+        self.answer(Kind::Pull, id, granted)
+    }
+
+    /// A piece of a payload that was pulled.
+    fn chunk(
+        &mut self,
+        header: &Header,
+        bytes: &[u8],
+        len: usize,
+        body: Body,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let id = header.id;
+        let expected = |incoming: &&mut Incoming| incoming.expects(header.len, len);
+        let Some(incoming) = self.incoming.get_mut(&id).filter(expected) else {
+            self.give_back(body);
+            return Err(LinkError::protocol(LinkKind::Ucx, "a chunk that was not asked for"));
+        };
+        let from = match &body {
+            Body::Inline => bytes[usize::from(header.head_len)..].as_ptr(),
+            Body::Owned(bytes) => bytes.as_ptr(),
+            Body::Held(desc) => desc.0.as_ptr().cast_const().cast(),
+        };
+        // SAFETY: `len` bytes lie there, UCX's until they are given back below; it was asked for,
+        // and the driver keeps the landing.
+        unsafe { incoming.take(from, len) };
+        let granted = incoming.grant();
+        let over = incoming.is_over().then_some(incoming.op);
+        self.give_back(body);
+        budget.bytes = budget.bytes.saturating_sub(len);
+        // Chunks are no parcels: their bytes limit a turn.
+        budget.parcels += 1;
+        self.counters.inline_bytes_received += len as u64;
+        if let Some(granted) = granted {
+            self.answer(Kind::Pull, id, granted)?;
+        }
+        if let Some(op) = over {
+            self.incoming.remove(&id);
+            if op != OpId::NONE {
+                sink.done(op, Ok(()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says something about a payload of the peer's.
+    fn answer(&mut self, kind: Kind, id: u32, len: u64) -> Result<(), LinkError> {
+        self.room(Class::Control)?;
+        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
+        sending.class = Class::Control;
+        let header = Header { id, len, ..self.header(kind, Class::Control, &[]) };
+        sending.bytes.extend_from_slice(&header.encode());
+        self.transmit(sending, 0).map(drop)
+    }
+
+    /// Sends what was pulled, as far as UCX takes it. `Some`: something was sent, and whether the
+    /// budget ended first.
+    fn send_pulled(
+        &mut self,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<bool>, LinkError> {
+        let mut any = None;
+        while self.may_send_chunks() {
+            if budget.bytes == 0 {
+                return Ok(Some(true));
+            }
+            any = Some(false);
+            self.send_chunks()?;
+            budget.bytes = budget.bytes.saturating_sub(CHUNKS_BYTES_MAX);
+            self.report_finished(sink, None);
+        }
+        Ok(any)
+    }
+
+    fn may_send_chunks(&self) -> bool {
+        self.outgoing.has_work() && self.chunks_in_flight * self.chunk_bytes < CHUNKS_BYTES_MAX
+    }
+
+    /// Sends what was pulled, as far as UCX may be kept at work.
+    fn send_chunks(&mut self) -> Result<(), LinkError> {
+        while self.chunks_in_flight * self.chunk_bytes < CHUNKS_BYTES_MAX {
+            let mut header = self.header(Kind::Chunk, Class::Message, &[]);
+            let chunk_bytes = self.chunk_bytes;
+            let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
+            let Some((id, outgoing)) = self.outgoing.next() else {
+                self.spare.push(sending);
+                return Ok(());
+            };
+            header = Header { id, class: outgoing.class, len: outgoing.sent as u64, ..header };
+            sending.class = outgoing.class;
+            sending.chunk_of = Some(id);
+            sending.bytes.reserve(header.encode().len() + chunk_bytes.min(outgoing.len));
+            sending.bytes.extend_from_slice(&header.encode());
+            let header_len = sending.bytes.len();
+            outgoing.in_flight += 1;
+            outgoing.next_chunk(chunk_bytes, &mut sending);
+            if outgoing.may_send() {
+                self.outgoing.again(id);
+            }
+            self.chunks_in_flight += 1;
+            self.transmit(sending, header_len)?;
+        }
+        Ok(())
     }
 
     fn give_back(&mut self, body: Body) {
-        if let Body::Held(desc) | Body::Waiting(desc) = body {
+        if let Body::Held(desc) = body {
             self.worker.lock().release(desc);
-        }
-    }
-
-    /// Puts a payload where it belongs.
-    fn place(&mut self, body: Body, len: usize, to: Landing, op: OpId) -> Result<Post, LinkError> {
-        let fits = to.iter().map(|segment| segment.len).sum::<usize>() == len
-            && to.iter().all(|segment| segment.kind.cpu_accessible());
-        if !fits {
-            self.give_back(body);
-            return Err(internal("a landing of another length or kind than its payload"));
-        }
-        self.counters.inline_bytes_received += len as u64;
-        match body {
-            Body::Inline => Ok(Post::Done),
-            Body::Owned(bytes) => {
-                // SAFETY: as many bytes as the landing has room for, which the driver keeps.
-                unsafe { scatter(bytes.as_ptr(), &to) };
-                Ok(Post::Done)
-            }
-            Body::Held(desc) => {
-                // SAFETY: UCX keeps `len` bytes there until they are released; the rest as above.
-                unsafe { scatter(desc.0.as_ptr().cast(), &to) };
-                self.worker.lock().release(desc);
-                Ok(Post::Done)
-            }
-            Body::Waiting(desc) => self.fetch(desc, &to, op),
-        }
-    }
-
-    /// Fetches a payload that waits at the peer.
-    fn fetch(&mut self, desc: Desc, to: &Landing, op: OpId) -> Result<Post, LinkError> {
-        let segments = to.iter().filter(|segment| segment.len > 0);
-        let iov = segments
-            .map(|segment| ucp_dt_iov_t { buffer: segment.ptr.cast(), length: segment.len })
-            .collect();
-        let recv = RecvOp { op, iov, to: self.slot.mailbox.clone() };
-        // SAFETY: the driver keeps the landing until `Sink::done`, which follows the callback.
-        match unsafe { self.worker.lock().receive(desc, recv) } {
-            Begun::Done => Ok(Post::Done),
-            Begun::Pending => Ok(Post::Pending),
-            Begun::Failed(status) => Err(self.status_error("receiving", status)),
         }
     }
 
     /// Whether a class takes no more for now.
     fn room(&mut self, class: Class) -> Result<bool, LinkError> {
-        let waiting = self.in_flight[class as usize];
+        let waiting = self.in_flight[class as usize] + self.outgoing.count(class);
         if class != Class::Control {
             return Ok(waiting < IN_FLIGHT_MAX);
         }
@@ -387,6 +546,8 @@ impl UcxLink {
             kind,
             class,
             head_len: head.len() as u16,
+            id: 0,
+            len: 0,
             seq: self.next_seq,
             slot: self.to.slot,
             secret: self.to.secret,
@@ -402,25 +563,34 @@ impl UcxLink {
         payload: &[Segment<'_>],
         len: usize,
     ) -> Result<Post, LinkError> {
-        let kind = if how == How::Offer { Kind::Offer } else { Kind::Eager };
-        let packed = len == 0 || (how == How::Eager && len <= PACKED_PAYLOAD_MAX);
+        self.counters.parcels_sent += 1;
+        self.counters.inline_bytes_sent += len as u64;
         let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
         sending.op = op;
         sending.class = class;
+        if len > 0 && (how == How::Offer || len > EAGER_BYTES_MAX) {
+            let kind = if how == How::Offer { Kind::Offer } else { Kind::Bulk };
+            let id = self.outgoing.next_id();
+            // SAFETY: the driver keeps the payload until `Sink::done`; a short one is copied.
+            let outgoing =
+                unsafe { Outgoing::new(op, class, how == How::Offer, payload, len, COPIED_MAX) };
+            let header = Header { id, len: len as u64, ..self.header(kind, class, head) };
+            sending.bytes.extend_from_slice(&header.encode());
+            sending.bytes.extend_from_slice(head);
+            self.outgoing.insert(outgoing);
+            self.transmit(sending, 0)?;
+            return Ok(Post::Pending);
+        }
+        let packed = len <= PACKED_PAYLOAD_MAX;
         sending.reports = !packed;
-        sending.bytes.extend_from_slice(&self.header(kind, class, head).encode());
+        sending.bytes.extend_from_slice(&self.header(Kind::Eager, class, head).encode());
         sending.bytes.extend_from_slice(head);
-        let header_len = sending.bytes.len();
         let pieces = payload.iter().filter(|segment| segment.len > 0);
-        if packed || len <= COPIED_MAX {
+        if packed {
             sending.bytes.reserve(len);
             for piece in pieces {
                 // SAFETY: the memory of a post is valid for reads while it is made.
                 unsafe { append(&mut sending.bytes, piece.ptr, piece.len) };
-            }
-            if !packed {
-                let buffer = sending.bytes[header_len..].as_mut_ptr().cast();
-                sending.iov.push(ucp_dt_iov_t { buffer, length: len });
             }
         } else {
             sending.iov.extend(pieces.map(|piece| ucp_dt_iov_t {
@@ -428,26 +598,42 @@ impl UcxLink {
                 length: piece.len,
             }));
         }
-        let rendezvous = !packed && (how == How::Offer || len > EAGER_BYTES_MAX);
-        let header_len = if packed { 0 } else { header_len };
-        // SAFETY: the driver keeps the payload until `Sink::done`; a copied one lies in the box.
-        let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len, rendezvous) };
-        let post = match sent {
-            Ok(Some(over)) => {
-                self.spare(over);
-                Post::Done
-            }
+        let header_len = if packed { 0 } else { sending.bytes.len() };
+        let over = self.transmit(sending, header_len)?;
+        Ok(if over || packed { Post::Done } else { Post::Pending })
+    }
+
+    /// Hands a message to UCX. `true`: it has left.
+    fn transmit(&mut self, sending: Box<SendOp>, header_len: usize) -> Result<bool, LinkError> {
+        let (class, reports, chunk_of) = (sending.class, sending.reports, sending.chunk_of);
+        // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
+        let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
+        self.next_seq = self.next_seq.wrapping_add(1);
+        self.slot.mailbox.inbox().sent += 1;
+        match sent {
             Ok(None) => {
                 self.in_flight[class as usize] += 1;
-                if packed { Post::Done } else { Post::Pending }
+                self.reporting += usize::from(reports);
+                Ok(false)
             }
-            Err((_, status)) => return Err(self.status_error("sending", status)),
-        };
-        self.next_seq = self.next_seq.wrapping_add(1);
-        self.counters.parcels_sent += 1;
-        self.counters.inline_bytes_sent += len as u64;
-        self.slot.mailbox.inbox().sent += 1;
-        Ok(post)
+            Ok(Some(over)) => {
+                if chunk_of.is_some() {
+                    // Reported with the others, outside of what is at work here.
+                    self.in_flight[class as usize] += 1;
+                    self.finished.push(Finished::Send(over, ffi::UCS_OK));
+                } else {
+                    self.spare(over);
+                }
+                Ok(true)
+            }
+            Err((failed, status)) => {
+                if chunk_of.is_some() {
+                    self.in_flight[class as usize] += 1;
+                    self.finished.push(Finished::Send(failed, status));
+                }
+                Err(self.status_error("sending", status))
+            }
+        }
     }
 
     /// What is left to do before the link can be killed for good: gives back what the peer sent,
@@ -457,13 +643,12 @@ impl UcxLink {
         if let Some(waker) = self.waker.take() {
             self.worker.sleeper.forget(&waker);
         }
-        let arrived = self.arrived.drain(..).map(|entry| entry.body);
-        let open = self.open.drain().map(|(_, (body, _))| body);
-        for body in arrived.chain(open) {
-            if let Body::Held(desc) | Body::Waiting(desc) = body {
+        for entry in self.arrived.drain(..) {
+            if let Body::Held(desc) = entry.body {
                 worker.release(desc);
             }
         }
+        self.open.clear();
         worker.close(&mut self.ep);
     }
 
@@ -479,33 +664,13 @@ impl UcxLink {
     }
 }
 
-/// Copies to the end of `bytes`.
-///
-/// # Safety
-///
-/// `len` bytes are readable at `from`.
-unsafe fn append(bytes: &mut Vec<u8>, from: *const u8, len: usize) {
-    bytes.reserve(len);
-    // SAFETY: room was made; the source is the caller's.
-    unsafe {
-        std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(bytes.len()), len);
-        bytes.set_len(bytes.len() + len);
+/// A landing for a payload of this length.
+fn landing(to: Landing, op: OpId, len: usize) -> Result<Incoming, LinkError> {
+    let room: usize = to.iter().map(|segment| segment.len).sum();
+    if room != len || !to.iter().all(|segment| segment.kind.cpu_accessible()) {
+        return Err(internal("a landing of another length or kind than its payload"));
     }
-}
-
-/// Copies a payload to its landing.
-///
-/// # Safety
-///
-/// `from` has as many readable bytes as the landing has room for, and the landing is writable.
-unsafe fn scatter(mut from: *const u8, to: &Landing) {
-    for segment in to {
-        // SAFETY: the caller's; the source may be shared with the peer, and is only copied.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, segment.ptr, segment.len);
-            from = from.add(segment.len);
-        }
-    }
+    Ok(Incoming::new(op, to, len))
 }
 
 impl Link for UcxLink {
@@ -537,7 +702,10 @@ impl Link for UcxLink {
         moved |= !self.arrived.is_empty();
         let spent = self.hand_up(budget, sink);
         let spent = self.ended(spent)?;
-        if more || spent {
+        let unsent = self.send_pulled(budget, sink);
+        let unsent = self.ended(unsent)?;
+        moved |= unsent.is_some();
+        if more || spent || unsent == Some(true) {
             return Ok(Progress::More);
         }
         if moved {
@@ -565,7 +733,8 @@ impl Link for UcxLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        if self.hung_up.is_some() || !self.arrived.is_empty() || !self.finished.is_empty() {
+        let waits = !self.arrived.is_empty() || !self.finished.is_empty();
+        if self.hung_up.is_some() || waits || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
         match &self.waker {
@@ -619,16 +788,21 @@ impl Link for UcxLink {
 
     fn land(&mut self, payload: PayloadId, to: Landing, op: OpId) -> Result<Post, LinkError> {
         self.alive()?;
-        let Some((body, len)) = self.open.remove(&payload.0) else {
+        let Some((id, len)) = self.open.remove(&payload.0) else {
             return Err(internal("landing of a payload that is not held"));
         };
-        let placed = self.place(body, len, to, op);
-        self.ended(placed)
+        let pulled = self.pull(id, len, to, op);
+        self.ended(pulled)?;
+        Ok(Post::Pending)
     }
 
     fn release(&mut self, payload: PayloadId) {
-        if let Some((body, _)) = self.open.remove(&payload.0) {
-            self.give_back(body);
+        if self.dead.is_none()
+            && let Some((id, _)) = self.open.remove(&payload.0)
+        {
+            let refused = self.answer(Kind::Refuse, id, 0);
+            // An error is told by the next poll.
+            let _ = self.ended(refused);
         }
     }
 
@@ -657,32 +831,42 @@ impl Link for UcxLink {
         self.empty_inbox();
         self.report_finished(sink, Some(error));
         self.set_lingers(in_flight > 0);
+        // Landings are written by this process only, and what no chunk of is under way is not read.
+        let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
+        for op in landings.into_iter().chain(self.outgoing.clear_idle()) {
+            if op != OpId::NONE {
+                sink.done(op, Err(error.clone()));
+            }
+        }
         if in_flight > 0 { Killed::Lingers } else { Killed::Over }
     }
 
-    /// A payload that waits for the peer to land it counts as not flushed.
+    /// A payload that waits for the peer to land it counts as not flushed. What was posted after
+    /// this was first asked does not count: a peer that goes on asking cannot hold it off.
     fn flushed(&self) -> bool {
-        let mut worker = self.worker.lock();
-        let mut inbox = self.slot.mailbox.inbox();
-        if inbox.in_flight > 0 || self.killed {
-            return self.killed;
-        }
-        if inbox.flushed == inbox.sent {
+        if self.killed {
             return true;
         }
+        let mut worker = self.worker.lock();
+        let mut inbox = self.slot.mailbox.inbox();
         let sent = inbox.sent;
-        inbox.flushing = true;
-        drop(inbox);
-        match worker.flush(&self.ep, sent) {
-            Begun::Pending => false,
+        let goal = *inbox.flush_goal.get_or_insert(sent);
+        if inbox.flushed < goal && !inbox.flushing {
+            inbox.flushing = true;
+            drop(inbox);
+            let begun = worker.flush(&self.ep, sent);
+            inbox = self.slot.mailbox.inbox();
             // A flush that fails is followed by the error handler's call.
-            Begun::Done | Begun::Failed(_) => {
-                let mut inbox = self.slot.mailbox.inbox();
+            if !matches!(begun, Begun::Pending) {
                 inbox.flushing = false;
                 inbox.flushed = sent;
-                true
             }
         }
+        let flushed = inbox.flushed >= goal && self.reporting == 0 && !self.outgoing.any_owed();
+        if flushed {
+            inbox.flush_goal = None;
+        }
+        flushed
     }
 
     fn counters(&self) -> LinkCounters {

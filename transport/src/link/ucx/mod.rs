@@ -10,7 +10,8 @@
 //! | `worker` | the worker, its lock, and what its callbacks may touch |
 //! | `request` | operations that UCX is at work on, and the callbacks that end them |
 //! | `inbox` | what came for one link, in order, until the link is polled |
-//! | `wire` | the header before each parcel |
+//! | `wire` | the header before each message |
+//! | `bulk` | long payloads, in chunks that the receiver pulls |
 //! | `blob` | what a node tells its peers, and the judgement on it |
 //! | `lanes` | what UCX says about the lanes of an endpoint |
 //! | `engine` | progress when nobody polls, sleep and wake, set-up |
@@ -35,6 +36,7 @@
 //! Everything above UCX is checked as on the other links. An inbox is bounded.
 
 mod blob;
+mod bulk;
 mod context;
 mod engine;
 mod inbox;

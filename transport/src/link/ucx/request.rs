@@ -19,16 +19,17 @@ use crate::link::{Class, OpId};
 /// A request that has ended.
 pub(super) enum Finished {
     Send(Box<SendOp>, ucs_status_t),
-    Recv { op: OpId, status: ucs_status_t },
     Flush { sent: u64 },
 }
 
-/// A parcel on its way out.
+/// A message on its way out.
 pub(super) struct SendOp {
     pub op: OpId,
     pub class: Class,
     /// Whether the driver waits to hear that it is done.
     pub reports: bool,
+    /// The payload that it is a chunk of.
+    pub chunk_of: Option<u32>,
     /// Header, head and, if they are short, payload.
     pub bytes: Vec<u8>,
     pub iov: Vec<ucp_dt_iov_t>,
@@ -49,6 +50,7 @@ impl SendOp {
             op: OpId::NONE,
             class: Class::Control,
             reports: false,
+            chunk_of: None,
             bytes: Vec::with_capacity(256),
             iov: Vec::new(),
             to: None,
@@ -62,15 +64,9 @@ impl SendOp {
         self.iov.clear();
         self.iov.shrink_to(Self::KEPT_SEGMENTS);
         self.reports = false;
+        self.chunk_of = None;
         self.op = OpId::NONE;
     }
-}
-
-/// A payload on its way in.
-pub(super) struct RecvOp {
-    pub op: OpId,
-    pub iov: Vec<ucp_dt_iov_t>,
-    pub to: Arc<Mailbox>,
 }
 
 /// A flush of what was sent until it began.
@@ -162,26 +158,6 @@ pub(super) unsafe extern "C" fn sent(
         // SAFETY: the request is over, and nobody else frees it.
         unsafe { (to.ucx.functions.ucp_request_free)(request) };
         to.finish(Finished::Send(op, status));
-    });
-}
-
-/// Ends a receive.
-///
-/// # Safety
-///
-/// For UCX to call, with a [`RecvOp`] in flight as `user_data`.
-pub(super) unsafe extern "C" fn received(
-    request: *mut c_void,
-    status: ucs_status_t,
-    _len: usize,
-    user_data: *mut c_void,
-) {
-    shielded(|| {
-        // SAFETY: as in `sent`.
-        let op = unsafe { Box::from_raw(user_data.cast::<RecvOp>()) };
-        // SAFETY: as in `sent`.
-        unsafe { (op.to.ucx.functions.ucp_request_free)(request) };
-        op.to.finish(Finished::Recv { op: op.op, status });
     });
 }
 

@@ -17,8 +17,7 @@ use thalweg_ffi::ucx::{
 use super::context::Context;
 use super::inbox::{Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
 use super::request::{
-    Begun, CloseOp, FlushOp, RecvOp, SendOp, begun, closed, flushed, host_memory, params, received,
-    segments, sent,
+    Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
 use super::wire::{HEADER_BYTES, Header};
 use super::{Unavailable, describe, lanes, link_error};
@@ -440,17 +439,16 @@ impl Locked<'_> {
         ep: &Ep,
         mut op: Box<SendOp>,
         header_len: usize,
-        rendezvous: bool,
     ) -> Result<Option<Box<SendOp>>, (Box<SendOp>, ucs_status_t)> {
         op.to = Some(ep.mailbox.clone());
         let raw = Box::into_raw(op);
         let mut params = params(raw.cast());
         params.cb.send = Some(sent);
         host_memory(&mut params);
-        if rendezvous {
-            params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
-            params.flags = ffi::UCP_AM_SEND_FLAG_RNDV;
-        }
+        // A receive that UCX fetches from a peer is not ended by force when that peer dies (1.13);
+        // so nothing is left to be fetched by it.
+        params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
+        params.flags = ffi::UCP_AM_SEND_FLAG_EAGER;
         // SAFETY: nobody else has the box until the callback, which runs under this lock.
         let op = unsafe { &*raw };
         let (header, (buffer, count)) = match header_len {
@@ -477,35 +475,7 @@ impl Locked<'_> {
         if status == ffi::UCS_OK { Ok(Some(op)) } else { Err((op, status)) }
     }
 
-    /// Receives a payload that waits at its sender.
-    ///
-    /// # Safety
-    ///
-    /// What `op.iov` names is valid for writes until the receive has ended.
-    pub unsafe fn receive(&mut self, desc: Desc, op: RecvOp) -> Begun {
-        let mailbox = op.to.clone();
-        let raw = Box::into_raw(Box::new(op));
-        let mut params = params(raw.cast());
-        params.cb.recv_am = Some(received);
-        host_memory(&mut params);
-        // SAFETY: nobody else has the box until the callback, which runs under this lock.
-        let (buffer, count) = segments(unsafe { &(*raw).iov }, &mut params);
-        // SAFETY: the descriptor is used once, on the worker that gave it; the list lies in the
-        // box until the callback; for the memory answers the caller.
-        let pointer = unsafe {
-            let receive = self.worker.ucx.functions.ucp_am_recv_data_nbx;
-            receive(self.worker.raw, desc.0.as_ptr(), buffer, count, &raw const params)
-        };
-        let begun = begun(pointer);
-        match begun {
-            Begun::Pending => mailbox.begin(),
-            // SAFETY: UCX is finished with it, and there will be no callback.
-            Begun::Done | Begun::Failed(_) => drop(unsafe { Box::from_raw(raw) }),
-        }
-        begun
-    }
-
-    /// Gives a descriptor back; a sender that waits is told that it may go on.
+    /// Gives a descriptor back.
     pub fn release(&mut self, desc: Desc) {
         // SAFETY: given by this worker's callback, and released once.
         unsafe {
@@ -646,8 +616,8 @@ unsafe extern "C" fn arrived(
 ///
 /// # Safety
 ///
-/// `header` and, unless the payload waits at its sender, `data` are valid for reads of their
-/// lengths.
+/// `header` is valid for reads of its length, and so is `data` unless UCX says that it waits at
+/// its sender.
 unsafe fn take(
     dispatch: &Dispatch,
     header: *const u8,
@@ -656,11 +626,14 @@ unsafe fn take(
     len: usize,
     attributes: u64,
 ) -> bool {
-    let waits = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
     let packed = header_len == 0;
-    let (first, first_len) =
-        if packed { (data.cast::<u8>().cast_const(), len) } else { (header, header_len) };
-    if first_len < HEADER_BYTES || first_len > PACKED_MAX || (packed && waits) {
+    let (first, first_len) = match packed {
+        true => (data.cast::<u8>().cast_const(), len),
+        false => (header, header_len),
+    };
+    let waits = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+    if waits || first_len < HEADER_BYTES || first_len > PACKED_MAX {
+        // Not from this protocol: UCX tells a sender that waits that it may go on.
         return false;
     }
     let mut fixed = [0; HEADER_BYTES];
@@ -683,10 +656,10 @@ unsafe fn take(
     let mut kept = false;
     let body = if packed || payload_len == 0 {
         Body::Inline
-    } else if waits || (keepable && payload_len > INLINE_MAX) {
+    } else if keepable && payload_len > INLINE_MAX {
         let Some(desc) = NonNull::new(data) else { return false };
         kept = true;
-        if waits { Body::Waiting(Desc(desc)) } else { Body::Held(Desc(desc)) }
+        Body::Held(Desc(desc))
     } else if payload_len <= INLINE_MAX {
         // SAFETY: the payload is here: `len` bytes at `data`.
         unsafe { append(&mut bytes, data.cast(), payload_len) };
@@ -700,9 +673,9 @@ unsafe fn take(
         }
         Body::Owned(own)
     };
-    let entry = Entry { kind: parsed.kind, head_len, bytes, len: payload_len, body };
+    let entry = Entry { header: parsed, bytes, len: payload_len, body };
     // What is refused was never kept: UCX takes its memory back when this returns.
-    let refused = mailbox.deliver(parsed, entry).is_some();
+    let refused = mailbox.deliver(entry).is_some();
     kept && !refused
 }
 
