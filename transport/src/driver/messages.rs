@@ -26,6 +26,12 @@ pub(super) struct Tables {
 }
 
 impl Tables {
+    /// Lengths in all tables.
+    #[cfg(feature = "fuzzing")]
+    pub fn lens(&self) -> usize {
+        self.lens
+    }
+
     fn take(&mut self, seq: u32) -> Option<Vec<u64>> {
         let table = self.begun.remove(&seq)?;
         self.lens -= table.len();
@@ -390,6 +396,10 @@ impl State {
     }
 
     fn land_message(&mut self, seq: u32, lens: &[u64], len: u64) -> Disposition {
+        // Now, while the link can be told: nothing can be said when the landing is over.
+        if let Err(error) = self.arriving.accepts(seq) {
+            return State::protocol(error.to_string());
+        }
         let mut message = Message::new();
         for len in lens {
             let frame = usize::try_from(*len).ok().and_then(|len| self.allocate(len));
@@ -426,7 +436,8 @@ impl State {
             self.after.discard_message(*message);
             return;
         }
-        // The sequence number was checked when the message began to arrive.
+        // The number was checked when the message began to arrive. A peer that gives one number to
+        // two messages while both land loses the one that ends last, and the credit of it.
         let _ = self.message_arrived(seq, *message);
     }
 

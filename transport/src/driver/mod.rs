@@ -13,6 +13,8 @@ pub(crate) mod board;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
 pub(crate) mod endpoint;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 pub(crate) mod keys;
 pub(crate) mod messages;
 pub(crate) mod node;

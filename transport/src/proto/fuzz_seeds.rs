@@ -5,9 +5,7 @@
 use super::hello::{Failure, HELLO_BYTES_MAX, Hello, Setup, preface_encode};
 use super::keys::{ACCESS_READ, RemoteKeyWire};
 use super::wire::{Frames, HEAD_MAX, Head, HeadBuf, Lens, Status};
-
-/// An input: the target it is for, its name within it, and the bytes.
-pub type Seed = (&'static str, String, Vec<u8>);
+use crate::fuzz_input::Seed;
 
 /// All of them. Names are unique within a target and fit for files.
 pub fn seeds() -> Vec<Seed> {

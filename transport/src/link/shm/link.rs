@@ -132,6 +132,13 @@ pub(super) struct EventBell {
     rung: u64,
 }
 
+#[cfg(feature = "fuzzing")]
+impl EventBell {
+    pub fn new(fd: Fd) -> Self {
+        EventBell { fd, rung: 0 }
+    }
+}
+
 impl Bell for EventBell {
     fn ring(&mut self) {
         self.rung += 1;
