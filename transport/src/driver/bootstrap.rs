@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use smallvec::smallvec;
+use tracing::Instrument;
 
 use super::core::Limits;
 use super::endpoint::EndpointShared;
@@ -106,6 +107,7 @@ pub(crate) async fn connect(
         let stream = dial(&node, &address, &shown).await?;
         establish(&node, stream, shown.clone(), Role::Connector).await
     })
+    .instrument(tracing::info_span!("connect", peer = %shown))
     .await;
     counted.done(&made);
     made
@@ -137,6 +139,7 @@ pub(crate) async fn accept(node: Arc<NodeShared>, stream: Stream) -> Result<Arc<
     let made = within(&node, limit, &shown, "the handshake", async {
         establish(&node, stream, shown.clone(), Role::Acceptor).await
     })
+    .instrument(tracing::info_span!("accept", peer = %shown))
     .await;
     counted.done(&made);
     made

@@ -210,6 +210,8 @@ pub(crate) struct State {
     pub(super) credit_due: bool,
     pub end_waiters: Vec<Waker>,
     pub spin: SpinTracker,
+    /// Open for as long as the endpoint lives. Entered when it ends, never for a message.
+    pub span: tracing::Span,
 }
 
 pub(crate) type Lanes = SmallVec<[Box<dyn Link>; 1]>;
@@ -292,6 +294,7 @@ impl State {
             credit_due: false,
             end_waiters: Vec::new(),
             spin: SpinTracker::default(),
+            span: tracing::Span::none(),
         }
     }
 
@@ -457,8 +460,20 @@ impl State {
         let Life::CloseSent(reason) = &self.life else {
             return Err(State::protocol("an answer to a goodbye that was not said"));
         };
-        self.life = Life::Dead(self.closed_error(&reason.clone()));
+        let error = self.closed_error(&reason.clone());
+        self.tell_the_end(&error);
+        self.life = Life::Dead(error);
         Ok(())
+    }
+
+    /// Into the log, inside the endpoint's span.
+    fn tell_the_end(&self, error: &Error) {
+        let _inside = self.span.enter();
+        if error.kind() == ErrorKind::Closed {
+            tracing::debug!(peer = %self.peer, %error, "endpoint closed");
+        } else {
+            tracing::warn!(peer = %self.peer, %error, "endpoint failed");
+        }
     }
 
     /// Ends every operation that no link is at work on, and wakes the receivers (which still get
@@ -613,11 +628,7 @@ impl Core {
     /// Ends the endpoint: every operation gets `error` (receivers first what has arrived).
     pub fn fail(&mut self, error: Error) {
         if !matches!(self.state.life, Life::Dead(_)) {
-            if error.kind() == ErrorKind::Closed {
-                tracing::debug!(peer = %self.state.peer, %error, "endpoint closed");
-            } else {
-                tracing::warn!(peer = %self.state.peer, %error, "endpoint failed");
-            }
+            self.state.tell_the_end(&error);
             self.state.life = Life::Dead(error);
         }
         self.end();
@@ -653,6 +664,7 @@ impl Core {
         for waker in self.state.end_waiters.drain(..) {
             self.state.after.wake(waker);
         }
+        self.state.span = tracing::Span::none();
     }
 
     /// Whether the lanes are gone.
