@@ -93,7 +93,7 @@ fn soak(way: Way) {
     measured(&format!("soak {way:?} resident early"), early as f64 / 1048576.0, "MiB");
     measured(&format!("soak {way:?} resident late"), late as f64 / 1048576.0, "MiB");
     note(format_args!(
-        "SOAK soak {way:?}: {length:?}, {} messages, {} tagged, {} puts and gets, {} MiB, \
+        "SOAK: soak {way:?}: {length:?}, {} messages, {} tagged, {} puts and gets, {} MiB, \
          {} given up; resident {} MiB early, {} MiB late; descriptors {} early, {} late",
         count(messages),
         count(tags),

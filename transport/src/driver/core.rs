@@ -790,6 +790,7 @@ impl Core {
     pub fn close(&mut self, reason: CloseReason) {
         if matches!(self.state.life, Life::Open) {
             self.state.life = Life::Closing(reason);
+            self.state.refuse_replies();
             // Receives and fences cannot end well any more; sends can.
             let error = self.state.refusal();
             for id in self.state.ops.ids() {
@@ -813,14 +814,14 @@ impl Core {
         }
     }
 
-    /// Whether everything that was handed over so far has left and been let go of.
+    /// Whether everything that was handed over so far has left and been let go of. What the peer
+    /// gets does not count: it could go on for ever.
     pub fn drained(&self) -> bool {
         let state = &self.state;
         state.send_queue.is_empty()
             && state.tag_queue.is_empty()
             && state.one_sided_queue.is_empty()
             && state.one_sided_open.is_empty()
-            && state.replies.is_empty()
             && !state.ops.any_posted_send()
             && self.lanes.iter().all(|lane| lane.flushed())
     }

@@ -347,7 +347,7 @@ impl Session {
             4 => Status::KeyUnknown,
             5 => Status::OutOfBounds,
             6 => Status::Denied,
-            _ => Status::Other,
+            _ => Status::Closing,
         };
         let key = if number & 0x80 == 0 { self.key } else { number.into() };
         let two = [len as u64, u64::from(choice / 8)];
@@ -655,6 +655,10 @@ pub(crate) fn seeds() -> Vec<Seed> {
         &[&[20, 1], &[24, 7, 0], &[24, 3, 0], &[19, 0], &[20, 2], &[24, 6, 0], &[29, 1]],
     );
     add("close", &[message, send, &[16, 0, 0, 0, 0], &[31], recv, recv]);
+    add(
+        "gets-at-close",
+        &[&[20, 2], &[10, 0, 5, 0, 0], &[30, 0], &[10, 1, 5, 0, 0], &[20, 0], &[31]],
+    );
     add("own-close", &[send, &[23], &[30, 0], &[31], &[16, 0, 1, 0, 0]]);
     add("close-not-said", &[&[16, 0, 1, 0, 0]]);
     add("both-close", &[&[30, 0], &[16, 0, 0, 0, 0], &[31], &[16, 0, 1, 0, 0]]);

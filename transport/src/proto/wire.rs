@@ -213,6 +213,8 @@ pub(crate) enum Status {
     /// The target lacks memory or some other resource.
     Resources = 4,
     Other = 5,
+    /// The target is closing.
+    Closing = 6,
 }
 
 impl Status {
@@ -224,6 +226,7 @@ impl Status {
             3 => Status::Denied,
             4 => Status::Resources,
             5 => Status::Other,
+            6 => Status::Closing,
             _ => return Err(WireError::new("unknown status")),
         })
     }
@@ -549,7 +552,7 @@ mod tests {
     }
 
     fn status() -> impl Strategy<Value = Status> {
-        (0u8..6).prop_map(|byte| Status::decode(byte).unwrap())
+        (0u8..7).prop_map(|byte| Status::decode(byte).unwrap())
     }
 
     proptest! {
