@@ -267,7 +267,7 @@ fn both_close_while_both_get() {
                 [region(&pair.node_a), region(&pair.node_b)].map(|r| r.expect("one"));
             let (key_a, key_b) = (of_a.key(), of_b.key());
             let gets = |endpoint: &Endpoint, key: &thalweg::RemoteKey| {
-                let (endpoint, key) = (endpoint.clone(), key.clone());
+                let (endpoint, key) = (endpoint.clone(), *key);
                 tokio::spawn(async move {
                     let many = (0..40).map(|_| endpoint.get(vec![0u8; 1 << 18], &key, 0));
                     futures_util::future::join_all(many).await
