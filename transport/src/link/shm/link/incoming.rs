@@ -12,7 +12,7 @@ use super::super::cells::RECORD_MAX;
 use super::super::copy::{self, Cursor};
 use super::super::wire::{
     ARENA, Fixed, INLINE_MAX, Kind, LOANS_MAX, LoanAt, OFFER_INLINE_MAX, PIECES_MAX, PULL_LEN,
-    PULLS_MAX, Piece, Reader, parse_flags,
+    PULLS_MAX, Piece, Reader, filled_up, parse_flags,
 };
 use super::{INCOMING_MAX, PeerPage, ShmLink, protocol};
 use crate::error::{ErrorKind, LinkError};
@@ -129,10 +129,11 @@ impl ShmLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        if head_len > HEAD_MAX || head_len > record.len() {
+        if head_len > HEAD_MAX || filled_up(head_len) > record.len() {
             return Err(protocol("a head longer than its record"));
         }
-        let (head, payload) = record.split_at(head_len);
+        let (head, payload) = record.split_at(filled_up(head_len));
+        let head = &head[..head_len];
         if payload.len() > INLINE_MAX || payload.len() as u64 > self.max_payload {
             return Err(protocol("an inline payload over the limit"));
         }

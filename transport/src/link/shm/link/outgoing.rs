@@ -8,7 +8,8 @@ use smallvec::SmallVec;
 use super::super::cells::{RECORD_MAX, RESERVE};
 use super::super::copy::{self, Cursor};
 use super::super::wire::{
-    ARENA, Builder, Fixed, Kind, LOANS_MAX, LoanAt, PIECES_MAX, PULL_LEN, PULLS_MAX, Piece, flags,
+    ARENA, Builder, Fixed, Kind, LOANS_MAX, LoanAt, PIECES_MAX, PULL_LEN, PULLS_MAX, Piece,
+    filled_up, flags,
 };
 use super::{CHUNK_BYTES, CHUNKS_MAX, INCOMING_MAX, OUTGOING_MAX, ShmLink, protocol};
 use crate::error::{ErrorKind, LinkError};
@@ -76,9 +77,11 @@ impl ShmLink {
         payload: &[Segment<'_>],
         len: usize,
     ) -> Result<Post, LinkError> {
-        let parts = std::iter::once(head).chain(payload.iter().map(bytes_of));
+        let before = filled_up(head.len());
+        let heads = [head, &[0; 8][..before - head.len()]];
+        let parts = heads.into_iter().chain(payload.iter().map(bytes_of));
         let flags = flags(Kind::Inline, how, head.len());
-        if !self.push_parcel(class, flags, head.len() + len, parts)? {
+        if !self.push_parcel(class, flags, before + len, parts)? {
             return Ok(self.stalled());
         }
         self.counters.inline_bytes_sent += len as u64;
