@@ -11,7 +11,7 @@ use crate::link::{RawView, Segment};
 use crate::memory::{Loan, MemoryKind, PoolBuf, SharedBlock};
 
 /// The longest frame that is kept inside the [`Frame`] itself, in bytes: it needs no allocation.
-pub const INLINE_MAX: usize = 62;
+pub const INLINE_MAX: usize = 48;
 
 /// One frame of a [`Message`]: a run of bytes and the memory that holds it.
 ///
@@ -21,8 +21,11 @@ pub const INLINE_MAX: usize = 62;
 /// memory until it is dropped, so read it soon or copy it.
 pub struct Frame(Repr);
 
+#[repr(align(16))]
+struct InlineBytes([u8; INLINE_MAX]);
+
 enum Repr {
-    Inline { len: u8, data: [u8; INLINE_MAX] },
+    Inline { len: u8, data: InlineBytes },
     Heap(Vec<u8>),
     Pool(PoolBuf),
     Bytes(Bytes),
@@ -45,8 +48,8 @@ impl Frame {
     /// Copies the bytes: up to [`INLINE_MAX`] into the frame itself, else into fresh memory.
     pub fn copy_from_slice(bytes: &[u8]) -> Self {
         if bytes.len() <= INLINE_MAX {
-            let mut data = [0; INLINE_MAX];
-            data[..bytes.len()].copy_from_slice(bytes);
+            let mut data = InlineBytes([0; INLINE_MAX]);
+            data.0[..bytes.len()].copy_from_slice(bytes);
             Frame(Repr::Inline { len: bytes.len() as u8, data })
         } else {
             Frame(Repr::Heap(bytes.to_vec()))
@@ -55,7 +58,7 @@ impl Frame {
 
     pub(crate) fn heap(len_bytes: usize) -> Self {
         if len_bytes <= INLINE_MAX {
-            Frame(Repr::Inline { len: len_bytes as u8, data: [0; INLINE_MAX] })
+            Frame(Repr::Inline { len: len_bytes as u8, data: InlineBytes([0; INLINE_MAX]) })
         } else {
             Frame(Repr::Heap(vec![0; len_bytes]))
         }
@@ -64,7 +67,7 @@ impl Frame {
     /// Gives an inline frame memory of its own, with an address that survives moves.
     pub(crate) fn make_stable(&mut self) {
         if let Repr::Inline { len, data } = &self.0 {
-            self.0 = Repr::Heap(data[..usize::from(*len)].to_vec());
+            self.0 = Repr::Heap(data.0[..usize::from(*len)].to_vec());
         }
     }
 
@@ -98,7 +101,7 @@ impl Frame {
     #[inline]
     pub fn as_slice(&self) -> Option<&[u8]> {
         match &self.0 {
-            Repr::Inline { len, data } => Some(&data[..usize::from(*len)]),
+            Repr::Inline { len, data } => Some(&data.0[..usize::from(*len)]),
             Repr::Heap(bytes) => Some(bytes),
             Repr::Pool(bytes) => Some(bytes),
             Repr::Bytes(bytes) => Some(bytes),
@@ -111,7 +114,7 @@ impl Frame {
     /// made by copying. `None` for shared bytes and views.
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         match &mut self.0 {
-            Repr::Inline { len, data } => Some(&mut data[..usize::from(*len)]),
+            Repr::Inline { len, data } => Some(&mut data.0[..usize::from(*len)]),
             Repr::Heap(bytes) => Some(bytes),
             Repr::Pool(bytes) => Some(bytes),
             Repr::Bytes(_) | Repr::Block(_) | Repr::View(_) => None,

@@ -12,6 +12,7 @@ mod cells {
     pub const STRIDE: u32 = 3;
     pub const FETCH_AHEAD: u32 = 1;
 
+    pub fn fetch_for_reading<T>(_: &T) {}
     pub fn fetch_for_writing<T>(_: &T) {}
 }
 

@@ -28,11 +28,13 @@ use std::ops::Deref;
 
 use super::cells::{
     AtomicU32, AtomicU64, DATA_WORDS, FETCH_AHEAD, Ordering, PUBLISH_EVERY, RECORD_MAX, RESERVE,
-    SLOTS, STRIDE, fence, fetch_for_writing,
+    SLOTS, STRIDE, fence, fetch_for_reading, fetch_for_writing,
 };
 
-/// So many records written one after the other are a stream. An exchange of single records is
-/// better off without its prefetches (0.29 against 0.30 µs, half a round trip).
+/// So many records one after the other, none the other way, are a stream. Its writer fetches lines
+/// ahead (a stream of 8 B messages: 7.2 against 5.0 million a second; but 0.30 against 0.29 µs,
+/// half a round trip, in an exchange of single records), and its reader does not (5.7 against 7.2
+/// million; but 0.267 against 0.272 µs).
 const STREAM_MIN: u32 = 4;
 /// Bytes of a record that fit one slot.
 pub(super) const SLOT_DATA: usize = DATA_WORDS * 8;
@@ -146,8 +148,9 @@ pub(super) struct Ring<O, P, B> {
     /// The peer's epoch that was last answered with a wake.
     woken: u32,
     wanting: bool,
-    /// Records written since one was read, up to [`STREAM_MIN`].
-    in_a_row: u32,
+    /// Records written since one was read, up to [`STREAM_MIN`], and the other way round.
+    written_in_a_row: u32,
+    read_in_a_row: u32,
 }
 
 impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
@@ -163,7 +166,8 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
             epoch: 0,
             woken: 0,
             wanting: false,
-            in_a_row: 0,
+            written_in_a_row: 0,
+            read_in_a_row: 0,
         }
     }
 
@@ -228,8 +232,9 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         }
         writer.finish(slots, flags << LEN_BITS | len as u32);
         self.tail = self.tail.wrapping_add(slots);
-        if self.in_a_row < STREAM_MIN {
-            self.in_a_row += 1;
+        self.read_in_a_row = 0;
+        if self.written_in_a_row < STREAM_MIN {
+            self.written_in_a_row += 1;
         } else {
             fetch_for_writing(self.own_slot(self.tail.wrapping_add(FETCH_AHEAD)));
         }
@@ -297,6 +302,12 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         slot.stamp.load(Ordering::Acquire) != self.head.wrapping_add(1)
     }
 
+    /// How many records have been read since one was written.
+    #[inline]
+    pub fn read_in_a_row(&self) -> u32 {
+        self.read_in_a_row
+    }
+
     /// Copies the next record into `into`: its flags and length.
     pub fn pop(&mut self, into: &mut [u8; RECORD_MAX]) -> Result<Option<(u32, usize)>, Corrupt> {
         let expected = self.head.wrapping_add(1);
@@ -313,6 +324,10 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
             return Err(Corrupt::Length);
         }
         let slots = slots_for(len);
+        self.read_in_a_row = self.read_in_a_row.saturating_add(1);
+        if self.read_in_a_row < STREAM_MIN {
+            fetch_for_reading(self.peer_slot(self.head.wrapping_add(slots)));
+        }
         let mut chunks = into[..len].chunks_mut(SLOT_DATA);
         for at in 0..slots {
             let slot = self.peer_slot(self.head.wrapping_add(at));
@@ -327,7 +342,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 
     fn advance(&mut self, slots: u32) {
-        self.in_a_row = 0;
+        self.written_in_a_row = 0;
         self.head = self.head.wrapping_add(slots);
         if self.head.wrapping_sub(self.published) >= PUBLISH_EVERY {
             self.publish();
