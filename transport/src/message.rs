@@ -1,11 +1,11 @@
 //! Messages and their frames.
 
 use std::fmt;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
 
+use crate::driver::view::Lease;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::{RawView, Segment};
 use crate::memory::{Loan, MemoryKind, PoolBuf, SharedBlock};
@@ -36,12 +36,8 @@ enum Repr {
 /// The sender's memory, and what tells the sender that we are done with it.
 pub(crate) struct View {
     raw: RawView,
-    lease: Arc<dyn Lease>,
-}
-
-/// Ends when dropped. `alive` says whether the sender still keeps the memory for us.
-pub(crate) trait Lease: Send + Sync {
-    fn alive(&self) -> bool;
+    #[allow(dead_code, reason = "held for its drop")]
+    lease: Lease,
 }
 
 impl Frame {
@@ -71,7 +67,7 @@ impl Frame {
         }
     }
 
-    pub(crate) fn view(raw: RawView, lease: Arc<dyn Lease>) -> Self {
+    pub(crate) fn view(raw: RawView, lease: Lease) -> Self {
         Frame(Repr::View(View { raw, lease }))
     }
 
@@ -183,15 +179,15 @@ impl Frame {
             Repr::View(view) => {
                 // SAFETY: in bounds (checked above) of a live mapping. The peer may write to it,
                 // so it is copied as raw memory, never as a reference; what came is trusted only
-                // if afterwards the peer still keeps the memory and the lease is alive.
+                // if afterwards the peer still keeps the memory.
                 unsafe {
                     std::ptr::copy(view.raw.ptr.add(offset_bytes), to.as_mut_ptr(), to.len());
                 }
-                if !view.raw.keep.trusted() || !view.lease.alive() {
+                if !view.raw.keep.trusted() {
                     return Err(Error::new(
                         ErrorKind::ConnectionLost,
                         Phase::Transfer,
-                        "the endpoint ended while a view of the sender's memory was read",
+                        "the endpoint had ended before a view of the sender's memory was read",
                     ));
                 }
             }
@@ -457,6 +453,8 @@ impl FromIterator<Frame> for Message {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
@@ -472,7 +470,6 @@ mod tests {
 
     struct Peer {
         keeps: bool,
-        alive: bool,
     }
 
     impl crate::link::Mapping for Peer {
@@ -481,23 +478,17 @@ mod tests {
         }
     }
 
-    impl Lease for Peer {
-        fn alive(&self) -> bool {
-            self.alive
-        }
-    }
-
     #[test]
     fn a_view_is_copied_only_while_the_sender_keeps_it() {
         static BYTES: [u8; 100] = [7; 100];
-        for (keeps, alive) in [(true, true), (false, true), (true, false)] {
-            let keep = Arc::new(Peer { keeps, alive });
-            let raw = RawView { ptr: BYTES.as_ptr(), len: BYTES.len(), keep: keep.clone() };
-            let frame = Frame::view(raw, keep);
+        for keeps in [true, false] {
+            let keep = Arc::new(Peer { keeps });
+            let raw = RawView { ptr: BYTES.as_ptr(), len: BYTES.len(), keep };
+            let frame = Frame::view(raw, Lease::detached());
             match frame.to_vec() {
-                Ok(bytes) => assert!(keeps && alive && bytes == BYTES),
+                Ok(bytes) => assert!(keeps && bytes == BYTES),
                 Err(error) => {
-                    assert!(!(keeps && alive));
+                    assert!(!keeps);
                     assert_eq!(error.kind(), ErrorKind::ConnectionLost);
                 }
             }

@@ -173,7 +173,7 @@ pub(crate) struct State {
     pub announce: bool,
     /// It has been told, and has not looked since.
     pub announced: bool,
-    /// Hands out leases for views.
+    /// Makes messages of views.
     pub(super) views: Views,
 
     // Tags out.
@@ -385,7 +385,7 @@ impl State {
         self.any_parcel(lane, arrival)
     }
 
-    fn any_parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
+    fn any_parcel(&mut self, lane: u8, mut arrival: Arrival<'_>) -> Disposition {
         let head = match Head::decode(arrival.head) {
             Ok(head) => head,
             Err(error) => return State::protocol(format!("bad head: {error}")),
@@ -398,7 +398,7 @@ impl State {
             };
         }
         match head {
-            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &arrival),
+            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &mut arrival),
             Head::MessageTable { seq, total, first, lens } => {
                 without_payload(&arrival, || self.on_table(seq, total, first, lens))
             }

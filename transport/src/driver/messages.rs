@@ -342,7 +342,7 @@ impl State {
         lane: u8,
         seq: u32,
         frames: &Frames<'_>,
-        arrival: &Arrival<'_>,
+        arrival: &mut Arrival<'_>,
     ) -> Disposition {
         if arrival.len > self.limits.max_message {
             return State::protocol(format!(
@@ -371,12 +371,11 @@ impl State {
         {
             return State::protocol(error.to_string());
         }
-        if let (Some(views), true) = (arrival.views, arrival.inline.is_none())
+        if let (Some(views), true) = (arrival.views.as_deref_mut(), arrival.inline.is_none())
             && views.len() == lens.len()
             && views.iter().zip(&lens).all(|(view, len)| view.len as u64 == *len)
         {
-            let lease = self.views.lease(lane, arrival.payload);
-            let message = views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
+            let message = self.views.message(lane, arrival.payload, views);
             return self.message_arrived(seq, message).unwrap_or(Disposition::View);
         }
         if let Some(bytes) = arrival.inline.or((arrival.len == 0).then_some(&[][..])) {

@@ -23,6 +23,6 @@ mod shard;
 mod sync;
 pub(crate) mod table;
 mod tags;
-mod view;
+pub(crate) mod view;
 
 pub(crate) use sync::{Mutex, lock};

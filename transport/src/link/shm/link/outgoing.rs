@@ -21,10 +21,8 @@ pub(super) struct Outgoing {
     pub(super) op: OpId,
     class: Class,
     len: u64,
-    /// Where it lies in our memory; for a loan by reference, empty.
+    /// Where it lies in our memory; for loans by reference, empty.
     pieces: SmallVec<[Piece; 4]>,
-    /// Keeps loans from being reused.
-    blocks: SmallVec<[SharedBlock; 2]>,
     /// The payload itself, if it is one that `post` promises to copy, and not in the ring.
     copied: Box<[u8]>,
     push: Option<Push>,
@@ -125,12 +123,10 @@ impl ShmLink {
             class,
             len,
             pieces: SmallVec::new(),
-            blocks: SmallVec::new(),
             copied: Box::default(),
             push: None,
         };
         let kind = if self.by_reference(payload) {
-            outgoing.blocks.extend(payload.iter().filter_map(|segment| segment.shared.cloned()));
             Kind::Loan
         } else {
             if len <= COPIED_MAX as u64 {
@@ -186,7 +182,7 @@ impl ShmLink {
             return Err(protocol("a payload asked for that is not open"));
         };
         let from = fixed.len;
-        if outgoing.push.is_some() || !outgoing.blocks.is_empty() || from >= outgoing.len {
+        if outgoing.push.is_some() || outgoing.pieces.is_empty() || from >= outgoing.len {
             return Err(protocol("a payload asked for that cannot be staged"));
         }
         let mut cursor = Cursor::default();
@@ -326,13 +322,14 @@ fn build<'b>(
     head: &[u8],
 ) -> &'b [u8] {
     let count = match kind {
-        Kind::Loan => outgoing.blocks.len(),
+        Kind::Loan => payload.len(),
         _ => outgoing.pieces.len(),
     };
     let mut builder = Builder::new(building, key, outgoing.len, count as u64);
     match kind {
         Kind::Loan => {
-            for (segment, block) in payload.iter().zip(&outgoing.blocks) {
+            for segment in payload {
+                let Some(block) = segment.shared else { continue };
                 let into = segment.ptr.addr() - block.as_ptr().addr();
                 builder.loan(LoanAt {
                     segment: block.segment(),
