@@ -13,7 +13,7 @@ use std::task::{Context, Waker};
 use smallvec::SmallVec;
 
 use super::keys::{Keys, RegionUse};
-use super::messages::Tables;
+use super::messages::{Boxes, Tables};
 use super::table::{Slot, Stage, Table, What};
 use super::tags::Stray;
 use super::view::Views;
@@ -156,6 +156,7 @@ pub(crate) struct State {
 
     // Messages out.
     pub(super) send_queue: VecDeque<OpId>,
+    pub(super) boxes: Boxes,
     pub(super) message_credit: SendCredit,
     pub(super) message_seq: u32,
     /// Frame tables of the message at the head of the queue have been posted.
@@ -256,6 +257,7 @@ impl State {
             allocator,
             activity: 0,
             send_queue: VecDeque::new(),
+            boxes: Boxes::default(),
             message_credit: SendCredit::new(limits.peer_message_window),
             message_seq: 0,
             tables_posted: false,

@@ -33,6 +33,31 @@ impl Tables {
     }
 }
 
+/// Empty boxes kept for messages on their way.
+const BOXES_MAX: usize = 16;
+
+/// Boxes of messages on their way. Some empty ones are kept, so that a steady flow does not
+/// allocate.
+#[derive(Default)]
+#[allow(clippy::vec_box, reason = "a box, once made, is handed on as it is")]
+pub(crate) struct Boxes(Vec<Box<Message>>);
+
+impl Boxes {
+    fn wrap(&mut self, message: Message) -> Box<Message> {
+        let Some(mut empty) = self.0.pop() else { return Box::new(message) };
+        *empty = message;
+        empty
+    }
+
+    pub fn unwrap(&mut self, mut boxed: Box<Message>) -> Message {
+        let message = std::mem::take(&mut *boxed);
+        if self.0.len() < BOXES_MAX {
+            self.0.push(boxed);
+        }
+        message
+    }
+}
+
 /// What became of a `send` that was just started.
 pub(crate) enum Sent {
     Done,
@@ -67,7 +92,7 @@ impl Core {
         match self.post_message(id, held, len)? {
             Post::Done => Ok(Some(Sent::Done)),
             Post::Pending => {
-                let message = message.take().map(Box::new);
+                let message = message.take().map(|message| self.state.boxes.wrap(message));
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
                 Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
             }
@@ -86,7 +111,7 @@ impl Core {
         let cost = message
             .as_ref()
             .map_or(0, |held| message_cost(held.len_bytes() as u64, held.frame_count() as u32));
-        let held = message.take().map(Box::new);
+        let held = message.take().map(|message| self.state.boxes.wrap(message));
         let slot = Slot::new(Stage::Queued, What::Send { message: held, cost });
         let id = self.state.ops.insert(slot);
         self.state.send_queue.push_back(id);
@@ -395,7 +420,7 @@ impl State {
             let Some(frame) = frame else { return State::no_memory(*len) };
             message.push(frame);
         }
-        let message = Box::new(message);
+        let message = self.boxes.wrap(message);
         let op = self.ops.insert(Slot::new(Stage::Posted, What::LandMessage { seq, message }));
         // Short frames lie inside the message, which moves when it has landed: they get memory of
         // their own for as long as a link writes to them.
@@ -425,8 +450,9 @@ impl State {
             self.after.discard_message(*message);
             return;
         }
+        let message = self.boxes.unwrap(message);
         // The sequence number was checked when the message began to arrive.
-        let _ = self.message_arrived(seq, *message);
+        let _ = self.message_arrived(seq, message);
     }
 
     /// `Some`: what to answer the link instead, because the peer broke the order.
