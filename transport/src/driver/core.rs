@@ -13,7 +13,7 @@ use std::task::{Context, Waker};
 use smallvec::SmallVec;
 
 use super::keys::{Keys, RegionUse};
-use super::messages::Tables;
+use super::messages::{Boxes, Tables};
 use super::table::{Slot, Stage, Table, What};
 use super::tags::Stray;
 use super::view::Views;
@@ -156,6 +156,7 @@ pub(crate) struct State {
 
     // Messages out.
     pub(super) send_queue: VecDeque<OpId>,
+    pub(super) boxes: Boxes,
     pub(super) message_credit: SendCredit,
     pub(super) message_seq: u32,
     /// Frame tables of the message at the head of the queue have been posted.
@@ -173,7 +174,7 @@ pub(crate) struct State {
     pub announce: bool,
     /// It has been told, and has not looked since.
     pub announced: bool,
-    /// Hands out leases for views.
+    /// Makes messages of views.
     pub(super) views: Views,
 
     // Tags out.
@@ -258,6 +259,7 @@ impl State {
             allocator,
             activity: 0,
             send_queue: VecDeque::new(),
+            boxes: Boxes::default(),
             message_credit: SendCredit::new(limits.peer_message_window),
             message_seq: 0,
             tables_posted: false,
@@ -388,7 +390,7 @@ impl State {
         self.any_parcel(lane, arrival)
     }
 
-    fn any_parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
+    fn any_parcel(&mut self, lane: u8, mut arrival: Arrival<'_>) -> Disposition {
         let head = match Head::decode(arrival.head) {
             Ok(head) => head,
             Err(error) => return State::protocol(format!("bad head: {error}")),
@@ -401,7 +403,7 @@ impl State {
             };
         }
         match head {
-            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &arrival),
+            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &mut arrival),
             Head::MessageTable { seq, total, first, lens } => {
                 without_payload(&arrival, || self.on_table(seq, total, first, lens))
             }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Waker};
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use super::core::{Core, Limits, ONE_SIDED_MAX, State};
 use super::keys::{Entry, Keys};
@@ -99,19 +99,21 @@ impl Wire {
         let bytes = &BYTES[usize::from(parcel.fill % 4)];
         let inline = (parcel.way & INLINE != 0 && len <= bytes.len()).then(|| &bytes[..len]);
         let view = RawView { ptr: bytes.as_ptr(), len, keep: Arc::new(Mapped) };
-        let views = (parcel.way & VIEWED != 0 && len <= bytes.len()).then_some([view]);
+        let mut views: Option<SmallVec<[RawView; 2]>> =
+            (parcel.way & VIEWED != 0 && len <= bytes.len()).then(|| smallvec![view]);
+        let viewed = views.is_some();
         let disposition = sink.parcel(Arrival {
             head: &parcel.head,
             len: parcel.len,
             payload,
             inline,
-            views: views.as_ref().map(<[RawView; 1]>::as_slice),
+            views: views.as_mut(),
             how: if offered { How::Offer } else { How::Eager },
         });
         match disposition {
             Disposition::Taken => assert!(inline.is_some() || len == 0, "taken without being here"),
             Disposition::Discard => {}
-            Disposition::View => assert!(views.is_some(), "a view of what has none"),
+            Disposition::View => assert!(viewed, "a view of what has none"),
             Disposition::Hold => {
                 assert!(offered, "only offers can wait");
                 self.held.push((payload, parcel.len, parcel.fill));

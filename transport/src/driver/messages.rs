@@ -39,6 +39,31 @@ impl Tables {
     }
 }
 
+/// Empty boxes kept for messages on their way.
+const BOXES_MAX: usize = 16;
+
+/// Boxes of messages on their way. Some empty ones are kept, so that a steady flow does not
+/// allocate.
+#[derive(Default)]
+#[allow(clippy::vec_box, reason = "a box, once made, is handed on as it is")]
+pub(crate) struct Boxes(Vec<Box<Message>>);
+
+impl Boxes {
+    fn wrap(&mut self, message: Message) -> Box<Message> {
+        let Some(mut empty) = self.0.pop() else { return Box::new(message) };
+        *empty = message;
+        empty
+    }
+
+    pub fn unwrap(&mut self, mut boxed: Box<Message>) -> Message {
+        let message = std::mem::take(&mut *boxed);
+        if self.0.len() < BOXES_MAX {
+            self.0.push(boxed);
+        }
+        message
+    }
+}
+
 /// What became of a `send` that was just started.
 pub(crate) enum Sent {
     Done,
@@ -73,7 +98,7 @@ impl Core {
         match self.post_message(id, held, len)? {
             Post::Done => Ok(Some(Sent::Done)),
             Post::Pending => {
-                let message = message.take().map(Box::new);
+                let message = message.take().map(|message| self.state.boxes.wrap(message));
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
                 Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
             }
@@ -92,7 +117,7 @@ impl Core {
         let cost = message
             .as_ref()
             .map_or(0, |held| message_cost(held.len_bytes() as u64, held.frame_count() as u32));
-        let held = message.take().map(Box::new);
+        let held = message.take().map(|message| self.state.boxes.wrap(message));
         let slot = Slot::new(Stage::Queued, What::Send { message: held, cost });
         let id = self.state.ops.insert(slot);
         self.state.send_queue.push_back(id);
@@ -348,7 +373,7 @@ impl State {
         lane: u8,
         seq: u32,
         frames: &Frames<'_>,
-        arrival: &Arrival<'_>,
+        arrival: &mut Arrival<'_>,
     ) -> Disposition {
         if arrival.len > self.limits.max_message {
             return State::protocol(format!(
@@ -377,12 +402,11 @@ impl State {
         {
             return State::protocol(error.to_string());
         }
-        if let (Some(views), true) = (arrival.views, arrival.inline.is_none())
+        if let (Some(views), true) = (arrival.views.as_deref_mut(), arrival.inline.is_none())
             && views.len() == lens.len()
             && views.iter().zip(&lens).all(|(view, len)| view.len as u64 == *len)
         {
-            let lease = self.views.lease(lane, arrival.payload);
-            let message = views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
+            let message = self.views.message(lane, arrival.payload, views);
             return self.message_arrived(seq, message).unwrap_or(Disposition::View);
         }
         if let Some(bytes) = arrival.inline.or((arrival.len == 0).then_some(&[][..])) {
@@ -406,7 +430,7 @@ impl State {
             let Some(frame) = frame else { return State::no_memory(*len) };
             message.push(frame);
         }
-        let message = Box::new(message);
+        let message = self.boxes.wrap(message);
         let op = self.ops.insert(Slot::new(Stage::Posted, What::LandMessage { seq, message }));
         // Short frames lie inside the message, which moves when it has landed: they get memory of
         // their own for as long as a link writes to them.
@@ -436,9 +460,10 @@ impl State {
             self.after.discard_message(*message);
             return;
         }
+        let message = self.boxes.unwrap(message);
         // The number was checked when the message began to arrive. A peer that gives one number to
         // two messages while both land loses the one that ends last, and the credit of it.
-        let _ = self.message_arrived(seq, *message);
+        let _ = self.message_arrived(seq, message);
     }
 
     /// `Some`: what to answer the link instead, because the peer broke the order.

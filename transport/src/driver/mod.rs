@@ -30,6 +30,6 @@ mod shard_tests;
 mod sync;
 pub(crate) mod table;
 mod tags;
-mod view;
+pub(crate) mod view;
 
 pub(crate) use sync::{Mutex, lock};

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use super::blob::{Blob, verdict};
-use super::cells::{RECORD_MAX, SLOTS};
+use super::cells::{RECORD_MAX, SLOTS, STRIDE};
 use super::link::{ARENA_BYTES, Arena, EventBell, OwnPage, Parts, PeerPage, ShmLink};
 use super::ring::{Page, Ring, Slot};
 use super::wire::{ARENA, Kind, flags};
@@ -149,17 +149,17 @@ impl Villain {
     /// Writes a word of its page that the ring's rules would have otherwise.
     fn poke(&mut self, input: &mut Input<'_>) -> Option<()> {
         let slots_at = size_of::<Page>() - SLOTS as usize * size_of::<Slot>();
-        let next = self.slots_pushed % SLOTS;
+        let place = |position: u32| {
+            slots_at + (position.wrapping_mul(STRIDE) % SLOTS) as usize * size_of::<Slot>()
+        };
         let (at, value) = match input.u8()? % 4 {
             0 => (usize::from(input.u16()?) * 4, input.u32()?),
             // The stamp of the next record, and the header behind it.
             1 => {
-                let ahead = u32::from(input.u8()?);
-                let slot = (next + ahead % 4) as usize % SLOTS as usize;
-                let stamp = self.slots_pushed.wrapping_add(ahead % 4).wrapping_add(1);
-                (slots_at + slot * size_of::<Slot>(), stamp)
+                let position = self.slots_pushed.wrapping_add(u32::from(input.u8()?) % 4);
+                (place(position), position.wrapping_add(1))
             }
-            2 => (slots_at + next as usize * size_of::<Slot>() + 4, input.u32()?),
+            2 => (place(self.slots_pushed) + 4, input.u32()?),
             // Secret, dying word, head, sleep.
             _ => (usize::from(input.u8()? % 64) * 4, input.u8()?.into()),
         };
@@ -243,8 +243,9 @@ impl Sink for Driver {
         assert!(arrival.len <= PAYLOAD_MAX);
         assert!(arrival.inline.is_none_or(|bytes| bytes.len() as u64 == arrival.len));
         let sum = |views: &[RawView]| views.iter().map(|view| view.len as u64).sum::<u64>();
-        assert!(arrival.views.is_none_or(|views| sum(views) == arrival.len));
-        for view in arrival.views.unwrap_or_default() {
+        let views = arrival.views.as_ref().map_or(&[][..], |views| views.as_slice());
+        assert!(arrival.views.is_none() || sum(views) == arrival.len);
+        for view in views {
             if view.len > 0 {
                 // SAFETY: within the view, whose mapping `keep` holds; a peer may write it.
                 unsafe {
