@@ -15,7 +15,7 @@ use thalweg::{
 };
 use thalweg_tests::{
     Pair, Random, Way, check_pattern, connect, pair, pair_of, pair_with, pattern, poll_times, run,
-    runtime, until, within,
+    runtime, skipped, until, within,
 };
 
 /// One test for each case and way.
@@ -28,7 +28,7 @@ macro_rules! cases {
                 cases!(@ways $case: tcp Tcp, shm_all ShmAll, shm_inline_arena ShmInlineArena,
                     shm_single_copy ShmSingleCopy, shm_loans ShmLoans, mock Mock,
                     mock_reordering MockReordering, mock_delaying MockDelaying,
-                    mock_tiny MockTiny);
+                    mock_tiny MockTiny, ucx Ucx);
             }
         )*
     };
@@ -36,6 +36,9 @@ macro_rules! cases {
         $(
             #[test]
             fn $name() {
+                if let Some(why) = Way::$way.missing() {
+                    return skipped(concat!(stringify!($case), "::", stringify!($name)), &why);
+                }
                 run(
                     concat!(stringify!($case), "::", stringify!($name)),
                     || super::$case(Way::$way),

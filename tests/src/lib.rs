@@ -3,7 +3,7 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -33,10 +33,12 @@ pub enum Way {
     MockDelaying,
     /// The mock link with room for two parcels.
     MockTiny,
+    /// UCX, over whatever lanes `UCX_TLS` admits.
+    Ucx,
 }
 
 impl Way {
-    /// All of them.
+    /// Those that are there on every machine.
     pub const ALL: [Way; 9] = [
         Way::Tcp,
         Way::ShmAll,
@@ -55,7 +57,25 @@ impl Way {
             Way::Tcp => LinkKind::Tcp,
             Way::ShmAll | Way::ShmInlineArena | Way::ShmSingleCopy | Way::ShmLoans => LinkKind::Shm,
             Way::Mock | Way::MockReordering | Way::MockDelaying | Way::MockTiny => LinkKind::Mock,
+            Way::Ucx => LinkKind::Ucx,
         }
+    }
+
+    /// Why it is not to be had on this machine, if it is not.
+    pub fn missing(self) -> Option<String> {
+        static UCX: OnceLock<Option<String>> = OnceLock::new();
+        if self != Way::Ucx {
+            return None;
+        }
+        let look = || {
+            let runtime = runtime(1);
+            let _inside = runtime.enter();
+            let node = Node::new(self.config()).expect("a node");
+            let capabilities = node.capabilities();
+            let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
+            ucx.filter(|ucx| !ucx.present).map(|ucx| ucx.reason.clone())
+        };
+        UCX.get_or_init(look).clone()
     }
 
     /// Whether it is the mock link.
@@ -78,7 +98,7 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
-            Way::Tcp | Way::ShmAll => config,
+            Way::Tcp | Way::ShmAll | Way::Ucx => config,
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),

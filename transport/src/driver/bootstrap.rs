@@ -25,10 +25,12 @@ use tracing::Instrument;
 use super::core::Limits;
 use super::endpoint::EndpointShared;
 use super::node::NodeShared;
+use super::{Mutex, lock};
 use crate::address::Address;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{Blob, verdict};
 use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
+use crate::link::ucx::{Opened, Reservation};
 use crate::link::{Link, LinkKind};
 use crate::peer::Peer;
 use crate::proto::hello::{
@@ -204,13 +206,15 @@ async fn establish(
         getrandom::fill(&mut token)
             .map_err(|error| lost(&shown, "random numbers", &io::Error::other(error)))?;
     }
-    let own = own_hello(node, token, window.bytes);
+    let reservation = reserve(node, &shown)?;
+    let own = own_hello(node, token, window.bytes, reservation.as_ref());
     let (theirs, minor) = exchange(&stream, &own, &shown, role).await?;
     if role == Role::Acceptor {
         token = theirs.token;
     }
     let candidates = Vec::new();
-    let mut setup = SetUp { node, stream, shown, theirs, token, deadline, candidates };
+    let reservation = Mutex::new(reservation);
+    let mut setup = SetUp { node, stream, shown, theirs, token, deadline, candidates, reservation };
     let (prepared, kind, attempts, rejected) = match role {
         Role::Connector => setup.lead().await?,
         Role::Acceptor => setup.follow().await?,
@@ -227,6 +231,7 @@ async fn establish(
             };
             Box::new(TcpLink::new(stream.into_source(), Vec::new(), options)) as Box<dyn Link>
         }
+        Prepared::Beside(opened) => Box::new(opened.into_link(stream.into_source())),
     };
     let ways = link.caps().ways.clone();
     let route = explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
@@ -261,7 +266,21 @@ async fn establish(
     Ok(endpoint)
 }
 
-fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
+/// A place for this connection at the node's UCX worker, if it has one.
+fn reserve(node: &NodeShared, shown: &str) -> Result<Option<Reservation>> {
+    let Some(engine) = &node.ucx else { return Ok(None) };
+    engine
+        .reserve()
+        .map(Some)
+        .map_err(|why| lost(shown, "reserving a place at the worker", &io::Error::other(why)))
+}
+
+fn own_hello(
+    node: &NodeShared,
+    token: [u8; 16],
+    window: u64,
+    reservation: Option<&Reservation>,
+) -> Hello {
     let config = &node.config;
     let mut links = Vec::new();
     for kind in &config.transports {
@@ -272,6 +291,11 @@ fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
                 }
             }
             LinkKind::Tcp => links.push((kind.name().to_owned(), Vec::new())),
+            LinkKind::Ucx => {
+                if let Some(reservation) = reservation {
+                    links.push((kind.name().to_owned(), reservation.blob()));
+                }
+            }
             #[cfg(feature = "mock")]
             LinkKind::Mock => {
                 links.push((kind.name().to_owned(), crate::link::mock::blob()));
@@ -356,6 +380,8 @@ struct SetUp<'a> {
     deadline: Instant,
     /// Links that were tried and did not come up.
     candidates: Vec<Candidate>,
+    /// Until the attempt at UCX takes it.
+    reservation: Mutex<Option<Reservation>>,
 }
 
 impl SetUp<'_> {
@@ -385,6 +411,11 @@ impl SetUp<'_> {
                 reason,
                 fix: None,
             }));
+        }
+        if let (Some(ucx), Some(blob)) = (&self.node.ucx, self.blob(LinkKind::Ucx))
+            && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), blob)
+        {
+            objections.push(Objection { link: LinkKind::Ucx, reason, fix });
         }
         let peer = Side { offers: offers.collect() };
         plan(&policy, &self.node.capabilities, &peer, &objections)
@@ -545,6 +576,14 @@ impl SetUp<'_> {
                 link.map(|link| Prepared::Link(Box::new(link)))
                     .map_err(|error| Failure { reason: error.reason, fix: error.fix })
             }
+            LinkKind::Ucx => {
+                let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+                let engine = self.node.ucx.as_ref().ok_or_else(absent)?;
+                let blob = self.blob(kind).ok_or_else(absent)?;
+                let slot = lock(&self.reservation).as_mut().and_then(Reservation::take);
+                let opened = engine.open(slot.ok_or_else(absent)?, blob).await?;
+                Ok(Prepared::Beside(Box::new(opened)))
+            }
             #[cfg(feature = "mock")]
             LinkKind::Mock => {
                 crate::link::mock::pair(self.token, &self.node.config.mock, self.blob(kind))
@@ -591,4 +630,6 @@ enum Prepared {
     Link(Box<dyn Link>),
     /// The connection that the bootstrap runs on.
     Bootstrap,
+    /// A link that keeps the bootstrap connection beside it, as the sign that the peer lives.
+    Beside(Box<Opened>),
 }

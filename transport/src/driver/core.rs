@@ -19,8 +19,8 @@ use super::tags::Stray;
 use super::view::Views;
 use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::link::{
-    Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Link, LinkCounters, OpId, PayloadId,
-    Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters, OpId,
+    PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::Allocator;
 use crate::message::{Frame, Message};
@@ -237,6 +237,10 @@ impl Sink for LaneSink<'_> {
 
     fn done(&mut self, op: OpId, result: Result<(), LinkError>) {
         self.state.done(op, result);
+    }
+
+    fn wake(&mut self, waker: Waker) {
+        self.state.after.wake(waker);
     }
 }
 
@@ -650,18 +654,24 @@ impl Core {
             os: error.os_code(),
             close: None,
         };
-        let mut lanes = std::mem::take(&mut self.lanes);
-        for (lane, link) in lanes.iter_mut().enumerate() {
+        // A lane that lingers stays, and with it what it may still touch.
+        for (lane, mut link) in std::mem::take(&mut self.lanes).into_iter().enumerate() {
             let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
-            link.kill(&link_error, &mut sink);
+            match link.kill(&link_error, &mut sink) {
+                Killed::Over => self.state.after.discard_any(Box::new(link)),
+                Killed::Lingers => self.lanes.push(link),
+            }
         }
-        self.state.after.discard_any(Box::new(lanes));
         self.state.deliveries.clear();
         self.state.outbox.clear();
         for reply in self.state.replies.drain(..) {
             self.state.after.discard_use(reply.used);
         }
         self.state.fail_queued();
+        if !self.lanes.is_empty() {
+            // What is left ends when no lane touches it any more; the next drive looks again.
+            return;
+        }
         self.state.fail_unanswered(&error);
         for waker in self.state.end_waiters.drain(..) {
             self.state.after.wake(waker);
@@ -739,7 +749,7 @@ impl Core {
     }
 
     fn flush_slow(&mut self) {
-        if self.lanes.is_empty() {
+        if self.lanes.is_empty() || matches!(self.state.life, Life::Dead(_)) {
             return self.end();
         }
         // Each step ends the endpoint itself when a lane fails; nothing is left to do then.
@@ -851,6 +861,27 @@ impl Core {
         if let Some(link) = self.lanes.get_mut(usize::from(lane)) {
             link.release(payload);
         }
+    }
+}
+
+/// How often the end of an endpoint that nobody drives looks whether its lanes are over.
+const LAST_LOOKS: usize = 100;
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if self.lanes.is_empty() {
+            return;
+        }
+        let error = self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer));
+        // Each look waits a little itself while a lane lingers.
+        for _ in 0..LAST_LOOKS {
+            self.fail(error.clone());
+            if self.lanes.is_empty() {
+                return;
+            }
+        }
+        tracing::error!(peer = %self.state.peer, "memory that a lane may still touch is left");
+        std::mem::forget(std::mem::take(&mut self.state.ops));
     }
 }
 

@@ -21,8 +21,8 @@ use super::view::Views;
 use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::fuzz_input::{Input, Seed, mix};
 use crate::link::{
-    Armed, Arrival, Budget, Caps, Class, Disposition, How, Landing, Link, LinkCounters, LinkKind,
-    Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
+    Armed, Arrival, Budget, Caps, Class, Disposition, How, Killed, Landing, Link, LinkCounters,
+    LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
 };
 use crate::memory::{HostPool, MemoryKind};
 use crate::message::{Frame, Message};
@@ -200,7 +200,7 @@ impl Link for Lane {
         lock(&self.wire).held.retain(|(held, ..)| *held != payload);
     }
 
-    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) {
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         let wire = &mut *lock(&self.wire);
         for (op, result) in wire.finished.drain(..) {
             sink.done(op, result);
@@ -209,6 +209,7 @@ impl Link for Lane {
         for op in landing.chain(wire.posted.drain(..)) {
             sink.done(op, Err(error.clone()));
         }
+        Killed::Over
     }
 
     fn flushed(&self) -> bool {

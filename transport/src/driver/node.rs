@@ -14,6 +14,7 @@ use super::sync::{Mutex, lock};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{ShmEngine, ShmOptions};
+use crate::link::ucx::{UcxEngine, UcxOptions};
 use crate::link::{Engine, LinkKind};
 use crate::memory::{Allocator, HostPool, SharedPool};
 use crate::proto::keys::RemoteKeyWire;
@@ -56,6 +57,7 @@ pub(crate) struct NodeShared {
     pub allocator: Arc<dyn Allocator>,
     pub pool: Arc<SharedPool>,
     pub shm: Option<Arc<ShmEngine>>,
+    pub ucx: Option<Arc<UcxEngine>>,
     pub engines: Vec<Arc<dyn Engine>>,
     pub capabilities: Vec<Capability>,
     pub fork: ForkGuard,
@@ -117,6 +119,8 @@ impl NodeShared {
             None
         };
         capabilities.push(present(LinkKind::Tcp, "always available"));
+        let ucx = ucx_engine(&config, &reactor, &timers, &mut capabilities);
+        engines.extend(ucx.clone().map(|engine| engine as Arc<dyn Engine>));
         #[cfg(feature = "mock")]
         capabilities.push(present(LinkKind::Mock, "for tests within one process"));
         Ok(Arc::new(NodeShared {
@@ -129,6 +133,7 @@ impl NodeShared {
             allocator,
             pool,
             shm,
+            ucx,
             engines,
             capabilities,
             fork: ForkGuard::get(),
@@ -312,6 +317,42 @@ impl NodeShared {
 
     pub fn remote_key(&self, key: u64, len: u64, access: u8) -> RemoteKeyWire {
         RemoteKeyWire { node_id: self.id, key, len, access }
+    }
+}
+
+/// The engine of the link `ucx`, if that is asked for and libucp is here.
+fn ucx_engine(
+    config: &Config,
+    reactor: &Reactor,
+    timers: &Arc<Timers>,
+    capabilities: &mut Vec<Capability>,
+) -> Option<Arc<UcxEngine>> {
+    if !config.transports.contains(&LinkKind::Ucx) {
+        capabilities.push(present(LinkKind::Ucx, "not tried: not among the transports"));
+        return None;
+    }
+    let windows = config.message_window_bytes.saturating_add(config.tag_window_bytes);
+    let options = UcxOptions {
+        eager_max: config.eager_max_bytes,
+        max_payload: config.max_message_bytes,
+        // Twice what credit allows: heads, control and one-sided traffic count too.
+        inbox_max_bytes: usize::try_from(windows.saturating_mul(2)).unwrap_or(usize::MAX / 2),
+        setup_timeout: config.handshake_timeout / 2,
+    };
+    match UcxEngine::new(reactor, timers.clone(), options) {
+        Ok(engine) => {
+            capabilities.push(present(LinkKind::Ucx, &engine.found()));
+            Some(engine)
+        }
+        Err(unavailable) => {
+            capabilities.push(Capability {
+                link: LinkKind::Ucx,
+                present: false,
+                reason: unavailable.reason,
+                fix: Some(unavailable.fix).filter(|fix| !fix.is_empty()),
+            });
+            None
+        }
     }
 }
 

@@ -17,8 +17,8 @@ use std::task::{Context, Waker};
 use smallvec::SmallVec;
 
 use super::{
-    Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Landing, Link,
-    LinkCounters, LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
+    Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
+    Link, LinkCounters, LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
 };
 use crate::error::{ErrorKind, LinkError};
 use crate::memory::SharedBlock;
@@ -763,7 +763,7 @@ impl Link for MockLink {
         self.close_payload(payload.0, op);
     }
 
-    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) {
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         let mut shared = self.pair.lock();
         shared.broken.get_or_insert("the other side has ended");
         // From here on the peer does not look at our memory, nor we at its.
@@ -787,6 +787,7 @@ impl Link for MockLink {
         for (_, op) in self.pending.drain() {
             sink.done(op, Err(error.clone()));
         }
+        Killed::Over
     }
 
     fn flushed(&self) -> bool {

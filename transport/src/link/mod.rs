@@ -11,10 +11,11 @@
 pub(crate) mod mock;
 pub(crate) mod shm;
 pub(crate) mod tcp;
+pub(crate) mod ucx;
 
 use std::fmt;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use smallvec::SmallVec;
 
@@ -36,23 +37,29 @@ pub enum LinkKind {
     Shm,
     /// A TCP connection; always available.
     Tcp,
+    /// UCX, where libucp is found at run time; used where it is asked for.
+    Ucx,
     /// In-process link for tests (feature `mock`).
     Mock,
 }
 
 impl LinkKind {
-    /// The name used in configuration, in JSON output and on the wire: `shm`, `tcp`, `mock`.
+    /// The name used in configuration, in JSON output and on the wire: `shm`, `tcp`, `ucx`,
+    /// `mock`.
     pub const fn name(self) -> &'static str {
         match self {
             LinkKind::Shm => "shm",
             LinkKind::Tcp => "tcp",
+            LinkKind::Ucx => "ucx",
             LinkKind::Mock => "mock",
         }
     }
 
     /// The kind with this name, if there is one.
     pub fn from_name(name: &str) -> Option<Self> {
-        [LinkKind::Shm, LinkKind::Tcp, LinkKind::Mock].into_iter().find(|kind| kind.name() == name)
+        [LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx, LinkKind::Mock]
+            .into_iter()
+            .find(|kind| kind.name() == name)
     }
 }
 
@@ -206,6 +213,11 @@ pub(crate) trait Sink {
     /// A posted parcel's memory may be reused, or a landing has finished. Exactly once per
     /// `Post::Pending` and per landing that was not answered `Post::Done`.
     fn done(&mut self, op: OpId, result: Result<(), LinkError>);
+    /// Another endpoint has something to do, found on the way: its waker is called once the lock
+    /// is released.
+    fn wake(&mut self, waker: Waker) {
+        waker.wake();
+    }
 }
 
 /// What one call may spend, so that no endpoint starves another and no copy holds a lock for long.
@@ -239,6 +251,16 @@ pub(crate) enum Armed {
     Yes,
     /// There is something to do already: poll again.
     Busy,
+}
+
+/// The result of killing a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Killed {
+    /// Everything has been reported, and nothing is touched any more.
+    Over,
+    /// Something that this process does not control may still touch the memory of what has not
+    /// been reported: call again, soon. The link does nothing else any more.
+    Lingers,
 }
 
 /// What a link can do; fixed once it is up.
@@ -292,9 +314,10 @@ pub(crate) trait Link: Send {
     /// Lets go of a view, or refuses a held offer; the sender's operation then ends well.
     fn release(&mut self, payload: PayloadId);
 
-    /// Ends the link now. Every pending post and landing is reported through `sink.done` with
-    /// `error` before this returns, and no memory of theirs is touched afterwards.
-    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink);
+    /// Ends the link now. Every pending post and landing is reported through `sink.done`, those
+    /// that had not ended with `error`, before this answers [`Killed::Over`]; no memory of theirs
+    /// is touched after it was reported.
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed;
 
     /// Whether everything posted has left this process (for close: flush before the end). Where
     /// the peer reads this process's memory, a payload leaves it only when the peer is finished

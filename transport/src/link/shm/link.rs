@@ -35,8 +35,8 @@ use super::wire::{
 };
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
-    Armed, Budget, COPIED_MAX, Caps, Class, HEAD_MAX, How, Landing, Link, LinkCounters, LinkKind,
-    Mapping, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Armed, Budget, COPIED_MAX, Caps, Class, HEAD_MAX, How, Killed, Landing, Link, LinkCounters,
+    LinkKind, Mapping, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::{
     OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SharedBlock,
@@ -575,7 +575,7 @@ impl Link for ShmLink {
         }
     }
 
-    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) {
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         self.die(error.clone());
         self.tell_the_end();
         for queue in [&mut self.landing, &mut self.pushing] {
@@ -595,6 +595,7 @@ impl Link for ShmLink {
         for (block, _) in self.chunks.drain(..) {
             self.arena.give_back(block);
         }
+        Killed::Over
     }
 
     fn flushed(&self) -> bool {

@@ -44,7 +44,7 @@ use self::stream::{Plain, total};
 use self::tx::{Out, Tx};
 use self::wire::{Frame, FrameKind, HEADER_BYTES};
 use super::{
-    Armed, Budget, Caps, Class, HEAD_MAX, How, Landing, Link, LinkCounters, LinkKind, OpId,
+    Armed, Budget, Caps, Class, HEAD_MAX, How, Killed, Landing, Link, LinkCounters, LinkKind, OpId,
     PayloadId, Post, Progress, Segment, Sink, armed_if_pending,
 };
 use crate::error::{ErrorKind, LinkError};
@@ -508,12 +508,13 @@ impl<S: ByteStream> Link for TcpLink<S> {
         }
     }
 
-    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) {
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         self.stream.shutdown();
         self.dead.get_or_insert_with(|| error.clone());
         let mut done = |op| report(sink, op, Err(error.clone()));
         self.tx.clear(&mut done);
         self.rx.clear(&mut done);
+        Killed::Over
     }
 
     /// Offers that the peer has not answered do not count: they wait for the peer, not for the

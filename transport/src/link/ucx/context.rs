@@ -1,0 +1,118 @@
+//! UCX's context: devices, memory domains, and the site's settings.
+
+use std::ffi::CStr;
+use std::sync::{Mutex, PoisonError};
+
+use thalweg_ffi::ucx::{self as ffi, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
+
+use super::{Unavailable, describe};
+
+/// Making and ending contexts touches state of the library's that is not guarded.
+static LIBRARY: Mutex<()> = Mutex::new(());
+
+const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in force";
+
+/// A context. One a node: its worker is the only one in it, so UCX needs no locks of its own.
+pub(super) struct Context {
+    pub ucx: &'static Ucx,
+    raw: ucp_context_h,
+}
+
+// SAFETY: the worker's lock is held around every use of the context once it is made.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+/// Settings, given back when dropped.
+struct Settings {
+    ucx: &'static Ucx,
+    raw: *mut ucp_config_t,
+}
+
+impl Settings {
+    /// What the environment says (`UCX_*`).
+    fn read(ucx: &'static Ucx) -> Result<Settings, Unavailable> {
+        let mut raw = std::ptr::null_mut();
+        let null = std::ptr::null();
+        // SAFETY: no prefix and no file: UCX's own; `raw` is written on success.
+        let status = unsafe { (ucx.functions.ucp_config_read)(null, null, &raw mut raw) };
+        if status != ffi::UCS_OK {
+            return Err(Unavailable {
+                reason: describe(ucx, "UCX cannot read its settings", status),
+                fix: MODIFY_FIX.into(),
+            });
+        }
+        Ok(Settings { ucx, raw })
+    }
+
+    /// Sets one setting, unless the site has.
+    fn prefer(&mut self, name: &CStr, value: &CStr) -> Result<(), Unavailable> {
+        let variable = format!("UCX_{}", name.to_string_lossy());
+        if std::env::var_os(&variable).is_some() {
+            return Ok(());
+        }
+        // SAFETY: `raw` is a live configuration; both strings are copied.
+        let status = unsafe {
+            (self.ucx.functions.ucp_config_modify)(self.raw, name.as_ptr(), value.as_ptr())
+        };
+        if status == ffi::UCS_OK {
+            return Ok(());
+        }
+        Err(Unavailable {
+            reason: describe(self.ucx, &format!("UCX refuses {variable}"), status),
+            fix: String::new(),
+        })
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        // SAFETY: made by `ucp_config_read`, released once.
+        unsafe { (self.ucx.functions.ucp_config_release)(self.raw) };
+    }
+}
+
+impl Context {
+    pub fn new(ucx: &'static Ucx) -> Result<Context, Unavailable> {
+        let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut settings = Settings::read(ucx)?;
+        // Without it UCX gives up shared memory on endpoints that report the death of a peer.
+        settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
+        // SAFETY: zero is a valid value of every field; the mask says which are read.
+        let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
+        params.field_mask = ffi::UCP_PARAM_FIELD_FEATURES.into();
+        params.features = u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_WAKEUP);
+        let mut raw = std::ptr::null_mut();
+        let (major, minor) = ffi::VERSION_MIN;
+        // Opening devices may load libraries that install handlers.
+        let handlers = SignalHandlers::remember();
+        // SAFETY: parameters and settings are live for the call; `raw` is written on success.
+        let status = unsafe {
+            let init = ucx.functions.ucp_init_version;
+            init(major, minor, &raw const params, settings.raw, &raw mut raw)
+        };
+        drop(handlers);
+        if status != ffi::UCS_OK {
+            return Err(Unavailable {
+                reason: describe(ucx, "UCX finds nothing to work with", status),
+                fix: MODIFY_FIX.into(),
+            });
+        }
+        Ok(Context { ucx, raw })
+    }
+
+    pub fn raw(&self) -> ucp_context_h {
+        self.raw
+    }
+
+    /// Ends the context.
+    ///
+    /// # Safety
+    ///
+    /// Nothing of it is in use: its worker is destroyed.
+    pub unsafe fn end(&self) {
+        let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: made by `ucp_init_version`; the caller calls this once, last.
+        unsafe { (self.ucx.functions.ucp_cleanup)(self.raw) };
+    }
+}

@@ -1,0 +1,267 @@
+//! What a node's links over UCX have in common: progress when nobody polls, and set-up.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
+
+use super::blob::Blob;
+use super::inbox::{Fault, Mailbox};
+use super::link::UcxLink;
+use super::request::SendOp;
+use super::wire::{Address, Header, Kind};
+use super::worker::{Ep, Worker};
+use super::{UcxOptions, Unavailable, describe};
+use crate::link::{Armed, Budget, Class, Engine, Progress};
+use crate::proto::hello::Failure;
+use crate::runtime::{Reactor, Sleep, Source, Timers};
+
+/// Steps of progress in one turn.
+const STEPS: usize = 64;
+/// How often endpoints that are ending are looked after.
+const ENDING_EVERY: Duration = Duration::from_millis(1);
+
+/// A node's worker, and what drives it.
+pub(crate) struct UcxEngine {
+    worker: Arc<Worker>,
+    timers: Arc<Timers>,
+    options: UcxOptions,
+    ending: Mutex<Option<Sleep>>,
+}
+
+fn log(level: LogLevel, text: &str) {
+    match level {
+        LogLevel::Fatal | LogLevel::Error | LogLevel::Warn => {
+            tracing::debug!(target: "thalweg::ucx", ?level, "{text}");
+        }
+        LogLevel::Info => tracing::trace!(target: "thalweg::ucx", "{text}"),
+    }
+}
+
+impl UcxEngine {
+    /// Finds libucp and makes the node's worker.
+    pub fn new(
+        reactor: &Reactor,
+        timers: Arc<Timers>,
+        options: UcxOptions,
+    ) -> Result<Arc<Self>, Unavailable> {
+        let absent =
+            |absent: &ffi::Absent| Unavailable { reason: absent.to_string(), fix: absent.fix() };
+        let ucx = ffi::load().map_err(absent)?;
+        ucx.redirect_log(log);
+        let worker = Worker::new(ucx, reactor)?;
+        Ok(Arc::new(UcxEngine { worker, timers, options, ending: Mutex::new(None) }))
+    }
+
+    /// What was found, for people.
+    pub fn found(&self) -> String {
+        let ucx = self.worker.ucx;
+        let mut found = format!("UCX {} from {}", ucx.version, ucx.path.display());
+        let settings = ffi::site_settings();
+        if !settings.is_empty() {
+            let list: Vec<String> =
+                settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            found = format!("{found}, with {}", list.join(" "));
+        }
+        found
+    }
+
+    pub fn version(&self) -> Version {
+        self.worker.ucx.version
+    }
+
+    /// A slot for a connection that is being made.
+    pub fn reserve(&self) -> Result<Reservation, String> {
+        let mut secret = [0; 8];
+        getrandom::fill(&mut secret).map_err(|error| format!("random numbers: {error}"))?;
+        let secret = u64::from_ne_bytes(secret);
+        let worker = &self.worker;
+        let limit = self.options.inbox_max_bytes;
+        let mailbox = worker.dispatch.register(worker.ucx, secret, limit);
+        Ok(Reservation { slot: Some(Slot { worker: worker.clone(), mailbox }) })
+    }
+
+    /// Connects to the peer's worker, and waits until both directions are known to work.
+    pub async fn open(&self, slot: Slot, blob: &[u8]) -> Result<Opened, Failure> {
+        let failure = |reason: String| Failure { reason, fix: String::new() };
+        let blob = Blob::from_bytes(blob)
+            .ok_or_else(|| failure("the peer's offer is malformed".into()))?;
+        let ucx = self.worker.ucx;
+        let ep = {
+            let mut worker = self.worker.lock();
+            let ep = worker
+                .connect(&blob.worker, &slot.mailbox, &self.worker)
+                .map_err(|status| failure(describe(ucx, "UCX finds no way to the peer", status)))?;
+            ping(&mut worker, &ep, blob.to).map_err(|status| {
+                failure(describe(ucx, "UCX sends nothing to the peer", status))
+            })?;
+            ep
+        };
+        let limit = self.options.setup_timeout;
+        let mut patience = self.timers.sleep_until(Instant::now() + limit);
+        poll_fn(|cx| {
+            if let Some(result) = self.look(&slot.mailbox, cx) {
+                return Poll::Ready(result);
+            }
+            Pin::new(&mut patience).poll(cx).map(|()| {
+                Err(format!("UCX connected, but nothing came from the peer within {limit:?}"))
+            })
+        })
+        .await
+        .map_err(failure)?;
+        let lanes = self.worker.lock().lanes(&ep);
+        Ok(Opened { slot, ep, to: blob.to, lanes, options: self.options.clone() })
+    }
+
+    /// Whether the peer's ping has come. `None`: not yet, and `cx`'s waker is called when there is
+    /// something new. The slot stays parked, so that the resident task goes on progressing.
+    fn look(&self, mailbox: &Mailbox, cx: &mut Context<'_>) -> Option<Result<(), String>> {
+        let ucx = self.worker.ucx;
+        let mut worker = self.worker.lock();
+        let mut more = worker.progress_all(STEPS);
+        let mut inbox = mailbox.inbox();
+        mailbox.park(&mut inbox, cx.waker());
+        let found = match inbox.fault {
+            _ if inbox.pinged => Some(Ok(())),
+            Some(Fault::Endpoint(status)) => {
+                Some(Err(describe(ucx, "UCX could not connect to the peer", status)))
+            }
+            Some(Fault::Peer(what)) => Some(Err(format!("the peer: {what}"))),
+            None => None,
+        };
+        drop(inbox);
+        match worker.arm(None) {
+            Ok(armed) => more |= armed == Armed::Busy,
+            Err(error) => return Some(Err(error.detail)),
+        }
+        let wakes = worker.take_wakes();
+        drop(worker);
+        for waker in wakes {
+            waker.wake();
+        }
+        if more && found.is_none() {
+            cx.waker().wake_by_ref();
+        }
+        found
+    }
+
+    /// Comes back soon while something is ending: UCX may not tell through its descriptor.
+    fn look_after_the_ending(&self, cx: &mut Context<'_>) {
+        let mut ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.worker.dispatch.ending.load(Ordering::Acquire) == 0 {
+            *ending = None;
+            return;
+        }
+        let sleep =
+            ending.get_or_insert_with(|| self.timers.sleep_until(Instant::now() + ENDING_EVERY));
+        if Pin::new(sleep).poll(cx).is_ready() {
+            *ending = None;
+            cx.waker().wake_by_ref();
+        }
+    }
+}
+
+fn ping(
+    worker: &mut super::worker::Locked<'_>,
+    ep: &Ep,
+    to: Address,
+) -> Result<(), thalweg_ffi::ucx::ucs_status_t> {
+    let mut op = SendOp::new();
+    let header = Header {
+        kind: Kind::Ping,
+        class: Class::Control,
+        head_len: 0,
+        seq: 0,
+        slot: to.slot,
+        secret: to.secret,
+    };
+    op.bytes.extend_from_slice(&header.encode());
+    // SAFETY: all of it lies in the box.
+    unsafe { worker.send(ep, op, 0, false) }.map(drop).map_err(|(_, status)| status)
+}
+
+impl Engine for UcxEngine {
+    fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
+        self.worker.sleeper.set_resident(cx.waker());
+        let mut worker = self.worker.lock();
+        let mut more = worker.progress_all(STEPS);
+        if !more && self.worker.dispatch.parked.load(Ordering::Acquire) > 0 {
+            // An error is that of the runtime, which others report.
+            more = matches!(worker.arm(None), Ok(Armed::Busy));
+        }
+        let wakes = worker.take_wakes();
+        drop(worker);
+        for waker in wakes {
+            waker.wake();
+        }
+        self.look_after_the_ending(cx);
+        if more { Progress::More } else { Progress::Idle }
+    }
+}
+
+/// A registered mailbox. Given back when dropped, with all that came.
+pub(crate) struct Slot {
+    pub(super) worker: Arc<Worker>,
+    pub(super) mailbox: Arc<Mailbox>,
+}
+
+impl Slot {
+    /// Takes no more, and forgets what came.
+    pub(super) fn close(&self, worker: &mut super::worker::Locked<'_>) {
+        self.worker.dispatch.unregister(&self.mailbox);
+        let mut inbox = self.mailbox.inbox();
+        self.mailbox.unpark(&mut inbox);
+        let forgotten = inbox.close();
+        drop(inbox);
+        for desc in forgotten {
+            worker.release(desc);
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if !self.worker.forked() {
+            self.close(&mut self.worker.lock());
+        }
+    }
+}
+
+/// A slot that a hello offers to a peer.
+pub(crate) struct Reservation {
+    slot: Option<Slot>,
+}
+
+impl Reservation {
+    /// What the hello says.
+    pub fn blob(&self) -> Vec<u8> {
+        let Some(slot) = &self.slot else { return Vec::new() };
+        let worker = &slot.worker;
+        Blob::new(worker.ucx.version, slot.mailbox.address, worker.address.clone()).to_bytes()
+    }
+
+    pub fn take(&mut self) -> Option<Slot> {
+        self.slot.take()
+    }
+}
+
+/// A link that works, and lacks the connection that tells of the peer's death.
+pub(crate) struct Opened {
+    // In this order: the endpoint is closed before its slot is given up.
+    pub(super) ep: Ep,
+    pub(super) slot: Slot,
+    pub(super) to: Address,
+    pub(super) lanes: String,
+    pub(super) options: UcxOptions,
+}
+
+impl Opened {
+    /// The link. `bootstrap` stays open, and is silent from now on.
+    pub fn into_link(self, bootstrap: Source) -> UcxLink {
+        UcxLink::new(self, bootstrap)
+    }
+}

@@ -1,0 +1,105 @@
+//! Parcels through UCX: whatever lanes libucp finds between two processes, behind one worker.
+//!
+//! A node has one worker, found at run time (`thalweg-ffi`), under one lock. Parcels are active
+//! messages; matching and order are `proto`'s, so UCX's own tags and streams are not used. The
+//! bootstrap connection stays open beside it: its end is the peer's death, seen by the kernel.
+//!
+//! | file | owns |
+//! | --- | --- |
+//! | `context` | the library's context and its settings |
+//! | `worker` | the worker, its lock, and what its callbacks may touch |
+//! | `request` | operations that UCX is at work on, and the callbacks that end them |
+//! | `inbox` | what came for one link, in order, until the link is polled |
+//! | `wire` | the header before each parcel |
+//! | `blob` | what a node tells its peers, and the judgement on it |
+//! | `lanes` | what UCX says about the lanes of an endpoint |
+//! | `engine` | progress when nobody polls, sleep and wake, set-up |
+//! | `link` | the link |
+//!
+//! # Ownership
+//!
+//! What UCX may still touch is owned by the request: a [`request::SendOp`] owns head and short
+//! payloads, and the driver's table owns the rest until `Sink::done`. Both end only in the
+//! terminal callback. A link that is killed closes its endpoint by force, which ends requests in a
+//! few turns of progress; until then it lingers, and so does the memory.
+//!
+//! # Locks
+//!
+//! In this order, none of them across user code: the endpoint's, the worker's, a link's inbox.
+//! Callbacks run inside of calls into UCX, so with the worker's lock held; they take an inbox only.
+//!
+//! # What is trusted
+//!
+//! UCX itself parses the peer's worker address and its own wire format, and does not authenticate:
+//! the link is for networks and users that are trusted, and is used only where it is asked for.
+//! Everything above UCX is checked as on the other links. An inbox is bounded.
+
+mod blob;
+mod context;
+mod engine;
+mod inbox;
+mod lanes;
+mod link;
+mod request;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod worker;
+
+use std::time::Duration;
+
+use thalweg_ffi::ucx::{self as ffi, Ucx, ucs_status_t};
+
+use super::LinkKind;
+use crate::error::{ErrorKind, LinkError};
+
+pub(crate) use blob::verdict;
+pub(crate) use engine::{Opened, Reservation, UcxEngine};
+
+/// What a link is told when it is made.
+#[derive(Clone, Debug)]
+pub(crate) struct UcxOptions {
+    /// See [`super::Caps::eager_max`].
+    pub eager_max: usize,
+    /// The longest payload, in bytes, in either direction.
+    pub max_payload: u64,
+    /// What may wait in one link's inbox, in bytes. A peer that keeps to its credit stays below.
+    pub inbox_max_bytes: usize,
+    /// How long setting up one link may take.
+    pub setup_timeout: Duration,
+}
+
+/// Why this node cannot use UCX at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unavailable {
+    pub reason: String,
+    pub fix: String,
+}
+
+/// A failure of UCX's, in words and with its number.
+fn describe(ucx: &Ucx, doing: &str, status: ucs_status_t) -> String {
+    format!("{doing}: {} (UCX status {status})", ucx.describe(status))
+}
+
+fn link_error(ucx: &Ucx, doing: &str, status: ucs_status_t) -> LinkError {
+    let kind = match status {
+        ffi::UCS_ERR_NO_MEMORY | ffi::UCS_ERR_NO_RESOURCE | ffi::UCS_ERR_EXCEEDS_LIMIT => {
+            ErrorKind::Resources
+        }
+        ffi::UCS_ERR_CONNECTION_RESET
+        | ffi::UCS_ERR_NOT_CONNECTED
+        | ffi::UCS_ERR_UNREACHABLE
+        | ffi::UCS_ERR_TIMED_OUT
+        | ffi::UCS_ERR_CANCELED
+        | ffi::UCS_ERR_ENDPOINT_TIMEOUT
+        | ffi::UCS_ERR_REJECTED => ErrorKind::ConnectionLost,
+        ffi::UCS_ERR_UNSUPPORTED | ffi::UCS_ERR_NOT_IMPLEMENTED => ErrorKind::Unsupported,
+        _ if (ffi::UCS_ERR_LAST_ENDPOINT_FAILURE..=ffi::UCS_ERR_FIRST_LINK_FAILURE)
+            .contains(&status) =>
+        {
+            ErrorKind::ConnectionLost
+        }
+        _ => ErrorKind::Io,
+    };
+    LinkError::new(kind, LinkKind::Ucx, describe(ucx, doing, status))
+}

@@ -1,0 +1,226 @@
+//! Operations that UCX is at work on.
+//!
+//! Each is a box that UCX gets as a raw pointer with the request and that comes back in the
+//! terminal callback, which is the only place where it is freed. So heads, lists of segments and
+//! short payloads live exactly as long as UCX may look at them. What they point to belongs to the
+//! driver's table until the operation is reported done.
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_status_t};
+
+use super::inbox::{Dispatch, Mailbox};
+use crate::link::{Class, OpId};
+
+/// A request that has ended.
+pub(super) enum Finished {
+    Send(Box<SendOp>, ucs_status_t),
+    Recv { op: OpId, status: ucs_status_t },
+    Flush { sent: u64 },
+}
+
+/// A parcel on its way out.
+pub(super) struct SendOp {
+    pub op: OpId,
+    pub class: Class,
+    /// Whether the driver waits to hear that it is done.
+    pub reports: bool,
+    /// Header, head and, if they are short, payload.
+    pub bytes: Vec<u8>,
+    pub iov: Vec<ucp_dt_iov_t>,
+    pub to: Option<Arc<Mailbox>>,
+}
+
+// SAFETY: the segments are descriptions of memory that the driver's table owns until the operation
+// is done; none is tied to a thread.
+unsafe impl Send for SendOp {}
+
+impl SendOp {
+    /// What a box keeps for the next parcel, in bytes.
+    const KEPT_BYTES: usize = 4096;
+    const KEPT_SEGMENTS: usize = 64;
+
+    pub fn new() -> Box<SendOp> {
+        Box::new(SendOp {
+            op: OpId::NONE,
+            class: Class::Control,
+            reports: false,
+            bytes: Vec::with_capacity(256),
+            iov: Vec::new(),
+            to: None,
+        })
+    }
+
+    /// Makes it ready for the next parcel.
+    pub fn reset(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(Self::KEPT_BYTES);
+        self.iov.clear();
+        self.iov.shrink_to(Self::KEPT_SEGMENTS);
+        self.reports = false;
+        self.op = OpId::NONE;
+    }
+}
+
+/// A payload on its way in.
+pub(super) struct RecvOp {
+    pub op: OpId,
+    pub iov: Vec<ucp_dt_iov_t>,
+    pub to: Arc<Mailbox>,
+}
+
+/// A flush of what was sent until it began.
+pub(super) struct FlushOp {
+    pub sent: u64,
+    pub to: Arc<Mailbox>,
+}
+
+/// An endpoint that is being closed; keeps what its error handler may be called with.
+pub(super) struct CloseOp {
+    pub ucx: &'static Ucx,
+    pub dispatch: Arc<Dispatch>,
+    pub mailbox: Arc<Mailbox>,
+}
+
+/// What a call that may make a request came to.
+pub(super) enum Begun {
+    /// Over, without a request.
+    Done,
+    /// The callback follows.
+    Pending,
+    Failed(ucs_status_t),
+}
+
+/// What the pointer says that such calls return.
+pub(super) fn begun(pointer: *mut c_void) -> Begun {
+    let value = pointer as usize;
+    if value == 0 {
+        Begun::Done
+    } else if value >= ffi::UCS_ERR_LAST as isize as usize {
+        Begun::Failed(value as ucs_status_t)
+    } else {
+        Begun::Pending
+    }
+}
+
+/// Parameters of a request with a callback and its box. Everything else is zero.
+pub(super) fn params(user_data: *mut c_void) -> ucp_request_param_t {
+    // SAFETY: zero is a valid value of every field; the mask says which are read.
+    let mut params: ucp_request_param_t = unsafe { MaybeUninit::zeroed().assume_init() };
+    params.op_attr_mask = ffi::UCP_OP_ATTR_FIELD_CALLBACK | ffi::UCP_OP_ATTR_FIELD_USER_DATA;
+    params.user_data = user_data;
+    params
+}
+
+/// Says of which kind the memory of a request is: UCX's own detection is not relied upon.
+pub(super) fn host_memory(params: &mut ucp_request_param_t) {
+    params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+    params.memory_type = ffi::UCS_MEMORY_TYPE_HOST;
+}
+
+/// Sets buffer and count: one segment plainly, several as a list.
+pub(super) fn segments(
+    iov: &[ucp_dt_iov_t],
+    params: &mut ucp_request_param_t,
+) -> (*mut c_void, usize) {
+    match iov {
+        [] => (std::ptr::null_mut(), 0),
+        [one] => (one.buffer, one.length),
+        list => {
+            params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_DATATYPE;
+            params.datatype = ffi::UCP_DATATYPE_IOV.into();
+            (list.as_ptr().cast_mut().cast(), list.len())
+        }
+    }
+}
+
+/// Nothing unwinds into C. What a callback does cannot panic but for a bug; the process goes on.
+fn shielded(body: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(body)).is_err() {
+        tracing::error!("a panic in a callback of UCX's was stopped");
+    }
+}
+
+/// Ends a send.
+///
+/// # Safety
+///
+/// For UCX to call, with a [`SendOp`] in flight as `user_data`.
+pub(super) unsafe extern "C" fn sent(
+    request: *mut c_void,
+    status: ucs_status_t,
+    user_data: *mut c_void,
+) {
+    shielded(|| {
+        // SAFETY: made by `Box::into_raw` when the request began; this is its one end.
+        let mut op = unsafe { Box::from_raw(user_data.cast::<SendOp>()) };
+        let Some(to) = op.to.take() else { return };
+        // SAFETY: the request is over, and nobody else frees it.
+        unsafe { (to.ucx.functions.ucp_request_free)(request) };
+        to.finish(Finished::Send(op, status));
+    });
+}
+
+/// Ends a receive.
+///
+/// # Safety
+///
+/// For UCX to call, with a [`RecvOp`] in flight as `user_data`.
+pub(super) unsafe extern "C" fn received(
+    request: *mut c_void,
+    status: ucs_status_t,
+    _len: usize,
+    user_data: *mut c_void,
+) {
+    shielded(|| {
+        // SAFETY: as in `sent`.
+        let op = unsafe { Box::from_raw(user_data.cast::<RecvOp>()) };
+        // SAFETY: as in `sent`.
+        unsafe { (op.to.ucx.functions.ucp_request_free)(request) };
+        op.to.finish(Finished::Recv { op: op.op, status });
+    });
+}
+
+/// Ends a flush.
+///
+/// # Safety
+///
+/// For UCX to call, with a [`FlushOp`] in flight as `user_data`.
+pub(super) unsafe extern "C" fn flushed(
+    request: *mut c_void,
+    _status: ucs_status_t,
+    user_data: *mut c_void,
+) {
+    shielded(|| {
+        // SAFETY: as in `sent`.
+        let op = unsafe { Box::from_raw(user_data.cast::<FlushOp>()) };
+        // SAFETY: as in `sent`.
+        unsafe { (op.to.ucx.functions.ucp_request_free)(request) };
+        // A flush that fails is followed by the error handler's call.
+        op.to.finish(Finished::Flush { sent: op.sent });
+    });
+}
+
+/// Ends the closing of an endpoint.
+///
+/// # Safety
+///
+/// For UCX to call, with a [`CloseOp`] in flight as `user_data`.
+pub(super) unsafe extern "C" fn closed(
+    request: *mut c_void,
+    _status: ucs_status_t,
+    user_data: *mut c_void,
+) {
+    shielded(|| {
+        // SAFETY: as in `sent`.
+        let op = unsafe { Box::from_raw(user_data.cast::<CloseOp>()) };
+        // SAFETY: as in `sent`.
+        unsafe { (op.ucx.functions.ucp_request_free)(request) };
+        op.dispatch.ending.fetch_sub(1, Ordering::AcqRel);
+        drop(op.mailbox);
+    });
+}

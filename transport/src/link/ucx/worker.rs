@@ -1,0 +1,736 @@
+//! The worker: every call into UCX goes through its lock.
+
+use std::ffi::{CStr, c_void};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use smallvec::SmallVec;
+use thalweg_ffi::ucx::{
+    self as ffi, Ucx, ucp_address_t, ucp_am_recv_param_t, ucp_ep_h, ucp_worker_h, ucs_status_t,
+};
+
+use super::context::Context;
+use super::inbox::{Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
+use super::request::{
+    Begun, CloseOp, FlushOp, RecvOp, SendOp, begun, closed, flushed, host_memory, params, received,
+    segments, sent,
+};
+use super::wire::{HEADER_BYTES, Header};
+use super::{Unavailable, describe, lanes, link_error};
+use crate::error::LinkError;
+use crate::link::{Armed, HEAD_MAX};
+use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
+
+/// Our one active message.
+const AM_ID: u32 = 1;
+/// How long the end of a worker waits for UCX to let go of memory before it leaves the worker
+/// standing.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Packed messages are at most this long.
+pub(super) const PACKED_MAX: usize = HEADER_BYTES + HEAD_MAX + INLINE_MAX;
+
+/// Whom the worker's descriptor wakes.
+pub(super) struct Sleeper {
+    /// The descriptor will fire for what comes next.
+    armed: AtomicBool,
+    /// The endpoint that armed last: it moves the data itself.
+    last: Mutex<Option<Waker>>,
+    /// The resident task, which sees to the others.
+    resident: Mutex<Option<Waker>>,
+    dispatch: Arc<Dispatch>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sleeper {
+    pub fn set_resident(&self, waker: &Waker) {
+        let mut resident = lock(&self.resident);
+        match &*resident {
+            Some(known) if known.will_wake(waker) => {}
+            _ => *resident = Some(waker.clone()),
+        }
+    }
+
+    /// An endpoint is gone: it must not be woken in place of others.
+    pub fn forget(&self, waker: &Waker) {
+        let mut last = lock(&self.last);
+        if last.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *last = None;
+        }
+    }
+}
+
+impl Wake for Sleeper {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.armed.store(false, Ordering::Release);
+        let last = lock(&self.last).take();
+        let alone = last.is_some() && self.dispatch.parked.load(Ordering::Acquire) <= 1;
+        if let Some(last) = last {
+            last.wake();
+        }
+        if !alone {
+            let resident = lock(&self.resident).clone();
+            if let Some(resident) = resident {
+                resident.wake();
+            }
+        }
+    }
+}
+
+/// The node's worker. Ends with its last user, once UCX has let go of everything.
+pub(super) struct Worker {
+    pub ucx: &'static Ucx,
+    context: Context,
+    raw: ucp_worker_h,
+    gate: Mutex<()>,
+    pub dispatch: Arc<Dispatch>,
+    /// What peers connect to.
+    pub address: Vec<u8>,
+    source: Source,
+    pub sleeper: Arc<Sleeper>,
+    sleeper_waker: Waker,
+    fork: ForkGuard,
+}
+
+// SAFETY: the handle is used under `gate` only, and UCX was told so (serialised thread mode).
+unsafe impl Send for Worker {}
+// SAFETY: as above.
+unsafe impl Sync for Worker {}
+
+/// A worker that is being made: destroyed again if that fails.
+struct Raw<'a> {
+    context: &'a Context,
+    raw: ucp_worker_h,
+}
+
+impl Drop for Raw<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by `ucp_worker_create`, and nothing uses it.
+        unsafe { (self.context.ucx.functions.ucp_worker_destroy)(self.raw) };
+    }
+}
+
+/// A context that is ended again if no worker comes of it.
+struct Ends(Option<Context>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if let Some(context) = self.0.take() {
+            // SAFETY: no worker is in it.
+            unsafe { context.end() };
+        }
+    }
+}
+
+impl Worker {
+    pub fn new(ucx: &'static Ucx, reactor: &Reactor) -> Result<Arc<Worker>, Unavailable> {
+        let mut ends = Ends(Some(Context::new(ucx)?));
+        let Some(context) = &ends.0 else { return Err(failed(ucx, "", 0)) };
+        let made = Worker::make(context)?;
+        let dispatch = Arc::new(Dispatch::default());
+        set_handler(ucx, made.raw, &dispatch)?;
+        check_header(ucx, made.raw)?;
+        let address = address(ucx, made.raw)?;
+        let source = descriptor(ucx, made.raw, reactor)?;
+        let sleeper = Arc::new(Sleeper {
+            armed: AtomicBool::new(false),
+            last: Mutex::new(None),
+            resident: Mutex::new(None),
+            dispatch: dispatch.clone(),
+        });
+        let raw = made.raw;
+        std::mem::forget(made);
+        let Some(context) = ends.0.take() else { return Err(failed(ucx, "", 0)) };
+        Ok(Arc::new(Worker {
+            ucx,
+            context,
+            raw,
+            gate: Mutex::new(()),
+            dispatch,
+            address,
+            source,
+            sleeper_waker: Waker::from(sleeper.clone()),
+            sleeper,
+            fork: ForkGuard::get(),
+        }))
+    }
+
+    fn make(context: &Context) -> Result<Raw<'_>, Unavailable> {
+        let ucx = context.ucx;
+        // SAFETY: zero is a valid value of every field; the mask says which are read.
+        let mut params: ffi::ucp_worker_params_t = unsafe { std::mem::zeroed() };
+        params.field_mask = ffi::UCP_WORKER_PARAM_FIELD_THREAD_MODE.into();
+        params.thread_mode = ffi::UCS_THREAD_MODE_SERIALIZED;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the context is live; `raw` is written on success.
+        let status = unsafe {
+            (ucx.functions.ucp_worker_create)(context.raw(), &raw const params, &raw mut raw)
+        };
+        match status {
+            ffi::UCS_OK => Ok(Raw { context, raw }),
+            _ => Err(failed(ucx, "UCX cannot make a worker", status)),
+        }
+    }
+
+    /// The lock. Blocks for at most the turns of others.
+    pub fn lock(&self) -> Locked<'_> {
+        Locked { worker: self, _gate: lock(&self.gate) }
+    }
+
+    pub fn try_lock(&self) -> Option<Locked<'_>> {
+        match self.gate.try_lock() {
+            Ok(gate) => Some(Locked { worker: self, _gate: gate }),
+            Err(std::sync::TryLockError::Poisoned(gate)) => {
+                Some(Locked { worker: self, _gate: gate.into_inner() })
+            }
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        }
+    }
+
+    pub fn forked(&self) -> bool {
+        self.fork.forked()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.forked() {
+            // A child shares descriptors and memory with its parent, whose worker this is.
+            return;
+        }
+        let until = Instant::now() + PATIENCE;
+        let busy = |dispatch: &Dispatch| {
+            dispatch.in_flight.load(Ordering::Acquire) + dispatch.ending.load(Ordering::Acquire) > 0
+        };
+        while busy(&self.dispatch) && Instant::now() < until {
+            self.lock().progress();
+        }
+        if busy(&self.dispatch) {
+            tracing::error!("UCX does not let go of memory: its worker is left standing");
+            std::mem::forget(self.dispatch.clone());
+            return;
+        }
+        // SAFETY: no request is in flight, every endpoint is closed (each holds the worker), and
+        // nobody else has the worker any more.
+        unsafe {
+            (self.ucx.functions.ucp_worker_destroy)(self.raw);
+            self.context.end();
+        }
+    }
+}
+
+fn failed(ucx: &Ucx, doing: &str, status: ucs_status_t) -> Unavailable {
+    Unavailable { reason: describe(ucx, doing, status), fix: String::new() }
+}
+
+fn set_handler(ucx: &Ucx, raw: ucp_worker_h, dispatch: &Arc<Dispatch>) -> Result<(), Unavailable> {
+    // SAFETY: zero is a valid value of every field; the mask says which are read.
+    let mut handler: ffi::ucp_am_handler_param_t = unsafe { std::mem::zeroed() };
+    handler.field_mask = u64::from(
+        ffi::UCP_AM_HANDLER_PARAM_FIELD_ID
+            | ffi::UCP_AM_HANDLER_PARAM_FIELD_CB
+            | ffi::UCP_AM_HANDLER_PARAM_FIELD_ARG,
+    );
+    handler.id = AM_ID;
+    handler.cb = Some(arrived);
+    handler.arg = Arc::as_ptr(dispatch).cast_mut().cast();
+    // SAFETY: the worker is live; `dispatch` outlives it, as a field beside it.
+    let set = unsafe { (ucx.functions.ucp_worker_set_am_recv_handler)(raw, &raw const handler) };
+    match set {
+        ffi::UCS_OK => Ok(()),
+        status => Err(failed(ucx, "UCX has no active messages here", status)),
+    }
+}
+
+/// Whether header and head of a parcel fit every lane.
+fn check_header(ucx: &Ucx, raw: ucp_worker_h) -> Result<(), Unavailable> {
+    // SAFETY: zero is a valid value of every field; the mask says which are written.
+    let mut attributes: ffi::ucp_worker_attr_t = unsafe { std::mem::zeroed() };
+    attributes.field_mask = ffi::UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER.into();
+    // SAFETY: the worker is live.
+    let status = unsafe { (ucx.functions.ucp_worker_query)(raw, &raw mut attributes) };
+    if status != ffi::UCS_OK {
+        return Err(failed(ucx, "UCX does not tell the limits of its worker", status));
+    }
+    if attributes.max_am_header < HEADER_BYTES + HEAD_MAX {
+        return Err(Unavailable {
+            reason: format!(
+                "UCX's transports here take headers of {} bytes; {} are needed",
+                attributes.max_am_header,
+                HEADER_BYTES + HEAD_MAX
+            ),
+            fix: "allow other transports in UCX_TLS".into(),
+        });
+    }
+    Ok(())
+}
+
+fn address(ucx: &Ucx, raw: ucp_worker_h) -> Result<Vec<u8>, Unavailable> {
+    let mut address: *mut ucp_address_t = std::ptr::null_mut();
+    let mut len = 0;
+    // SAFETY: the worker is live; both are written on success.
+    let status =
+        unsafe { (ucx.functions.ucp_worker_get_address)(raw, &raw mut address, &raw mut len) };
+    if status != ffi::UCS_OK || address.is_null() {
+        return Err(failed(ucx, "UCX's worker has no address", status));
+    }
+    // SAFETY: UCX gave `len` bytes there; they are released once, after the copy.
+    let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), len) }.to_vec();
+    // SAFETY: as above.
+    unsafe { (ucx.functions.ucp_worker_release_address)(raw, address) };
+    if bytes.len() > super::blob::ADDRESS_MAX {
+        return Err(Unavailable {
+            reason: format!("UCX's worker has an address of {} bytes", bytes.len()),
+            fix: "name fewer devices in UCX_NET_DEVICES".into(),
+        });
+    }
+    Ok(bytes)
+}
+
+fn descriptor(ucx: &Ucx, raw: ucp_worker_h, reactor: &Reactor) -> Result<Source, Unavailable> {
+    let mut fd = -1;
+    // SAFETY: the worker is live; `fd` is written on success.
+    let status = unsafe { (ucx.functions.ucp_worker_get_efd)(raw, &raw mut fd) };
+    if status != ffi::UCS_OK {
+        return Err(Unavailable {
+            reason: describe(ucx, "UCX's transports here cannot be waited for", status),
+            fix: "allow other transports in UCX_TLS".into(),
+        });
+    }
+    let unwatched = |error: std::io::Error| Unavailable {
+        reason: format!("UCX's descriptor cannot be watched: {error}"),
+        fix: String::new(),
+    };
+    // SAFETY: UCX keeps it open for as long as the worker lives.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let own = borrowed.try_clone_to_owned().map_err(unwatched)?;
+    reactor.source(Fd::new(own), Interest::Read).map_err(unwatched)
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+    // An error is looked at by progressing.
+    poll(&mut fds, Some(&now)).map_or(true, |ready| ready > 0)
+}
+
+/// The worker, locked.
+pub(super) struct Locked<'a> {
+    pub worker: &'a Worker,
+    _gate: MutexGuard<'a, ()>,
+}
+
+impl Locked<'_> {
+    /// One step. `true`: something moved.
+    #[inline]
+    pub fn progress(&mut self) -> bool {
+        // SAFETY: the worker is live, and locked.
+        unsafe { (self.worker.ucx.functions.ucp_worker_progress)(self.worker.raw) != 0 }
+    }
+
+    /// As many steps as there is something to do, at most `limit`. `true`: there may be more.
+    pub fn progress_all(&mut self, limit: usize) -> bool {
+        (0..limit).all(|_| self.progress())
+    }
+
+    /// Whom callbacks wanted woken, to be woken outside of the lock.
+    pub fn take_wakes(&mut self) -> Vec<Waker> {
+        self.worker.dispatch.take_wakes()
+    }
+
+    /// Makes the descriptor fire for what comes next; `last` is woken first then. After `Yes`
+    /// whoever parked in the worker's lock before is woken by what comes.
+    pub fn arm(&mut self, last: Option<&Waker>) -> Result<Armed, LinkError> {
+        let worker = self.worker;
+        let sleeper = &worker.sleeper;
+        if let Some(waker) = last {
+            let mut last = lock(&sleeper.last);
+            match &*last {
+                Some(known) if known.will_wake(waker) => {}
+                _ => *last = Some(waker.clone()),
+            }
+        }
+        if sleeper.armed.load(Ordering::Acquire) {
+            return Ok(Armed::Yes);
+        }
+        // SAFETY: the worker is live, and locked.
+        match unsafe { (worker.ucx.functions.ucp_worker_arm)(worker.raw) } {
+            ffi::UCS_OK => {}
+            ffi::UCS_ERR_BUSY => return Ok(Armed::Busy),
+            status => return Err(link_error(worker.ucx, "arming UCX's worker", status)),
+        }
+        sleeper.armed.store(true, Ordering::Release);
+        let mut cx = TaskContext::from_waker(&worker.sleeper_waker);
+        let ready = worker.source.poll_read(&mut cx, |fd| match is_readable(fd) {
+            true => Ok(Attempt::More(())),
+            false => Err(std::io::ErrorKind::WouldBlock.into()),
+        });
+        match ready {
+            Poll::Pending => Ok(Armed::Yes),
+            Poll::Ready(Ok(())) => {
+                sleeper.armed.store(false, Ordering::Release);
+                Ok(Armed::Busy)
+            }
+            Poll::Ready(Err(error)) => {
+                sleeper.armed.store(false, Ordering::Release);
+                Err(super::link::io_error("waiting for UCX's worker", &error))
+            }
+        }
+    }
+
+    /// Connects to a peer's worker. What fails later is told to `mailbox`.
+    pub fn connect(
+        &mut self,
+        to: &[u8],
+        mailbox: &Arc<Mailbox>,
+        worker: &Arc<Worker>,
+    ) -> Result<Ep, ucs_status_t> {
+        // SAFETY: zero is a valid value of every field; the mask says which are read.
+        let mut params: ffi::ucp_ep_params_t = unsafe { std::mem::zeroed() };
+        params.field_mask = u64::from(
+            ffi::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+                | ffi::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+                | ffi::UCP_EP_PARAM_FIELD_ERR_HANDLER
+                | ffi::UCP_EP_PARAM_FIELD_FLAGS,
+        );
+        // UCX reads an address without being told its length: it is followed by zeros, which end
+        // every list in it.
+        let mut padded = to.to_vec();
+        padded.resize(to.len() + 256, 0);
+        params.address = padded.as_ptr().cast();
+        params.err_mode = ffi::UCP_ERR_HANDLING_MODE_PEER;
+        params.err_handler.cb = Some(endpoint_failed);
+        params.err_handler.arg = Arc::as_ptr(mailbox).cast_mut().cast();
+        // Two endpoints of one node are two ends, not one that talks to itself.
+        params.flags = ffi::UCP_EP_PARAMS_FLAGS_NO_LOOPBACK;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the worker is live and locked; the address is live for the call; the mailbox is
+        // kept by the endpoint until its close has ended.
+        let status = unsafe {
+            let create = self.worker.ucx.functions.ucp_ep_create;
+            create(self.worker.raw, &raw const params, &raw mut raw)
+        };
+        match status {
+            ffi::UCS_OK => {
+                Ok(Ep { worker: worker.clone(), raw, mailbox: mailbox.clone(), closed: false })
+            }
+            status => Err(status),
+        }
+    }
+
+    /// Sends a parcel: packed, all of it lies in `op.bytes`; otherwise these are header and head,
+    /// and `op.iov` names the payload. Gives the box back unless the callback will.
+    ///
+    /// # Safety
+    ///
+    /// What `op.iov` names is valid for reads until the send has ended.
+    pub unsafe fn send(
+        &mut self,
+        ep: &Ep,
+        mut op: Box<SendOp>,
+        header_len: usize,
+        rendezvous: bool,
+    ) -> Result<Option<Box<SendOp>>, (Box<SendOp>, ucs_status_t)> {
+        op.to = Some(ep.mailbox.clone());
+        let raw = Box::into_raw(op);
+        let mut params = params(raw.cast());
+        params.cb.send = Some(sent);
+        host_memory(&mut params);
+        if rendezvous {
+            params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
+            params.flags = ffi::UCP_AM_SEND_FLAG_RNDV;
+        }
+        // SAFETY: nobody else has the box until the callback, which runs under this lock.
+        let op = unsafe { &*raw };
+        let (header, (buffer, count)) = match header_len {
+            0 => (std::ptr::null(), (op.bytes.as_ptr().cast_mut().cast(), op.bytes.len())),
+            _ => (op.bytes.as_ptr().cast(), segments(&op.iov, &mut params)),
+        };
+        // SAFETY: the endpoint is live and its worker locked; header, list and short payloads lie
+        // in the box until the callback; for the rest answers the caller.
+        let pointer = unsafe {
+            let send = self.worker.ucx.functions.ucp_am_send_nbx;
+            send(ep.raw, AM_ID, header, header_len, buffer, count, &raw const params)
+        };
+        let status = match begun(pointer) {
+            Begun::Pending => {
+                ep.mailbox.begin();
+                return Ok(None);
+            }
+            Begun::Done => ffi::UCS_OK,
+            Begun::Failed(status) => status,
+        };
+        // SAFETY: UCX is finished with it, and there will be no callback.
+        let mut op = unsafe { Box::from_raw(raw) };
+        op.to = None;
+        if status == ffi::UCS_OK { Ok(Some(op)) } else { Err((op, status)) }
+    }
+
+    /// Receives a payload that waits at its sender.
+    ///
+    /// # Safety
+    ///
+    /// What `op.iov` names is valid for writes until the receive has ended.
+    pub unsafe fn receive(&mut self, desc: Desc, op: RecvOp) -> Begun {
+        let mailbox = op.to.clone();
+        let raw = Box::into_raw(Box::new(op));
+        let mut params = params(raw.cast());
+        params.cb.recv_am = Some(received);
+        host_memory(&mut params);
+        // SAFETY: nobody else has the box until the callback, which runs under this lock.
+        let (buffer, count) = segments(unsafe { &(*raw).iov }, &mut params);
+        // SAFETY: the descriptor is used once, on the worker that gave it; the list lies in the
+        // box until the callback; for the memory answers the caller.
+        let pointer = unsafe {
+            let receive = self.worker.ucx.functions.ucp_am_recv_data_nbx;
+            receive(self.worker.raw, desc.0.as_ptr(), buffer, count, &raw const params)
+        };
+        let begun = begun(pointer);
+        match begun {
+            Begun::Pending => mailbox.begin(),
+            // SAFETY: UCX is finished with it, and there will be no callback.
+            Begun::Done | Begun::Failed(_) => drop(unsafe { Box::from_raw(raw) }),
+        }
+        begun
+    }
+
+    /// Gives a descriptor back; a sender that waits is told that it may go on.
+    pub fn release(&mut self, desc: Desc) {
+        // SAFETY: given by this worker's callback, and released once.
+        unsafe {
+            (self.worker.ucx.functions.ucp_am_data_release)(self.worker.raw, desc.0.as_ptr());
+        }
+    }
+
+    /// Begins to flush what was sent. `Done`: it has left.
+    pub fn flush(&mut self, ep: &Ep, sent: u64) -> Begun {
+        let raw = Box::into_raw(Box::new(FlushOp { sent, to: ep.mailbox.clone() }));
+        let mut params = params(raw.cast());
+        params.cb.send = Some(flushed);
+        // SAFETY: the endpoint is live, its worker locked.
+        let pointer =
+            unsafe { (self.worker.ucx.functions.ucp_ep_flush_nbx)(ep.raw, &raw const params) };
+        let begun = begun(pointer);
+        match begun {
+            Begun::Pending => ep.mailbox.begin(),
+            // SAFETY: UCX is finished with it, and there will be no callback.
+            Begun::Done | Begun::Failed(_) => drop(unsafe { Box::from_raw(raw) }),
+        }
+        begun
+    }
+
+    /// Closes an endpoint by force: every request of its ends in a few steps of progress.
+    pub fn close(&mut self, ep: &mut Ep) {
+        if std::mem::replace(&mut ep.closed, true) {
+            return;
+        }
+        let dispatch = self.worker.dispatch.clone();
+        let op = CloseOp { ucx: self.worker.ucx, dispatch, mailbox: ep.mailbox.clone() };
+        let raw = Box::into_raw(Box::new(op));
+        let mut params = params(raw.cast());
+        params.cb.send = Some(closed);
+        params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
+        params.flags = ffi::UCP_EP_CLOSE_FLAG_FORCE;
+        self.worker.dispatch.ending.fetch_add(1, Ordering::AcqRel);
+        // SAFETY: the endpoint is live, its worker locked; it is not used after this.
+        let pointer =
+            unsafe { (self.worker.ucx.functions.ucp_ep_close_nbx)(ep.raw, &raw const params) };
+        match begun(pointer) {
+            Begun::Pending => {}
+            Begun::Done => {
+                self.worker.dispatch.ending.fetch_sub(1, Ordering::AcqRel);
+                // SAFETY: the endpoint is gone, and there will be no callback.
+                drop(unsafe { Box::from_raw(raw) });
+            }
+            Begun::Failed(status) => {
+                self.worker.dispatch.ending.fetch_sub(1, Ordering::AcqRel);
+                // The endpoint may still call its error handler: the box, and with it the mailbox,
+                // stays for good.
+                let why = describe(self.worker.ucx, "closing an endpoint", status);
+                tracing::warn!("{why}");
+            }
+        }
+    }
+
+    /// The lanes of an endpoint, in words.
+    pub fn lanes(&mut self, ep: &Ep) -> String {
+        let mut text = std::ptr::null_mut();
+        let mut len = 0;
+        // SAFETY: both are written when the stream is flushed and closed.
+        let stream = unsafe { libc::open_memstream(&raw mut text, &raw mut len) };
+        if stream.is_null() {
+            return lanes::in_words(&[]);
+        }
+        // SAFETY: the endpoint is live, its worker locked, the stream open.
+        unsafe {
+            (self.worker.ucx.functions.ucp_ep_print_info)(ep.raw, stream);
+            libc::fclose(stream);
+        }
+        if text.is_null() {
+            return lanes::in_words(&[]);
+        }
+        // SAFETY: the closed stream left a string there, which is freed once, after the copy.
+        let words = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+        let words = lanes::in_words(&lanes::parse(&words));
+        // SAFETY: as above.
+        unsafe { libc::free(text.cast()) };
+        words
+    }
+}
+
+/// An endpoint of UCX's. Closed by force when dropped, if not before.
+pub(super) struct Ep {
+    worker: Arc<Worker>,
+    raw: ucp_ep_h,
+    mailbox: Arc<Mailbox>,
+    closed: bool,
+}
+
+// SAFETY: used under the worker's lock only.
+unsafe impl Send for Ep {}
+
+impl Ep {
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+}
+
+impl Drop for Ep {
+    fn drop(&mut self) {
+        if !self.closed && !self.worker.forked() {
+            let worker = self.worker.clone();
+            worker.lock().close(self);
+        }
+    }
+}
+
+/// Takes a message in.
+///
+/// # Safety
+///
+/// For UCX to call: `arg` is the worker's [`Dispatch`], the rest as its documentation says.
+unsafe extern "C" fn arrived(
+    arg: *mut c_void,
+    header: *const c_void,
+    header_len: usize,
+    data: *mut c_void,
+    len: usize,
+    param: *const ucp_am_recv_param_t,
+) -> ucs_status_t {
+    let take = || {
+        // SAFETY: the worker's own, which outlives it.
+        let dispatch = unsafe { &*arg.cast::<Dispatch>() };
+        // SAFETY: UCX passes a live struct.
+        let attributes = unsafe { (*param).recv_attr };
+        // SAFETY: as this function's.
+        unsafe { take(dispatch, header.cast(), header_len, data, len, attributes) }
+    };
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(take)) {
+        Ok(true) => ffi::UCS_INPROGRESS,
+        Ok(false) | Err(_) => ffi::UCS_OK,
+    }
+}
+
+/// `true`: the message's memory is kept, and will be received or released.
+///
+/// # Safety
+///
+/// `header` and, unless the payload waits at its sender, `data` are valid for reads of their
+/// lengths.
+unsafe fn take(
+    dispatch: &Dispatch,
+    header: *const u8,
+    header_len: usize,
+    data: *mut c_void,
+    len: usize,
+    attributes: u64,
+) -> bool {
+    let waits = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+    let packed = header_len == 0;
+    let (first, first_len) =
+        if packed { (data.cast::<u8>().cast_const(), len) } else { (header, header_len) };
+    if !(HEADER_BYTES..=PACKED_MAX).contains(&first_len) || (packed && waits) {
+        return false;
+    }
+    let mut fixed = [0; HEADER_BYTES];
+    // A lane may have its memory shared with the peer: nothing is looked at before it is copied.
+    // SAFETY: `first_len` bytes are readable there.
+    unsafe { std::ptr::copy_nonoverlapping(first, fixed.as_mut_ptr(), HEADER_BYTES) };
+    let Some(parsed) = Header::decode(&fixed) else { return false };
+    let Some(mailbox) = dispatch.find(parsed.slot, parsed.secret) else { return false };
+    let head_len = usize::from(parsed.head_len);
+    let rest = first_len - HEADER_BYTES;
+    if rest < head_len || (!packed && rest != head_len) {
+        mailbox.fail(Fault::Peer("a message with a bad head"));
+        return false;
+    }
+    let payload_len = if packed { rest - head_len } else { len };
+    let mut bytes = SmallVec::new();
+    // SAFETY: `rest` bytes follow the header.
+    unsafe { append(&mut bytes, first.add(HEADER_BYTES), rest) };
+    let keepable = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_DATA) != 0;
+    let mut kept = false;
+    let body = if packed || payload_len == 0 {
+        Body::Inline
+    } else if waits || (keepable && payload_len > INLINE_MAX) {
+        let Some(desc) = NonNull::new(data) else { return false };
+        kept = true;
+        if waits { Body::Waiting(Desc(desc)) } else { Body::Held(Desc(desc)) }
+    } else if payload_len <= INLINE_MAX {
+        // SAFETY: the payload is here: `len` bytes at `data`.
+        unsafe { append(&mut bytes, data.cast(), payload_len) };
+        Body::Inline
+    } else {
+        let mut own = Vec::with_capacity(payload_len);
+        // SAFETY: as above, into memory with room for them.
+        unsafe {
+            std::ptr::copy_nonoverlapping(data.cast::<u8>(), own.as_mut_ptr(), payload_len);
+            own.set_len(payload_len);
+        }
+        Body::Owned(own)
+    };
+    let entry = Entry { kind: parsed.kind, head_len, bytes, len: payload_len, body };
+    // What is refused was never kept: UCX takes its memory back when this returns.
+    let refused = mailbox.deliver(parsed, entry).is_some();
+    kept && !refused
+}
+
+/// Copies into the end of `bytes`.
+///
+/// # Safety
+///
+/// `len` bytes are readable at `from`.
+unsafe fn append(bytes: &mut SmallVec<[u8; 160]>, from: *const u8, len: usize) {
+    bytes.reserve(len);
+    // SAFETY: room was made; the source is the caller's.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(bytes.len()), len);
+        bytes.set_len(bytes.len() + len);
+    }
+}
+
+/// Hears of the end of an endpoint.
+///
+/// # Safety
+///
+/// For UCX to call: `arg` is the endpoint's [`Mailbox`], which lives until the close has ended.
+unsafe extern "C" fn endpoint_failed(arg: *mut c_void, _ep: ucp_ep_h, status: ucs_status_t) {
+    let tell = || {
+        // SAFETY: as this function's.
+        let mailbox = unsafe { &*arg.cast::<Mailbox>() };
+        mailbox.fail(Fault::Endpoint(status));
+    };
+    // Nothing unwinds into C.
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(tell));
+}
