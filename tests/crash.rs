@@ -126,7 +126,7 @@ fn rounds(way: Way) {
     support::measured(&format!("kill_to_error_p50 {way:?}"), median.as_secs_f64() * 1e3, "ms");
     support::measured(&format!("kill_to_error_max {way:?}"), worst.as_secs_f64() * 1e3, "ms");
     note(format_args!(
-        "SOAK crash {way:?}: {count} rounds, {} operations failed, median {median:.1?}, \
+        "SOAK: crash {way:?}: {count} rounds, {} operations failed, median {median:.1?}, \
          worst {worst:.1?}, {late} later than {MEDIAN_MAX:?}; nothing left",
         took.len()
     ));

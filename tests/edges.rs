@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use thalweg::{
-    Cancel, CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, Node,
+    Access, Cancel, CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, Node,
 };
 use thalweg_tests::{Way, connect, pair_of, pair_with, poll_times, run, until, within};
 
@@ -210,5 +210,89 @@ fn a_listener_dropped_in_the_middle_of_handshakes_leaves_no_endpoint_behind() {
         .await;
         let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
         drop(connect(&client, &listener).await);
+    });
+}
+
+/// The peer gets without pause; neither that nor gets of its own keep a side from closing.
+#[test]
+fn a_peer_that_keeps_getting_does_not_hold_up_a_close() {
+    run("close under gets", || async {
+        for way in [Way::Tcp, Way::ShmAll, Way::ShmInlineArena, Way::Mock] {
+            let pair = pair_with(way, |config| config).await;
+            let region = |node: &Node| node.register(vec![7u8; 1 << 20], Access::Read);
+            let regions = [region(&pair.node_a), region(&pair.node_b)].map(|r| r.expect("one"));
+            let getting: Vec<_> = (0..32)
+                .map(|_| {
+                    let (endpoint, key) = (pair.b.clone(), regions[0].key());
+                    tokio::spawn(async move {
+                        let mut buffer = vec![0u8; 1 << 20];
+                        for round in 0.. {
+                            match endpoint.get(buffer, &key, 0).await {
+                                Ok(back) => buffer = back,
+                                Err(failed) => return (round, failed.error.kind()),
+                            }
+                        }
+                        unreachable!("it goes on until it fails")
+                    })
+                })
+                .collect();
+            until("gets to be under way", || pair.b.stats().gets > 64).await;
+            // One of its own is answered before it closes.
+            let mut own = pair.a.get(vec![0u8; 1 << 20], &regions[1].key(), 0);
+            let early = poll_times(&mut own, 1).await;
+            let closing = pair.a.close(CloseReason::new(4, "enough"));
+            within(SOON, "closing", closing).await.expect("closed");
+            let own = match early {
+                Some(own) => own,
+                None => own.await,
+            };
+            assert!(own.expect("answered before the goodbye").iter().all(|byte| *byte == 7));
+            for get in getting {
+                let (_, kind) = within(SOON, "a get", get).await.expect("no panic");
+                assert_eq!(kind, ErrorKind::Closed, "over {way:?}");
+            }
+            let [region, _] = regions;
+            assert_eq!(within(SOON, "revoking", region.revoke()).await.len(), 1 << 20);
+        }
+    });
+}
+
+#[test]
+fn both_close_while_both_get() {
+    run("both close under gets", || async {
+        for way in [Way::Tcp, Way::ShmAll, Way::MockDelaying] {
+            let pair = pair_with(way, |config| config).await;
+            let region = |node: &Node| node.register(vec![7u8; 1 << 20], Access::Read);
+            let [of_a, of_b] =
+                [region(&pair.node_a), region(&pair.node_b)].map(|r| r.expect("one"));
+            let (key_a, key_b) = (of_a.key(), of_b.key());
+            let gets = |endpoint: &Endpoint, key: &thalweg::RemoteKey| {
+                let (endpoint, key) = (endpoint.clone(), *key);
+                tokio::spawn(async move {
+                    let many = (0..40).map(|_| endpoint.get(vec![0u8; 1 << 18], &key, 0));
+                    futures_util::future::join_all(many).await
+                })
+            };
+            let getting = [gets(&pair.a, &key_b), gets(&pair.b, &key_a)];
+            until("gets to be under way", || pair.a.stats().gets > 8 && pair.b.stats().gets > 8)
+                .await;
+            within(SOON, "closing", async {
+                let (a, b) = tokio::join!(
+                    pair.a.close(CloseReason::default()),
+                    pair.b.close(CloseReason::default())
+                );
+                a.expect("closed");
+                b.expect("closed");
+            })
+            .await;
+            for gets in getting {
+                for got in within(SOON, "the gets", gets).await.expect("no panic") {
+                    match got {
+                        Ok(bytes) => assert!(bytes.iter().all(|byte| *byte == 7)),
+                        Err(failed) => assert_eq!(failed.error.kind(), ErrorKind::Closed),
+                    }
+                }
+            }
+        }
     });
 }

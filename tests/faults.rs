@@ -47,6 +47,11 @@ impl Raw {
 
     /// The fields of a hello: type u16, length u32, value.
     fn hello() -> Vec<u8> {
+        Raw::hello_with(b"\x01\x03tcp\x00\x00")
+    }
+
+    /// The same, with these links and their blobs.
+    fn hello_with(links: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut field = |kind: u16, value: &[u8]| {
             bytes.extend(kind.to_le_bytes());
@@ -56,7 +61,7 @@ impl Raw {
         field(1, &[3; 16]);
         field(2, &[4; 16]);
         field(3, b"by hand");
-        field(4, b"\x01\x03tcp\x00\x00");
+        field(4, links);
         field(5, &(1u64 << 20).to_le_bytes());
         field(6, &(1u64 << 20).to_le_bytes());
         field(7, &(1u64 << 30).to_le_bytes());
@@ -76,14 +81,25 @@ impl Raw {
         bytes
     }
 
-    /// The other side's preface and hello.
+    /// The other side's preface and hello: its version.
     fn hear_hello(&mut self) -> (u16, u16) {
+        self.hear_whole_hello().0
+    }
+
+    /// The same, and the blob that it offers for shared memory.
+    fn hear_blob(&mut self) -> Vec<u8> {
+        let (_, body) = self.hear_whole_hello();
+        let at = body.windows(4).position(|bytes| bytes == b"\x03shm").expect("it offers shm") + 4;
+        let len = usize::from(u16::from_le_bytes([body[at], body[at + 1]]));
+        body[at + 2..][..len].to_vec()
+    }
+
+    fn hear_whole_hello(&mut self) -> ((u16, u16), Vec<u8>) {
         let preface = self.hear(16);
         assert_eq!(&preface[..8], b"thalweg\x1a");
         let number = |at: usize| u16::from_le_bytes([preface[at], preface[at + 1]]);
         let len = u32::from_le_bytes(preface[12..16].try_into().expect("four"));
-        self.hear(len as usize);
-        (number(8), number(10))
+        ((number(8), number(10)), self.hear(len as usize))
     }
 
     /// A message of the link set-up.
@@ -143,17 +159,12 @@ fn port_in_use() {
         // Free again when the listener is gone.
         let address = listener.address().clone();
         drop(listener);
-        let mut again = None;
-        for _ in 0..1000 {
-            match node.listen(&address).await {
-                Ok(listener) => {
-                    again = Some(listener);
-                    break;
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
+        within(Duration::from_secs(20), "the port to be free", async {
+            while node.listen(&address).await.is_err() {
+                tokio::task::yield_now().await;
             }
-        }
-        assert!(again.is_some(), "the port stays taken");
+        })
+        .await;
     });
 }
 
@@ -488,6 +499,109 @@ fn a_link_that_does_not_come_up_is_passed_over() {
         assert_eq!(error.kind(), ErrorKind::NoRoute);
         assert!(error.to_string().contains("does not offer"), "{error}");
     });
+}
+
+const HANDSHAKE: Duration = Duration::from_secs(3);
+
+/// Half of the handshake's time was kept for the next link, which took it.
+fn assert_passed_over(endpoint: &Endpoint, began: Instant) {
+    assert!(began.elapsed() < HANDSHAKE, "{:?}", began.elapsed());
+    let route = endpoint.route();
+    assert_eq!(route.link(), LinkKind::Tcp, "{route}");
+    let shm = route.candidates.iter().find(|c| c.link == LinkKind::Shm).expect("listed");
+    assert!(shm.reason.contains("took longer"), "{route}");
+}
+
+/// Link set-up: an attempt at shared memory.
+const ATTEMPT_SHM: &[u8] = b"\x06\x00\x00\x00\x01\x03\x00shm";
+/// Link set-up: it failed on this side, for no reason.
+const FAILED: &[u8] = b"\x05\x00\x00\x00\x03\x00\x00\x00\x00";
+
+/// A peer that wants shared memory and then does nothing about it: TCP still comes up in time.
+#[test]
+fn a_connecting_peer_that_falls_silent_in_shm_set_up() {
+    run_once("a_connecting_peer_that_falls_silent_in_shm_set_up", async {
+        let (_node, listener) = listening(Config::new().handshake_timeout(HANDSHAKE)).await;
+        let to = socket_address(&listener);
+        let raw = tokio::task::spawn_blocking(move || {
+            // The first connection only learns what a good offer looks like here.
+            let hello = Raw::hello();
+            let mut first = Raw::connect(to);
+            first.say(&[Raw::preface(1, 0, hello.len()), hello].concat());
+            let blob = first.hear_blob();
+            drop(first);
+            let mut links = b"\x02\x03shm".to_vec();
+            links.extend((blob.len() as u16).to_le_bytes());
+            links.extend(blob);
+            links.extend(b"\x03tcp\x00\x00");
+            let hello = Raw::hello_with(&links);
+            let mut raw = Raw::connect(to);
+            raw.say(&[Raw::preface(1, 0, hello.len()), hello].concat());
+            raw.hear_hello();
+            raw.say(ATTEMPT_SHM);
+            assert_eq!(raw.hear_setup()[0], 3, "it gives up");
+            raw.say(FAILED);
+            raw.say(b"\x06\x00\x00\x00\x01\x03\x00tcp");
+            assert_eq!(raw.hear_setup(), [2]);
+            raw.say(b"\x01\x00\x00\x00\x02");
+            raw.say(b"\x01\x00\x00\x00\x04");
+            raw.say(&Raw::parcel(1, &[1, 0, 0, 0, 0], b"over tcp"));
+            raw
+        });
+        let began = Instant::now();
+        let endpoint = within(Duration::from_secs(20), "accepting", listener.accept()).await;
+        let endpoint = endpoint.expect("over tcp");
+        assert_passed_over(&endpoint, began);
+        assert_eq!(endpoint.recv().await.expect("receiving").len_bytes(), 8);
+        drop(raw.await.expect("no panic"));
+    });
+}
+
+/// A listener that takes the connection to its Unix socket and says nothing over it.
+#[test]
+fn a_listening_peer_that_falls_silent_in_shm_set_up() {
+    // A node whose Unix socket nobody attends to: its runtime only runs to say what it offers.
+    let asleep = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let asleep = asleep.expect("a runtime");
+    let (unattended, blob) = asleep.block_on(async {
+        let (node, listener) = listening(Config::new()).await;
+        let to = socket_address(&listener);
+        let blob = tokio::task::spawn_blocking(move || {
+            let hello = Raw::hello();
+            let mut raw = Raw::connect(to);
+            raw.say(&[Raw::preface(1, 0, hello.len()), hello].concat());
+            raw.hear_blob()
+        });
+        let blob = blob.await.expect("no panic");
+        ((node, listener), blob)
+    });
+    run_once("a_listening_peer_that_falls_silent_in_shm_set_up", async {
+        let tcp = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = format!("thalweg://{}", tcp.local_addr().expect("bound"));
+        let raw = std::thread::spawn(move || {
+            let mut raw = Raw::over(tcp.accept().expect("accepting").0);
+            raw.hear_hello();
+            let mut links = b"\x02\x03shm".to_vec();
+            links.extend((blob.len() as u16).to_le_bytes());
+            links.extend(blob);
+            links.extend(b"\x03tcp\x00\x00");
+            let hello = Raw::hello_with(&links);
+            raw.say(&[Raw::preface(1, 0, hello.len()), hello].concat());
+            assert_eq!(raw.hear_setup(), b"\x01\x03\x00shm");
+            assert_eq!(raw.hear_setup()[0], 3, "it gives up");
+            raw.say(FAILED);
+            assert_eq!(raw.hear_setup(), b"\x01\x03\x00tcp");
+            raw.say(b"\x01\x00\x00\x00\x02");
+            assert_eq!((raw.hear_setup(), raw.hear_setup()), (vec![2], vec![4]));
+            raw
+        });
+        let node = Node::new(Config::new().connect_timeout(HANDSHAKE)).expect("a node");
+        let began = Instant::now();
+        let endpoint = node.connect(address.as_str()).await.expect("over tcp");
+        assert_passed_over(&endpoint, began);
+        drop(raw.join().expect("no panic"));
+    });
+    drop(unattended);
 }
 
 /// A link that breaks after any number of parcels ends everything that is pending, and nothing

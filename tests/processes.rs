@@ -1,7 +1,7 @@
 //! What needs processes of its own: fork, other users and namespaces, exhausted descriptors, a
 //! peer whose memory may not be read; and a host with its own event loop.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -53,6 +53,12 @@ impl Played {
         Ok(Played { child, lines })
     }
 
+    /// Lets the child go on from where it waits to be told.
+    fn tell(&mut self) {
+        let mut stdin = self.child.stdin.as_ref().expect("piped");
+        stdin.write_all(b"\n").expect("the child listens");
+    }
+
     /// What the child says after `key`; ends with the child.
     fn hear(&mut self, key: &str) -> Option<String> {
         for line in self.lines.by_ref() {
@@ -81,25 +87,46 @@ impl Drop for Played {
 fn role() {
     let Some(role) = setting("ROLE") else { return };
     if setting("DUMPABLE").as_deref() == Some("0") {
-        // SAFETY: takes plain numbers.
-        assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, 0);
+        forbid_reading();
     }
     match role.as_str() {
-        "listen" | "connect" => run_once("role", talk(&role)),
+        "listen" | "connect" => run_once("role", talk()),
         "few" => run_once("role", few_descriptors()),
+        "few_listen" => run_once("role", listens_with_few_descriptors()),
+        "landing" => run_once("role", lands_midway()),
+        "withdrawing" => run_once("role", withdraws_midway()),
         other => panic!("no role {other}"),
     }
 }
 
-async fn talk(role: &str) {
-    let node = Node::new(Config::new().loans(false)).expect("a node");
-    let endpoint = if role == "listen" {
-        let listener = node.listen(setting("ADDRESS").expect("set")).await.expect("listening");
+/// Nobody but root may read this process's memory from here on.
+fn forbid_reading() {
+    // SAFETY: takes plain numbers.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, 0);
+}
+
+/// Blocks the thread until the test says so.
+fn wait_to_be_told() {
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).expect("the test talks");
+    assert!(!line.is_empty(), "the test is gone");
+}
+
+/// Listens at ADDRESS if it has no port, and otherwise connects to it.
+async fn endpoint_at(node: &Node) -> Endpoint {
+    let address = setting("ADDRESS").expect("set");
+    if address.ends_with(":0") {
+        let listener = node.listen(address).await.expect("listening");
         println!("@ADDRESS {}", listener.address());
         listener.accept().await.expect("accepting")
     } else {
-        node.connect(setting("ADDRESS").expect("set")).await.expect("connecting")
-    };
+        node.connect(address).await.expect("connecting")
+    }
+}
+
+async fn talk() {
+    let node = Node::new(Config::new().loans(false)).expect("a node");
+    let endpoint = endpoint_at(&node).await;
     println!("@ROUTE {}", endpoint.route().to_string().replace('\n', " | "));
     exchange(&endpoint).await;
     let counters = endpoint.stats().link_counters;
@@ -162,6 +189,89 @@ fn memory_that_may_not_be_read() {
         let (_, single, arena) = moved(&mut listener);
         assert_eq!(single > 0, readable(connect), "listener {listen}{connect}: {route}");
         assert_eq!(arena > 0, !readable(connect), "listener {listen}{connect}: {route}");
+    }
+}
+
+/// More than is read in one turn, many times over.
+const LONG: usize = 64 << 20;
+
+fn midway() -> Config {
+    Config::new().loans(false).wake(thalweg::Wake::Park).transports([LinkKind::Shm])
+}
+
+/// Receives a long message, and stops when a part of it has been read; goes on when told.
+async fn lands_midway() {
+    let node = Node::new(midway()).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    let mut receiving = endpoint.recv();
+    let single = || endpoint.stats().link_counters.single_copy_bytes_received;
+    while single() == 0 {
+        assert!(poll_times(&mut receiving, 1).await.is_none(), "all at once");
+    }
+    println!("@PARTLY {}", single());
+    wait_to_be_told();
+    check_pattern(3, &receiving.await.expect("receiving").to_vec().expect("bytes"));
+    let counters = endpoint.stats().link_counters;
+    println!("@LANDED {} {}", counters.single_copy_bytes_received, counters.arena_bytes_received);
+    // The next one comes through the arena from its beginning, and the way back is as it was.
+    exchange(&endpoint).await;
+    let last = endpoint.stats().link_counters;
+    println!("@AFTER {}", last.single_copy_bytes_received - counters.single_copy_bytes_received);
+    // The other side may have closed already.
+    let _ = endpoint.close(thalweg::CloseReason::default()).await;
+}
+
+/// Sends it, and forbids its memory to be read when told.
+async fn withdraws_midway() {
+    let node = Node::new(midway()).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    let told = tokio::task::spawn_blocking(|| {
+        wait_to_be_told();
+        forbid_reading();
+        println!("@WITHDRAWN ");
+    });
+    endpoint.send(pattern(3, LONG)).await.expect("sending");
+    told.await.expect("no panic");
+    exchange(&endpoint).await;
+    println!("@AFTER {}", endpoint.stats().link_counters.single_copy_bytes_received);
+    let _ = endpoint.close(thalweg::CloseReason::default()).await;
+}
+
+/// The permission to read a peer's memory is withdrawn in the middle of a message: the rest of it,
+/// and all that follows in that direction, comes through the arena; not a byte is wrong.
+#[test]
+fn reading_forbidden_midway() {
+    let name = "reading_forbidden_midway";
+    if !am_root() {
+        return skipped(name, "must be root to become nobody");
+    }
+    for [first, second] in [["landing", "withdrawing"], ["withdrawing", "landing"]] {
+        let start = |role: &str, address: &str| {
+            let mut command = play(role, &[("ADDRESS", address)]);
+            command.uid(NOBODY).gid(NOBODY);
+            Played::start(command)
+        };
+        let Ok(mut listening) = start(first, "thalweg://127.0.0.1:0") else {
+            return skipped(name, "this program cannot be run by nobody");
+        };
+        let address = listening.hear("ADDRESS").expect("it listens");
+        let mut connecting = start(second, &address).expect("as before");
+        let (landing, withdrawing) = match first {
+            "landing" => (&mut listening, &mut connecting),
+            _ => (&mut connecting, &mut listening),
+        };
+        let number = |word: &str| word.parse::<u64>().expect("a number");
+        let partly = number(&landing.hear("PARTLY").expect("it begins"));
+        assert!((1..LONG as u64).contains(&partly), "{partly} bytes at once");
+        withdrawing.tell();
+        withdrawing.hear("WITHDRAWN").expect("it forbids");
+        landing.tell();
+        let landed = landing.hear("LANDED").expect("it arrives");
+        let (single, arena) = landed.split_once(' ').expect("two numbers");
+        assert_eq!((number(single), number(arena)), (partly, LONG as u64 - partly));
+        assert_eq!(number(&landing.hear("AFTER").expect("it goes on")), 0);
+        let back = number(&withdrawing.hear("AFTER").expect("it goes on"));
+        assert_eq!(back, 2 * BULK as u64, "the way back is as it was");
     }
 }
 
@@ -257,6 +367,54 @@ fn another_network_namespace() {
     });
 }
 
+/// Another process namespace of the same host and network: TCP, and the route says why.
+#[test]
+fn another_process_namespace() {
+    let name = "another_process_namespace";
+    let unshare = |words: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child"]).args(words);
+        command
+    };
+    for ways in [&[][..], &["--mount-proc"]] {
+        match unshare(ways).arg("true").output() {
+            Ok(output) if output.status.success() => {}
+            Ok(output) => {
+                let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+                return skipped(name, &format!("no process namespace can be made: {why}"));
+            }
+            Err(error) => return skipped(name, &format!("cannot run unshare: {error}")),
+        }
+        run_once(name, async {
+            let node = Node::new(Config::new()).expect("a node");
+            let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let address = listener.address().to_string();
+            let inner = play("connect", &[("ADDRESS", &address)]);
+            let mut command = unshare(ways);
+            command.arg(inner.get_program()).args(inner.get_args());
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            for (key, value) in inner.get_envs() {
+                command.env(key, value.expect("set"));
+            }
+            let mut other = Played::start(command).expect("unshare works");
+            let accepting = within(Duration::from_secs(20), "accepting", listener.accept());
+            let endpoint = accepting.await.expect("accepting");
+            let route = endpoint.route();
+            assert_eq!(route.link(), LinkKind::Tcp, "{route}");
+            let shm = route.candidates.iter().find(|c| c.link == LinkKind::Shm).expect("listed");
+            assert_eq!(shm.verdict, Verdict::Rejected);
+            assert!(shm.reason.contains("process namespace"), "{route}");
+            exchange(&endpoint).await;
+            let moved = tokio::task::spawn_blocking(move || {
+                let said = other.hear("ROUTE").expect("a route");
+                assert!(said.contains("process namespace"), "{said}");
+                moved(&mut other)
+            });
+            assert_eq!(moved.await.expect("moved").0, "tcp");
+        });
+    }
+}
+
 /// In a child with few descriptors: connecting fails with the right error, what is up goes on, and
 /// all is well once descriptors are free again.
 async fn few_descriptors() {
@@ -307,6 +465,80 @@ fn descriptors_exhausted() {
             child = child => child.expect("no panic"),
             () = accepting => {}
         }
+    });
+}
+
+fn processor_time() -> Duration {
+    // SAFETY: all zero is a valid `rusage`, and it outlives the call that fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    [usage.ru_utime, usage.ru_stime]
+        .map(|time| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64))
+        .iter()
+        .sum()
+}
+
+/// How many descriptors this process has open, as far as it may have any.
+fn open_descriptors() -> usize {
+    let open = |fd: &i32| {
+        // SAFETY: only asks about a number.
+        unsafe { libc::fcntl(*fd, libc::F_GETFD) >= 0 }
+    };
+    (0..FEW).filter(open).count()
+}
+
+/// The limit of those who have few.
+const FEW: i32 = 64;
+
+/// Listens with few descriptors, runs out of them, and recovers.
+async fn listens_with_few_descriptors() {
+    let node = Node::new(Config::new()).expect("a node");
+    let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+    let limit = libc::rlimit { rlim_cur: FEW as u64, rlim_max: FEW as u64 };
+    // SAFETY: reads a local of the right type.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+    let before = open_descriptors();
+    println!("@ADDRESS {}", listener.address());
+    until("the descriptors to run out", || open_descriptors() == FEW as usize).await;
+    let (began, used) = (Instant::now(), processor_time());
+    // What it costs while it lasts is what is measured.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let percent = 100.0 * (processor_time() - used).as_secs_f64() / began.elapsed().as_secs_f64();
+    println!("@BUSY {percent:.1}");
+    let endpoint = listener.accept().await.expect("accepting");
+    exchange(&endpoint).await;
+    // The other side may have closed already.
+    let _ = endpoint.close(thalweg::CloseReason::default()).await;
+    drop(endpoint);
+    until("nothing to be left", || open_descriptors() == before).await;
+    println!("@CLEAN {}", node.stats().handshakes);
+}
+
+/// More strangers than a listener has descriptors for: it waits without a busy loop, and accepts
+/// again when they are gone. Those who come meanwhile are served then.
+#[test]
+fn a_listener_out_of_descriptors() {
+    let mut listening = Played::start(play("few_listen", &[])).expect("it runs");
+    let address = listening.hear("ADDRESS").expect("it listens");
+    let to = address.strip_prefix("thalweg://").expect("an address");
+    let strangers: Vec<_> =
+        (0..100).map(|_| std::net::TcpStream::connect(to).expect("the kernel takes it")).collect();
+    let busy: f64 = listening.hear("BUSY").and_then(|text| text.parse().ok()).expect("a number");
+    assert!(busy < 20.0, "{busy} % of a core while descriptors are short");
+    run_once("a_listener_out_of_descriptors", async {
+        let node = Node::new(Config::new()).expect("a node");
+        let mut waiting = Box::pin(node.connect(address.as_str()));
+        assert!(poll_times(&mut waiting, 5).await.is_none(), "it cannot be accepted yet");
+        drop(strangers);
+        let endpoint = waiting.await.expect("connecting");
+        exchange(&endpoint).await;
+        let clean =
+            tokio::task::spawn_blocking(move || listening.hear("CLEAN").expect("nothing is left"));
+        let _ = endpoint.close(thalweg::CloseReason::default()).await;
+        assert_eq!(clean.await.expect("no panic"), "0");
     });
 }
 

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use support::{descriptors, measured, note, resident_bytes, seed, serially, short_or_long};
 use thalweg::{
-    Access, Cancel, CloseReason, Config, Endpoint, ErrorKind, Failed, Message, Node, RemoteKey,
+    Access, Cancel, CloseReason, Config, Endpoint, Error, ErrorKind, Failed, Kind, Message, Node,
+    Op, RemoteKey, Tagged,
 };
 use thalweg_tests::{Random, Way, connect, poll_times, runtime};
 
@@ -100,7 +101,7 @@ fn soak(way: Way) {
     measured(&format!("soak {way:?} resident early"), early as f64 / 1048576.0, "MiB");
     measured(&format!("soak {way:?} resident late"), late as f64 / 1048576.0, "MiB");
     note(format_args!(
-        "SOAK soak {way:?}: {length:?}, {} messages, {} tagged, {} puts and gets, {} MiB, \
+        "SOAK: soak {way:?}: {length:?}, {} messages, {} tagged, {} puts and gets, {} MiB, \
          {} given up; resident {} MiB early, {} MiB late; descriptors {} early, {} late",
         count(messages),
         count(tags),
@@ -225,6 +226,15 @@ enum Fate {
     Withdrawn,
 }
 
+/// What became of a receive.
+enum Received<K: Kind> {
+    Came(K::Output),
+    Dropped,
+    /// Its deadline passed.
+    Late(K::Output),
+    Withdrawn(K::Withdrawn),
+}
+
 /// Checks that numbers arrive in order, once, and neither too many nor too few of them.
 #[derive(Default)]
 struct Ledger {
@@ -329,38 +339,75 @@ impl Worker {
             let len = self.len(LEN_MAX);
             let message = self.message(number, len);
             let endpoint = self.here.clone();
-            let fate = match self.random.below(8) {
-                0 => {
-                    let mut op = endpoint.send(message);
-                    let times = self.random.below(4);
-                    match poll_times(&mut op, times).await {
-                        Some(sent) => fate_of(sent),
-                        None if times == 0 => Fate::Withdrawn,
-                        None => Fate::Unknown,
-                    }
-                }
-                1 => {
-                    let limit = Duration::from_micros(self.random.below(300) as u64);
-                    fate_of(endpoint.send(message).timeout(limit).await)
-                }
-                2 => {
-                    let mut op = endpoint.send(message);
-                    let times = self.random.below(3);
-                    match poll_times(&mut op, times).await {
-                        Some(sent) => fate_of(sent),
-                        None => match op.cancel().await {
-                            Cancel::Cancelled(_) => Fate::Withdrawn,
-                            Cancel::Completed(sent) => fate_of(sent),
-                        },
-                    }
-                }
-                _ => fate_of(endpoint.send(message).await),
-            };
+            let fate = self.fate_of_send(endpoint.send(message)).await;
             self.note_fate(&ledger, number, fate);
             self.let_others().await;
         }
         let end = Message::copy_from_slice(&header(END, 0, 0));
         self.here.send(end).await.expect("the last one");
+    }
+
+    /// Sends to the end, or gives up in one of the ways there are.
+    async fn fate_of_send<K, B>(&mut self, mut op: Op<'_, K>) -> Fate
+    where
+        K: Kind<Output = Result<B, Failed<B>>>,
+    {
+        match self.random.below(8) {
+            0 => {
+                let times = self.random.below(4);
+                match poll_times(&mut op, times).await {
+                    Some(sent) => fate_of(sent),
+                    None if times == 0 => Fate::Withdrawn,
+                    None => Fate::Unknown,
+                }
+            }
+            1 => {
+                let limit = Duration::from_micros(self.random.below(300) as u64);
+                fate_of(op.timeout(limit).await)
+            }
+            2 => {
+                let times = self.random.below(3);
+                match poll_times(&mut op, times).await {
+                    Some(sent) => fate_of(sent),
+                    None => match op.cancel().await {
+                        Cancel::Cancelled(_) => Fate::Withdrawn,
+                        Cancel::Completed(sent) => fate_of(sent),
+                    },
+                }
+            }
+            _ => fate_of(op.await),
+        }
+    }
+
+    /// Receives to the end, or gives up in one of the ways there are. `late` knows a deadline that
+    /// has passed.
+    async fn receive<K: Kind>(
+        &mut self,
+        mut op: Op<'_, K>,
+        late: impl Fn(&K::Output) -> bool,
+    ) -> Received<K> {
+        match self.random.below(6) {
+            0 => {
+                let times = self.random.below(4);
+                poll_times(&mut op, times).await.map_or(Received::Dropped, Received::Came)
+            }
+            1 => {
+                let limit = Duration::from_micros(self.random.below(300) as u64);
+                let received = op.timeout(limit).await;
+                if late(&received) { Received::Late(received) } else { Received::Came(received) }
+            }
+            2 => {
+                let times = self.random.below(3);
+                match poll_times(&mut op, times).await {
+                    Some(received) => Received::Came(received),
+                    None => match op.cancel().await {
+                        Cancel::Cancelled(back) => Received::Withdrawn(back),
+                        Cancel::Completed(received) => Received::Came(received),
+                    },
+                }
+            }
+            _ => Received::Came(op.await),
+        }
     }
 
     fn note_fate(&self, ledger: &Mutex<Ledger>, number: u64, fate: Fate) {
@@ -382,22 +429,10 @@ impl Worker {
         // Some are held for a while: views keep the sender's memory.
         let mut held: VecDeque<Message> = VecDeque::new();
         loop {
-            let message = match self.random.below(6) {
-                0 => {
-                    let mut op = endpoint.recv();
-                    let times = self.random.below(4);
-                    poll_times(&mut op, times).await
-                }
-                1 => {
-                    let limit = Duration::from_micros(self.random.below(300) as u64);
-                    match endpoint.recv().timeout(limit).await {
-                        Err(error) if error.kind() == ErrorKind::TimedOut => None,
-                        message => Some(message),
-                    }
-                }
-                _ => Some(endpoint.recv().await),
+            let late = |message: &Result<Message, Error>| {
+                message.as_ref().is_err_and(|error| error.kind() == ErrorKind::TimedOut)
             };
-            let Some(message) = message else {
+            let Received::Came(message) = self.receive(endpoint.recv(), late).await else {
                 self.shared.counts.given_up.fetch_add(1, Ordering::Relaxed);
                 continue;
             };
@@ -430,32 +465,7 @@ impl Worker {
             bytes.extend_from_slice(payload(seed, len));
             let tag = TAG | (number & !TAG_MASK);
             let endpoint = self.here.clone();
-            let mut op = endpoint.tag_send(tag, bytes);
-            let fate = match self.random.below(8) {
-                0 => {
-                    let times = self.random.below(4);
-                    match poll_times(&mut op, times).await {
-                        Some(sent) => fate_of(sent),
-                        None if times == 0 => Fate::Withdrawn,
-                        None => Fate::Unknown,
-                    }
-                }
-                1 => {
-                    let times = self.random.below(3);
-                    match poll_times(&mut op, times).await {
-                        Some(sent) => fate_of(sent),
-                        None => match op.cancel().await {
-                            Cancel::Cancelled(_) => Fate::Withdrawn,
-                            Cancel::Completed(sent) => fate_of(sent),
-                        },
-                    }
-                }
-                2 => {
-                    let limit = Duration::from_micros(self.random.below(300) as u64);
-                    fate_of(op.timeout(limit).await)
-                }
-                _ => fate_of(op.await),
-            };
+            let fate = self.fate_of_send(endpoint.tag_send(tag, bytes)).await;
             self.note_fate(&ledger, number, fate);
             self.let_others().await;
         }
@@ -467,40 +477,21 @@ impl Worker {
         let mut spare: Option<Vec<u8>> = None;
         loop {
             let buffer = spare.take().unwrap_or_else(|| vec![0; TAG_LEN_MAX + HEADER_BYTES]);
-            let mut op = endpoint.tag_recv(TAG, TAG_MASK, buffer);
-            let received = match self.random.below(6) {
-                0 => {
-                    let times = self.random.below(4);
-                    poll_times(&mut op, times).await
-                }
-                1 => {
-                    let limit = Duration::from_micros(self.random.below(300) as u64);
-                    match op.timeout(limit).await {
-                        Err(failed) if failed.kind() == ErrorKind::TimedOut => {
-                            spare = failed.buffer;
-                            None
-                        }
-                        received => Some(received),
-                    }
-                }
-                2 => {
-                    let times = self.random.below(3);
-                    match poll_times(&mut op, times).await {
-                        Some(received) => Some(received),
-                        None => match op.cancel().await {
-                            Cancel::Cancelled(buffer) => {
-                                spare = Some(buffer);
-                                None
-                            }
-                            Cancel::Completed(received) => Some(received),
-                        },
-                    }
-                }
-                _ => Some(op.await),
+            let op = endpoint.tag_recv(TAG, TAG_MASK, buffer);
+            let late = |received: &Result<Tagged<Vec<u8>>, Failed<Vec<u8>>>| {
+                received.as_ref().is_err_and(|failed| failed.kind() == ErrorKind::TimedOut)
             };
-            let Some(received) = received else {
-                self.shared.counts.given_up.fetch_add(1, Ordering::Relaxed);
-                continue;
+            let received = match self.receive(op, late).await {
+                Received::Came(received) => received,
+                other => {
+                    spare = match other {
+                        Received::Withdrawn(buffer) => Some(buffer),
+                        Received::Late(late) => late.err().and_then(|failed| failed.buffer),
+                        _ => None,
+                    };
+                    self.shared.counts.given_up.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
             };
             let received = received.expect("receiving");
             let number = check_bytes(&received.buffer[..received.len_bytes]);

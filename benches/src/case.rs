@@ -113,8 +113,10 @@ pub enum Baseline {
     Cacheline,
     /// One eventfd each way between two sleeping processes.
     Eventfd,
-    /// A ring of 64-byte slots between two spinning processes.
+    /// A ring of 64-byte slots between two spinning processes, as long as the shm link's.
     Ring,
+    /// The same with 8,192 slots.
+    DeepRing,
     /// One core copying.
     Memcpy,
     /// One process reading the other's memory (`process_vm_readv`).
@@ -125,11 +127,12 @@ pub enum Baseline {
 
 impl Baseline {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Baseline; 7] = [
+    pub const ALL: [Baseline; 8] = [
         Baseline::RawTcp,
         Baseline::Cacheline,
         Baseline::Eventfd,
         Baseline::Ring,
+        Baseline::DeepRing,
         Baseline::Memcpy,
         Baseline::Cma,
         Baseline::Ucx,
@@ -142,6 +145,7 @@ impl Baseline {
             Baseline::Cacheline => "cacheline",
             Baseline::Eventfd => "eventfd",
             Baseline::Ring => "ring",
+            Baseline::DeepRing => "deep-ring",
             Baseline::Memcpy => "memcpy",
             Baseline::Cma => "cma",
             Baseline::Ucx => "ucx",
@@ -152,7 +156,7 @@ impl Baseline {
     pub const fn wake(self) -> &'static str {
         match self {
             Baseline::RawTcp | Baseline::Eventfd => "park",
-            Baseline::Cacheline | Baseline::Ring | Baseline::Ucx => "spin",
+            Baseline::Cacheline | Baseline::Ring | Baseline::DeepRing | Baseline::Ucx => "spin",
             Baseline::Memcpy | Baseline::Cma => "none",
         }
     }
@@ -161,7 +165,7 @@ impl Baseline {
     pub const fn max_bytes(self) -> usize {
         match self {
             Baseline::Cacheline | Baseline::Eventfd => 8,
-            Baseline::Ring => 56,
+            Baseline::Ring | Baseline::DeepRing => 56,
             _ => usize::MAX,
         }
     }
@@ -169,7 +173,8 @@ impl Baseline {
     /// Whether it says anything about what the program measures.
     pub const fn suits(self, program: Program) -> bool {
         match program {
-            Program::Pingpong => true,
+            // With one message on its way a ring's length is nothing.
+            Program::Pingpong => !matches!(self, Baseline::DeepRing),
             // A line or an eventfd holds one message: there is no stream of them.
             Program::Bandwidth => !matches!(self, Baseline::Cacheline | Baseline::Eventfd),
         }
@@ -177,7 +182,7 @@ impl Baseline {
 
     /// Whether two processes spin against each other, which needs two cores.
     pub const fn needs_two_cores(self) -> bool {
-        matches!(self, Baseline::Cacheline | Baseline::Ring | Baseline::Ucx)
+        matches!(self, Baseline::Cacheline | Baseline::Ring | Baseline::DeepRing | Baseline::Ucx)
     }
 }
 

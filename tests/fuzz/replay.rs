@@ -52,6 +52,36 @@ fn session() {
 }
 
 #[test]
+fn tcp_frame() {
+    campaign("tcp-frame", fuzzing::tcp_frame);
+}
+
+#[test]
+fn tcp_stream() {
+    campaign("tcp-stream", fuzzing::tcp_stream);
+}
+
+#[test]
+fn shm_blob() {
+    campaign("shm-blob", fuzzing::shm_blob);
+}
+
+#[test]
+fn shm_packets() {
+    campaign("shm-packets", fuzzing::shm_packets);
+}
+
+#[test]
+fn shm_ring() {
+    campaign("shm-ring", fuzzing::shm_ring);
+}
+
+#[test]
+fn parcels() {
+    campaign("parcels", fuzzing::parcels);
+}
+
+#[test]
 fn corpus_holds_the_seeds() {
     let write = std::env::var_os("THALWEG_FUZZ_WRITE_SEEDS").is_some();
     for (target, name, bytes) in fuzzing::seeds() {

@@ -263,9 +263,10 @@ pub async fn poll_times<F: Future + Unpin>(future: &mut F, times: usize) -> Opti
     None
 }
 
-/// Says that a test was left out, and why: past the harness's capture, so that it is seen.
+/// Says that a test was left out, and why: past the harness's capture, so that it is seen. In the
+/// form that `cargo xtask` counts.
 pub fn skipped(name: &str, reason: &str) {
-    let line = format!("SKIPPED {name}: {reason}\n");
+    let line = format!("SKIPPED: {name}: {reason}\n");
     // Nobody is left to tell if this fails.
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }

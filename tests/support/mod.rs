@@ -43,7 +43,7 @@ pub fn measured(name: &str, value: f64, unit: &str) {
 
 /// Says that a test was left out, and why.
 pub fn skipped(name: &str, reason: impl Display) {
-    note(format_args!("SKIPPED {name}: {reason}"));
+    thalweg_tests::skipped(name, &reason.to_string());
 }
 
 /// A peer process. Dropping it kills it.

@@ -261,8 +261,9 @@ impl Endpoint {
         &self.shared().peer
     }
 
-    /// Waits until everything that was handed over so far has left this process and been let go of
-    /// by the peer.
+    /// Waits until everything that was handed over so far has left this process and taken effect at
+    /// the peer: a [`fence`](Endpoint::fence). The peer may still keep what it was sent, loans among
+    /// it; that a loan is let go of, its own [`send`](Endpoint::send) says.
     ///
     /// # Errors
     ///
@@ -274,7 +275,8 @@ impl Endpoint {
 
     /// Closes: lets what was sent go out, tells the peer why, and waits for its answer, at most
     /// [`crate::Config::close_timeout`]. Messages that the peer sent and that were not received
-    /// here are lost; the peer's receives get the reason after what was sent to them.
+    /// here are lost; the peer's receives get the reason after what was sent to them. Gets of the
+    /// peer's that have not begun to be answered are refused with [`ErrorKind::Closed`].
     ///
     /// # Errors
     ///

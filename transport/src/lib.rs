@@ -34,6 +34,8 @@ mod config;
 mod driver;
 mod endpoint;
 mod error;
+#[cfg(feature = "fuzzing")]
+mod fuzz_input;
 mod link;
 mod listener;
 mod memory;
@@ -70,18 +72,45 @@ pub use link::mock::{MockPlan, MockSwitch};
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing {
+    pub use crate::fuzz_input::Seed;
     pub use crate::proto::fuzz_entry::*;
-    pub use crate::proto::fuzz_seeds::*;
 
     /// A frame header of the tcp link.
     pub fn tcp_frame(bytes: &[u8]) -> u64 {
-        let Some(header) = bytes.first_chunk() else { return 0 };
-        u64::from(crate::link::tcp::decode_frame(header, 1 << 30).is_ok())
+        crate::link::tcp::fuzz::frame(bytes)
+    }
+
+    /// All that comes over a connection of the tcp link.
+    pub fn tcp_stream(bytes: &[u8]) -> u64 {
+        crate::link::tcp::fuzz::stream(bytes)
     }
 
     /// A capability blob of the shm link, judged against itself.
     pub fn shm_blob(bytes: &[u8]) -> u64 {
-        let Some(blob) = crate::link::shm::Blob::from_bytes(bytes) else { return 0 };
-        u64::from(crate::link::shm::verdict(&blob, &blob).is_ok())
+        crate::link::shm::fuzz::blob(bytes)
+    }
+
+    /// A packet of the shm link's set-up.
+    pub fn shm_packets(bytes: &[u8]) -> u64 {
+        crate::link::shm::fuzz::packets(bytes)
+    }
+
+    /// What a peer of the shm link writes into its memory, and passes over the Unix socket.
+    pub fn shm_ring(bytes: &[u8]) -> u64 {
+        crate::link::shm::fuzz::records(bytes)
+    }
+
+    /// Parcels to an endpoint that is at work.
+    pub fn parcels(bytes: &[u8]) -> u64 {
+        crate::driver::fuzz::parcels(bytes)
+    }
+
+    /// Inputs to start from, for every target. Names are unique within a target and fit for files.
+    pub fn seeds() -> Vec<Seed> {
+        let mut all = crate::proto::fuzz_seeds::seeds();
+        all.extend(crate::link::tcp::fuzz::seeds());
+        all.extend(crate::link::shm::fuzz::seeds());
+        all.extend(crate::driver::fuzz::seeds());
+        all
     }
 }

@@ -1,17 +1,17 @@
 //! Messages and their frames.
 
 use std::fmt;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
 
+use crate::driver::view::Lease;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::{RawView, Segment};
 use crate::memory::{Loan, MemoryKind, PoolBuf, SharedBlock};
 
 /// The longest frame that is kept inside the [`Frame`] itself, in bytes: it needs no allocation.
-pub const INLINE_MAX: usize = 62;
+pub const INLINE_MAX: usize = 48;
 
 /// One frame of a [`Message`]: a run of bytes and the memory that holds it.
 ///
@@ -21,8 +21,11 @@ pub const INLINE_MAX: usize = 62;
 /// memory until it is dropped, so read it soon or copy it.
 pub struct Frame(Repr);
 
+#[repr(align(16))]
+struct InlineBytes([u8; INLINE_MAX]);
+
 enum Repr {
-    Inline { len: u8, data: [u8; INLINE_MAX] },
+    Inline { len: u8, data: InlineBytes },
     Heap(Vec<u8>),
     Pool(PoolBuf),
     Bytes(Bytes),
@@ -33,20 +36,16 @@ enum Repr {
 /// The sender's memory, and what tells the sender that we are done with it.
 pub(crate) struct View {
     raw: RawView,
-    lease: Arc<dyn Lease>,
-}
-
-/// Ends when dropped. `alive` says whether the sender still keeps the memory for us.
-pub(crate) trait Lease: Send + Sync {
-    fn alive(&self) -> bool;
+    #[allow(dead_code, reason = "held for its drop")]
+    lease: Lease,
 }
 
 impl Frame {
     /// Copies the bytes: up to [`INLINE_MAX`] into the frame itself, else into fresh memory.
     pub fn copy_from_slice(bytes: &[u8]) -> Self {
         if bytes.len() <= INLINE_MAX {
-            let mut data = [0; INLINE_MAX];
-            data[..bytes.len()].copy_from_slice(bytes);
+            let mut data = InlineBytes([0; INLINE_MAX]);
+            data.0[..bytes.len()].copy_from_slice(bytes);
             Frame(Repr::Inline { len: bytes.len() as u8, data })
         } else {
             Frame(Repr::Heap(bytes.to_vec()))
@@ -55,7 +54,7 @@ impl Frame {
 
     pub(crate) fn heap(len_bytes: usize) -> Self {
         if len_bytes <= INLINE_MAX {
-            Frame(Repr::Inline { len: len_bytes as u8, data: [0; INLINE_MAX] })
+            Frame(Repr::Inline { len: len_bytes as u8, data: InlineBytes([0; INLINE_MAX]) })
         } else {
             Frame(Repr::Heap(vec![0; len_bytes]))
         }
@@ -64,11 +63,11 @@ impl Frame {
     /// Gives an inline frame memory of its own, with an address that survives moves.
     pub(crate) fn make_stable(&mut self) {
         if let Repr::Inline { len, data } = &self.0 {
-            self.0 = Repr::Heap(data[..usize::from(*len)].to_vec());
+            self.0 = Repr::Heap(data.0[..usize::from(*len)].to_vec());
         }
     }
 
-    pub(crate) fn view(raw: RawView, lease: Arc<dyn Lease>) -> Self {
+    pub(crate) fn view(raw: RawView, lease: Lease) -> Self {
         Frame(Repr::View(View { raw, lease }))
     }
 
@@ -98,7 +97,7 @@ impl Frame {
     #[inline]
     pub fn as_slice(&self) -> Option<&[u8]> {
         match &self.0 {
-            Repr::Inline { len, data } => Some(&data[..usize::from(*len)]),
+            Repr::Inline { len, data } => Some(&data.0[..usize::from(*len)]),
             Repr::Heap(bytes) => Some(bytes),
             Repr::Pool(bytes) => Some(bytes),
             Repr::Bytes(bytes) => Some(bytes),
@@ -111,7 +110,7 @@ impl Frame {
     /// made by copying. `None` for shared bytes and views.
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         match &mut self.0 {
-            Repr::Inline { len, data } => Some(&mut data[..usize::from(*len)]),
+            Repr::Inline { len, data } => Some(&mut data.0[..usize::from(*len)]),
             Repr::Heap(bytes) => Some(bytes),
             Repr::Pool(bytes) => Some(bytes),
             Repr::Bytes(_) | Repr::Block(_) | Repr::View(_) => None,
@@ -180,15 +179,15 @@ impl Frame {
             Repr::View(view) => {
                 // SAFETY: in bounds (checked above) of a live mapping. The peer may write to it,
                 // so it is copied as raw memory, never as a reference; what came is trusted only
-                // if afterwards the peer still keeps the memory and the lease is alive.
+                // if afterwards the peer still keeps the memory.
                 unsafe {
                     std::ptr::copy(view.raw.ptr.add(offset_bytes), to.as_mut_ptr(), to.len());
                 }
-                if !view.raw.keep.trusted() || !view.lease.alive() {
+                if !view.raw.keep.trusted() {
                     return Err(Error::new(
                         ErrorKind::ConnectionLost,
                         Phase::Transfer,
-                        "the endpoint ended while a view of the sender's memory was read",
+                        "the endpoint had ended before a view of the sender's memory was read",
                     ));
                 }
             }
@@ -454,6 +453,8 @@ impl FromIterator<Frame> for Message {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
@@ -469,7 +470,6 @@ mod tests {
 
     struct Peer {
         keeps: bool,
-        alive: bool,
     }
 
     impl crate::link::Mapping for Peer {
@@ -478,23 +478,17 @@ mod tests {
         }
     }
 
-    impl Lease for Peer {
-        fn alive(&self) -> bool {
-            self.alive
-        }
-    }
-
     #[test]
     fn a_view_is_copied_only_while_the_sender_keeps_it() {
         static BYTES: [u8; 100] = [7; 100];
-        for (keeps, alive) in [(true, true), (false, true), (true, false)] {
-            let keep = Arc::new(Peer { keeps, alive });
-            let raw = RawView { ptr: BYTES.as_ptr(), len: BYTES.len(), keep: keep.clone() };
-            let frame = Frame::view(raw, keep);
+        for keeps in [true, false] {
+            let keep = Arc::new(Peer { keeps });
+            let raw = RawView { ptr: BYTES.as_ptr(), len: BYTES.len(), keep };
+            let frame = Frame::view(raw, Lease::detached());
             match frame.to_vec() {
-                Ok(bytes) => assert!(keeps && alive && bytes == BYTES),
+                Ok(bytes) => assert!(keeps && bytes == BYTES),
                 Err(error) => {
-                    assert!(!(keeps && alive));
+                    assert!(!keeps);
                     assert_eq!(error.kind(), ErrorKind::ConnectionLost);
                 }
             }

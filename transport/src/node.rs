@@ -223,8 +223,8 @@ impl Node {
     }
 
     /// Waits until everything that was handed to this node's endpoints so far has left this
-    /// process and been let go of by the peers. For a shutdown in good order: stop sending, drain,
-    /// close.
+    /// process and taken effect at the peers, as [`Endpoint::drain`]. For a shutdown in good order:
+    /// stop sending, drain, close.
     pub async fn drain(&self) -> Result<()> {
         for endpoint in self.0.shared.all_endpoints() {
             Endpoint::new(endpoint, self.clone()).drain().await?;

@@ -453,6 +453,15 @@ test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert_eq!(rows[1].notes, notes);
     }
 
+    /// What the tests say is what is looked for here.
+    #[test]
+    fn the_tests_say_it_in_these_words() {
+        assert!(include_str!("../../tests/src/lib.rs").contains(SKIPPED));
+        for long in [include_str!("../../tests/crash.rs"), include_str!("../../tests/soak.rs")] {
+            assert!(long.contains(COUNTED));
+        }
+    }
+
     #[test]
     fn a_test_program_that_hangs_fails_and_the_next_one_follows() {
         let script = "echo '     Running tests/hangs.rs (x/hangs-00)'; sleep 60

@@ -4,8 +4,9 @@
 //! then publishes the sequence; the consumer publishes how far it has read once every quarter of
 //! the ring. There is one ring each way.
 //!
-//! Rings of up to about 2,000 slots run in lockstep, one line transfer a message; longer ones let
-//! the two sides drift apart and are two to ten times as fast. The baseline is the fast kind.
+//! `ring` has as many slots as the rings of the shm link, so that as much is on its way at once.
+//! `deep-ring` has so many that the two sides drift apart, and lines travel many at a time: five to
+//! ten times the rate, at half a megabyte each way.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,21 +26,24 @@ const SLOT_BYTES: usize = 64;
 const PAYLOAD_MAX_BYTES: usize = Baseline::Ring.max_bytes();
 /// The consumer's position, alone on its page.
 const HEADER_BYTES: usize = 4096;
-const SLOTS: usize = 8192;
-const RING_BYTES: usize = HEADER_BYTES + SLOTS * SLOT_BYTES;
-const MASK: u64 = SLOTS as u64 - 1;
+/// As many as in the shm link.
+pub(super) const SLOTS: usize = 256;
+pub(super) const DEEP_SLOTS: usize = 8192;
 
 /// One ring in memory that both processes have mapped.
 #[derive(Clone, Copy)]
-struct Ring<'a> {
+struct Ring<'a, const SLOTS: usize> {
     consumed: &'a AtomicU64,
     slots: NonNull<u8>,
 }
 
-impl<'a> Ring<'a> {
+impl<'a, const SLOTS: usize> Ring<'a, SLOTS> {
+    const MASK: u64 = SLOTS as u64 - 1;
+    const BYTES: usize = HEADER_BYTES + SLOTS * SLOT_BYTES;
+
     /// The ring number `which` of those in `shared`.
-    fn of(shared: &'a Shared, which: usize) -> Ring<'a> {
-        let base = which * RING_BYTES;
+    fn of(shared: &'a Shared, which: usize) -> Self {
+        let base = which * Self::BYTES;
         // SAFETY: inside the mapping, 64-byte aligned, lives as long as `shared`, and is touched
         // as an atomic only, by both processes.
         let consumed = unsafe { AtomicU64::from_ptr(shared.at(base).cast().as_ptr()) };
@@ -51,31 +55,31 @@ impl<'a> Ring<'a> {
         // SAFETY: the mask keeps the slot inside the ring, which lies inside the mapping; the
         // first word of a slot is touched as an atomic only.
         unsafe {
-            let slot = self.slots.add((position & MASK) as usize * SLOT_BYTES);
+            let slot = self.slots.add((position & Self::MASK) as usize * SLOT_BYTES);
             (AtomicU64::from_ptr(slot.cast().as_ptr()), slot.add(8))
         }
     }
 }
 
-struct Producer<'a> {
-    ring: Ring<'a>,
+struct Producer<'a, const SLOTS: usize> {
+    ring: Ring<'a, SLOTS>,
     next: u64,
     /// What the consumer was last seen to have read.
     consumed: u64,
 }
 
-impl<'a> Producer<'a> {
-    fn new(ring: Ring<'a>) -> Self {
+impl<'a, const SLOTS: usize> Producer<'a, SLOTS> {
+    fn new(ring: Ring<'a, SLOTS>) -> Self {
         Producer { ring, next: 0, consumed: 0 }
     }
 
     /// Sends at most 56 bytes, waiting for room.
     #[inline]
     fn push(&mut self, payload: &[u8]) -> Result<()> {
-        if self.next - self.consumed > MASK {
+        if self.next - self.consumed > Ring::<SLOTS>::MASK {
             spin_until(|| {
                 self.consumed = self.ring.consumed.load(Ordering::Acquire);
-                self.next - self.consumed <= MASK
+                self.next - self.consumed <= Ring::<SLOTS>::MASK
             })?;
         }
         let len = payload.len().min(PAYLOAD_MAX_BYTES);
@@ -89,14 +93,14 @@ impl<'a> Producer<'a> {
     }
 }
 
-struct Consumer<'a> {
-    ring: Ring<'a>,
+struct Consumer<'a, const SLOTS: usize> {
+    ring: Ring<'a, SLOTS>,
     next: u64,
     published: u64,
 }
 
-impl<'a> Consumer<'a> {
-    fn new(ring: Ring<'a>) -> Self {
+impl<'a, const SLOTS: usize> Consumer<'a, SLOTS> {
+    fn new(ring: Ring<'a, SLOTS>) -> Self {
         Consumer { ring, next: 0, published: 0 }
     }
 
@@ -110,7 +114,7 @@ impl<'a> Consumer<'a> {
         // this side publishes that it has read it.
         unsafe { payload.copy_to_nonoverlapping(NonNull::from(into).cast(), len) };
         self.next += 1;
-        if self.next - self.published > MASK / 4 {
+        if self.next - self.published > Ring::<SLOTS>::MASK / 4 {
             self.published = self.next;
             self.ring.consumed.store(self.next, Ordering::Release);
         }
@@ -118,12 +122,12 @@ impl<'a> Consumer<'a> {
     }
 }
 
-pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
+pub(super) fn measure<const SLOTS: usize>(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     ensure!(case.size_bytes <= PAYLOAD_MAX_BYTES, "a slot carries at most {PAYLOAD_MAX_BYTES} B");
-    let shared = Shared::create(2 * RING_BYTES).context("making shared memory")?;
+    let shared = Shared::create(2 * Ring::<SLOTS>::BYTES).context("making shared memory")?;
     let mut peer = Peer::spawn(case, pins.map(|pins| pins.peer), &[shared.file()])?;
-    let mut out = Producer::new(Ring::of(&shared, 0));
-    let mut back = Consumer::new(Ring::of(&shared, 1));
+    let mut out = Producer::new(Ring::<SLOTS>::of(&shared, 0));
+    let mut back = Consumer::new(Ring::<SLOTS>::of(&shared, 1));
     let mut payload = vec![0u8; case.size_bytes];
     for index in 0..case.warmup as u64 {
         pattern::fill(&mut payload, 0, index, Way::Out);
@@ -168,12 +172,12 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     })
 }
 
-pub(super) fn serve(mut duty: Duty) -> Result<()> {
+pub(super) fn serve<const SLOTS: usize>(mut duty: Duty) -> Result<()> {
     let case = &duty.case;
     let file = duty.descriptors.pop().context("no shared memory was handed over")?;
-    let shared = Shared::map(file, 2 * RING_BYTES).context("mapping shared memory")?;
-    let mut out = Consumer::new(Ring::of(&shared, 0));
-    let mut back = Producer::new(Ring::of(&shared, 1));
+    let shared = Shared::map(file, 2 * Ring::<SLOTS>::BYTES).context("mapping shared memory")?;
+    let mut out = Consumer::new(Ring::<SLOTS>::of(&shared, 0));
+    let mut back = Producer::new(Ring::<SLOTS>::of(&shared, 1));
     let mut payload = vec![0u8; case.size_bytes];
     for index in 0..case.warmup as u64 {
         out.pop(&mut payload)?;

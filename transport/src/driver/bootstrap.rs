@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use smallvec::smallvec;
+use tracing::Instrument;
 
 use super::core::Limits;
 use super::endpoint::EndpointShared;
@@ -103,11 +104,13 @@ pub(crate) async fn connect(
     node.usable()?;
     let shown = address.to_string();
     let limit = node.config.connect_timeout;
+    let deadline = Instant::now() + limit;
     let counted = Counted::new(&node);
     let made = within(&node, limit, &shown, "connecting", async {
         let stream = dial(&node, &address, &shown).await?;
-        establish(&node, stream, shown.clone(), Role::Connector).await
+        establish(&node, stream, shown.clone(), Role::Connector, deadline).await
     })
+    .instrument(tracing::info_span!("connect", peer = %shown))
     .await;
     counted.done(&made);
     made
@@ -135,10 +138,12 @@ pub(crate) async fn accept(node: Arc<NodeShared>, stream: Stream) -> Result<Arc<
         .peer_address()
         .map_or_else(|| "an unknown address".to_owned(), |from| Address::from(from).to_string());
     let limit = node.config.handshake_timeout;
+    let deadline = Instant::now() + limit;
     let counted = Counted::new(&node);
     let made = within(&node, limit, &shown, "the handshake", async {
-        establish(&node, stream, shown.clone(), Role::Acceptor).await
+        establish(&node, stream, shown.clone(), Role::Acceptor, deadline).await
     })
+    .instrument(tracing::info_span!("accept", peer = %shown))
     .await;
     counted.done(&made);
     made
@@ -189,6 +194,7 @@ async fn establish(
     stream: Stream,
     shown: String,
     role: Role,
+    deadline: Instant,
 ) -> Result<Arc<EndpointShared>> {
     let config = &node.config;
     let keepalive = Keepalive::within(config.keepalive);
@@ -206,9 +212,9 @@ async fn establish(
     if role == Role::Acceptor {
         token = theirs.token;
     }
+    let candidates = Vec::new();
     let reservation = Mutex::new(reservation);
-    let mut setup =
-        SetUp { node, stream, shown, theirs, token, candidates: Vec::new(), reservation };
+    let mut setup = SetUp { node, stream, shown, theirs, token, deadline, candidates, reservation };
     let (prepared, kind, attempts, rejected) = match role {
         Role::Connector => setup.lead().await?,
         Role::Acceptor => setup.follow().await?,
@@ -370,6 +376,8 @@ struct SetUp<'a> {
     shown: String,
     theirs: Hello,
     token: [u8; 16],
+    /// When the whole handshake must be over.
+    deadline: Instant,
     /// Links that were tried and did not come up.
     candidates: Vec<Candidate>,
     /// Until the attempt at UCX takes it.
@@ -512,6 +520,9 @@ impl SetUp<'_> {
         kind: LinkKind,
         role: Role,
     ) -> Result<(Result<Prepared, Failure>, Setup)> {
+        // A peer that stalls in the set-up of one link must leave time for the next.
+        let share = self.deadline.saturating_duration_since(Instant::now()) / 2;
+        let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
         let mut hearing = pin!(self.hear());
         let mut heard = None;
         let own = {
@@ -525,7 +536,12 @@ impl SetUp<'_> {
                 // A peer that has failed will not come any more: to wait for it here would use up
                 // the time that the next link needs.
                 match &heard {
-                    None | Some(Ok(Setup::Result(Ok(())))) => bringing.as_mut().poll(cx),
+                    None | Some(Ok(Setup::Result(Ok(())))) => {
+                        if let Poll::Ready(own) = bringing.as_mut().poll(cx) {
+                            return Poll::Ready(own);
+                        }
+                        timer.as_mut().poll(cx).map(|()| Err(stalled(share)))
+                    }
                     Some(Ok(Setup::Result(Err(failure)))) => {
                         Poll::Ready(Err(at_the_peer(failure.clone())))
                     }
@@ -598,6 +614,11 @@ impl SetUp<'_> {
         self.stream.read_exact(&mut body).await.map_err(lost)?;
         Setup::decode(&body).map_err(|error| bad(&self.shown, error.to_string()))
     }
+}
+
+fn stalled(share: Duration) -> Failure {
+    let reason = format!("setting it up took longer than {share:.1?}, half of what time was left");
+    Failure { reason, fix: String::new() }
 }
 
 fn at_the_peer(failure: Failure) -> Failure {

@@ -13,7 +13,7 @@ use std::task::{Context, Waker};
 use smallvec::SmallVec;
 
 use super::keys::{Keys, RegionUse};
-use super::messages::Tables;
+use super::messages::{Boxes, Tables};
 use super::table::{Slot, Stage, Table, What};
 use super::tags::Stray;
 use super::view::Views;
@@ -156,6 +156,7 @@ pub(crate) struct State {
 
     // Messages out.
     pub(super) send_queue: VecDeque<OpId>,
+    pub(super) boxes: Boxes,
     pub(super) message_credit: SendCredit,
     pub(super) message_seq: u32,
     /// Frame tables of the message at the head of the queue have been posted.
@@ -173,7 +174,7 @@ pub(crate) struct State {
     pub announce: bool,
     /// It has been told, and has not looked since.
     pub announced: bool,
-    /// Hands out leases for views.
+    /// Makes messages of views.
     pub(super) views: Views,
 
     // Tags out.
@@ -210,6 +211,8 @@ pub(crate) struct State {
     pub(super) credit_due: bool,
     pub end_waiters: Vec<Waker>,
     pub spin: SpinTracker,
+    /// Open for as long as the endpoint lives. Entered when it ends, never for a message.
+    pub span: tracing::Span,
 }
 
 pub(crate) type Lanes = SmallVec<[Box<dyn Link>; 1]>;
@@ -260,6 +263,7 @@ impl State {
             allocator,
             activity: 0,
             send_queue: VecDeque::new(),
+            boxes: Boxes::default(),
             message_credit: SendCredit::new(limits.peer_message_window),
             message_seq: 0,
             tables_posted: false,
@@ -296,6 +300,7 @@ impl State {
             credit_due: false,
             end_waiters: Vec::new(),
             spin: SpinTracker::default(),
+            span: tracing::Span::none(),
         }
     }
 
@@ -389,7 +394,7 @@ impl State {
         self.any_parcel(lane, arrival)
     }
 
-    fn any_parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
+    fn any_parcel(&mut self, lane: u8, mut arrival: Arrival<'_>) -> Disposition {
         let head = match Head::decode(arrival.head) {
             Ok(head) => head,
             Err(error) => return State::protocol(format!("bad head: {error}")),
@@ -402,7 +407,7 @@ impl State {
             };
         }
         match head {
-            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &arrival),
+            Head::Message { seq, frames } => self.on_message(lane, seq, &frames, &mut arrival),
             Head::MessageTable { seq, total, first, lens } => {
                 without_payload(&arrival, || self.on_table(seq, total, first, lens))
             }
@@ -461,8 +466,20 @@ impl State {
         let Life::CloseSent(reason) = &self.life else {
             return Err(State::protocol("an answer to a goodbye that was not said"));
         };
-        self.life = Life::Dead(self.closed_error(&reason.clone()));
+        let error = self.closed_error(&reason.clone());
+        self.tell_the_end(&error);
+        self.life = Life::Dead(error);
         Ok(())
+    }
+
+    /// Into the log, inside the endpoint's span.
+    fn tell_the_end(&self, error: &Error) {
+        let _inside = self.span.enter();
+        if error.kind() == ErrorKind::Closed {
+            tracing::debug!(peer = %self.peer, %error, "endpoint closed");
+        } else {
+            tracing::warn!(peer = %self.peer, %error, "endpoint failed");
+        }
     }
 
     /// Ends every operation that no link is at work on, and wakes the receivers (which still get
@@ -617,11 +634,7 @@ impl Core {
     /// Ends the endpoint: every operation gets `error` (receivers first what has arrived).
     pub fn fail(&mut self, error: Error) {
         if !matches!(self.state.life, Life::Dead(_)) {
-            if error.kind() == ErrorKind::Closed {
-                tracing::debug!(peer = %self.state.peer, %error, "endpoint closed");
-            } else {
-                tracing::warn!(peer = %self.state.peer, %error, "endpoint failed");
-            }
+            self.state.tell_the_end(&error);
             self.state.life = Life::Dead(error);
         }
         self.end();
@@ -663,6 +676,7 @@ impl Core {
         for waker in self.state.end_waiters.drain(..) {
             self.state.after.wake(waker);
         }
+        self.state.span = tracing::Span::none();
     }
 
     /// Whether the lanes are gone.
@@ -788,6 +802,7 @@ impl Core {
     pub fn close(&mut self, reason: CloseReason) {
         if matches!(self.state.life, Life::Open) {
             self.state.life = Life::Closing(reason);
+            self.state.refuse_replies();
             // Receives and fences cannot end well any more; sends can.
             let error = self.state.refusal();
             for id in self.state.ops.ids() {
@@ -811,14 +826,14 @@ impl Core {
         }
     }
 
-    /// Whether everything that was handed over so far has left and been let go of.
+    /// Whether everything that was handed over so far has left and been let go of. What the peer
+    /// gets does not count: it could go on for ever.
     pub fn drained(&self) -> bool {
         let state = &self.state;
         state.send_queue.is_empty()
             && state.tag_queue.is_empty()
             && state.one_sided_queue.is_empty()
             && state.one_sided_open.is_empty()
-            && state.replies.is_empty()
             && !state.ops.any_posted_send()
             && self.lanes.iter().all(|lane| lane.flushed())
     }

@@ -99,7 +99,9 @@ impl EndpointShared {
         let (keys, allocator) = (node.keys.clone(), node.allocator.clone());
         Arc::new_cyclic(|weak| {
             let views = Views(weak.clone());
-            let state = State::new(limits, peer.address.clone(), keys, allocator, views);
+            let mut state = State::new(limits, peer.address.clone(), keys, allocator, views);
+            state.span =
+                tracing::debug_span!(parent: None, "endpoint", peer = %peer.address, %link);
             EndpointShared {
                 node,
                 peer,

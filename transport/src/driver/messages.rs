@@ -26,10 +26,41 @@ pub(super) struct Tables {
 }
 
 impl Tables {
+    /// Lengths in all tables.
+    #[cfg(feature = "fuzzing")]
+    pub fn lens(&self) -> usize {
+        self.lens
+    }
+
     fn take(&mut self, seq: u32) -> Option<Vec<u64>> {
         let table = self.begun.remove(&seq)?;
         self.lens -= table.len();
         Some(table)
+    }
+}
+
+/// Empty boxes kept for messages on their way.
+const BOXES_MAX: usize = 16;
+
+/// Boxes of messages on their way. Some empty ones are kept, so that a steady flow does not
+/// allocate.
+#[derive(Default)]
+#[allow(clippy::vec_box, reason = "a box, once made, is handed on as it is")]
+pub(crate) struct Boxes(Vec<Box<Message>>);
+
+impl Boxes {
+    fn wrap(&mut self, message: Message) -> Box<Message> {
+        let Some(mut empty) = self.0.pop() else { return Box::new(message) };
+        *empty = message;
+        empty
+    }
+
+    pub fn unwrap(&mut self, mut boxed: Box<Message>) -> Message {
+        let message = std::mem::take(&mut *boxed);
+        if self.0.len() < BOXES_MAX {
+            self.0.push(boxed);
+        }
+        message
     }
 }
 
@@ -67,7 +98,7 @@ impl Core {
         match self.post_message(id, held, len)? {
             Post::Done => Ok(Some(Sent::Done)),
             Post::Pending => {
-                let message = message.take().map(Box::new);
+                let message = message.take().map(|message| self.state.boxes.wrap(message));
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
                 Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
             }
@@ -86,7 +117,7 @@ impl Core {
         let cost = message
             .as_ref()
             .map_or(0, |held| message_cost(held.len_bytes() as u64, held.frame_count() as u32));
-        let held = message.take().map(Box::new);
+        let held = message.take().map(|message| self.state.boxes.wrap(message));
         let slot = Slot::new(Stage::Queued, What::Send { message: held, cost });
         let id = self.state.ops.insert(slot);
         self.state.send_queue.push_back(id);
@@ -342,7 +373,7 @@ impl State {
         lane: u8,
         seq: u32,
         frames: &Frames<'_>,
-        arrival: &Arrival<'_>,
+        arrival: &mut Arrival<'_>,
     ) -> Disposition {
         if arrival.len > self.limits.max_message {
             return State::protocol(format!(
@@ -371,12 +402,11 @@ impl State {
         {
             return State::protocol(error.to_string());
         }
-        if let (Some(views), true) = (arrival.views, arrival.inline.is_none())
+        if let (Some(views), true) = (arrival.views.as_deref_mut(), arrival.inline.is_none())
             && views.len() == lens.len()
             && views.iter().zip(&lens).all(|(view, len)| view.len as u64 == *len)
         {
-            let lease = self.views.lease(lane, arrival.payload);
-            let message = views.iter().map(|raw| Frame::view(raw.clone(), lease.clone())).collect();
+            let message = self.views.message(lane, arrival.payload, views);
             return self.message_arrived(seq, message).unwrap_or(Disposition::View);
         }
         if let Some(bytes) = arrival.inline.or((arrival.len == 0).then_some(&[][..])) {
@@ -390,13 +420,17 @@ impl State {
     }
 
     fn land_message(&mut self, seq: u32, lens: &[u64], len: u64) -> Disposition {
+        // Now, while the link can be told: nothing can be said when the landing is over.
+        if let Err(error) = self.arriving.accepts(seq) {
+            return State::protocol(error.to_string());
+        }
         let mut message = Message::new();
         for len in lens {
             let frame = usize::try_from(*len).ok().and_then(|len| self.allocate(len));
             let Some(frame) = frame else { return State::no_memory(*len) };
             message.push(frame);
         }
-        let message = Box::new(message);
+        let message = self.boxes.wrap(message);
         let op = self.ops.insert(Slot::new(Stage::Posted, What::LandMessage { seq, message }));
         // Short frames lie inside the message, which moves when it has landed: they get memory of
         // their own for as long as a link writes to them.
@@ -426,8 +460,10 @@ impl State {
             self.after.discard_message(*message);
             return;
         }
-        // The sequence number was checked when the message began to arrive.
-        let _ = self.message_arrived(seq, *message);
+        let message = self.boxes.unwrap(message);
+        // The number was checked when the message began to arrive. A peer that gives one number to
+        // two messages while both land loses the one that ends last, and the credit of it.
+        let _ = self.message_arrived(seq, message);
     }
 
     /// `Some`: what to answer the link instead, because the peer broke the order.

@@ -3,7 +3,7 @@
 //! This room makes links and protocol into operations that can be awaited. It must not know how a
 //! link moves bytes, nor what an application means by them.
 //!
-//! - [`shard`]: the endpoint's lock; [`board`]: who is woken; [`resident`]: the task that sees to
+//! - [`shard`]: the endpoint's lock (`shard_model`: the same under `loom`); [`board`]: who is woken; [`resident`]: the task that sees to
 //!   progress when nobody polls.
 //! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`].
 //! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
@@ -13,16 +13,23 @@ pub(crate) mod board;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
 pub(crate) mod endpoint;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 pub(crate) mod keys;
 pub(crate) mod messages;
 pub(crate) mod node;
 mod onesided;
 pub(crate) mod op;
 pub(crate) mod resident;
+#[allow(clippy::duplicate_mod, reason = "the model runs the same file over loom's primitives")]
 mod shard;
+#[cfg(test)]
+mod shard_model;
+#[cfg(test)]
+mod shard_tests;
 mod sync;
 pub(crate) mod table;
 mod tags;
-mod view;
+pub(crate) mod view;
 
 pub(crate) use sync::{Mutex, lock};

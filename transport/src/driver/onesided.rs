@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::core::{Control, Core, ONE_SIDED_MAX, Reply, State};
+use super::core::{Control, Core, Life, ONE_SIDED_MAX, Reply, State};
 use super::keys::RegionUse;
 use super::table::{RawSegment, Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Phase};
@@ -277,11 +277,25 @@ impl State {
         offset: u64,
         len: u64,
     ) -> Result<(), Disposition> {
+        // Whoever closes answers no more, or a peer that keeps getting would keep it from closing.
+        if !matches!(self.life, Life::Open) {
+            self.outbox.push_back(Control::GetFailed { id, status: Status::Closing });
+            return Ok(());
+        }
         match self.serve(key, offset, len, false)? {
             Ok(used) => self.replies.push_back(Reply { id, used, offset, len: len as usize }),
             Err(status) => self.outbox.push_back(Control::GetFailed { id, status }),
         }
         Ok(())
+    }
+
+    /// Gets of the peer's whose answer has not begun are refused.
+    pub(super) fn refuse_replies(&mut self) {
+        for Reply { id, used, .. } in self.replies.drain(..) {
+            self.serving -= 1;
+            self.after.discard_use(used);
+            self.outbox.push_back(Control::GetFailed { id, status: Status::Closing });
+        }
     }
 
     pub(super) fn on_get_reply(
@@ -326,6 +340,7 @@ impl State {
             Status::OutOfBounds => (ErrorKind::OutOfBounds, "refused by the target"),
             Status::Denied => (ErrorKind::Unsupported, "the region does not grant this access"),
             Status::Resources => (ErrorKind::Resources, "at the target"),
+            Status::Closing => (ErrorKind::Closed, "the target is closing"),
             Status::Ok | Status::Other => (ErrorKind::Io, "at the target"),
         };
         Error::new(kind, Phase::Transfer, text).with_peer(self.peer.clone())

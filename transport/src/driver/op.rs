@@ -444,7 +444,7 @@ impl Kind for Send {
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
         let (result, mut slot) = take_result(core.0, ticket.0)?;
         if let What::Send { message, .. } = &mut slot.what {
-            self.message = message.take().map(|message| *message);
+            self.message = message.take().map(|boxed| core.0.state.boxes.unwrap(boxed));
         }
         Some(match result {
             Ok(()) => Ok(self.message.take().unwrap_or_default()),
@@ -460,7 +460,7 @@ impl Kind for Send {
         }
         state.unqueue_send(ticket.0);
         if let Some(Slot { what: What::Send { message, .. }, .. }) = state.ops.remove(ticket.0) {
-            self.message = message.map(|message| *message);
+            self.message = message.map(|boxed| state.boxes.unwrap(boxed));
         }
         true
     }

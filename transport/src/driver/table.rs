@@ -184,14 +184,11 @@ impl Table {
         self.slots.len()
     }
 
-    /// Whether a link or the peer is at work on something that this side sends.
+    /// Whether a link or the peer is at work on something that this side sends of its own accord.
     pub fn any_posted_send(&self) -> bool {
         self.slots.iter().any(|(_, (_, slot))| {
             matches!(slot.stage, Stage::Posted)
-                && matches!(
-                    slot.what,
-                    What::Send { .. } | What::TagSend { .. } | What::GetOut { .. }
-                )
+                && matches!(slot.what, What::Send { .. } | What::TagSend { .. })
         })
     }
 }

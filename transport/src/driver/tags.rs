@@ -284,6 +284,10 @@ impl State {
             self.tag_placed(seq, None);
             return disposition;
         }
+        // Before anything is kept for it: a landing that the lane never hears of would stay.
+        if let Err(error) = self.early_tags.accepts(seq) {
+            return State::protocol(error.to_string());
+        }
         let (stray, disposition) = match self.keep(lane, seq, cost, arrival) {
             Ok(kept) => kept,
             Err(fatal) => return fatal,

@@ -466,7 +466,7 @@ impl MockLink {
     fn deliver(&mut self, parcel: Parcel, sink: &mut dyn Sink) -> Result<(), LinkError> {
         let Parcel { head, id, how, payload } = parcel;
         let len = payload.len;
-        let views: Option<Vec<RawView>> = payload.blocks.as_ref().map(|blocks| {
+        let mut views: Option<SmallVec<[RawView; 2]>> = payload.blocks.as_ref().map(|blocks| {
             let view = |block: &SharedBlock| RawView {
                 ptr: block.as_slice().as_ptr(),
                 len: block.len(),
@@ -488,7 +488,7 @@ impl MockLink {
             len,
             payload: PayloadId(id),
             inline: inline.as_deref(),
-            views: views.as_deref(),
+            views: views.as_mut(),
             how,
         };
         match sink.parcel(arrival) {

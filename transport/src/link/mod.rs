@@ -183,8 +183,8 @@ pub(crate) struct Arrival<'a> {
     /// The whole payload, when it is already here, in private memory.
     pub inline: Option<&'a [u8]>,
     /// One view per segment that the sender posted, when every one of them is a loan. The payload
-    /// may then be kept as it is ([`Disposition::View`]).
-    pub views: Option<&'a [RawView]>,
+    /// may then be kept as it is ([`Disposition::View`]), and the views be taken out.
+    pub views: Option<&'a mut SmallVec<[RawView; 2]>>,
     pub how: How,
 }
 

@@ -20,6 +20,7 @@ use super::sequence::{SEQUENCE_WINDOW, Sequencer};
 use super::tags::model::Model;
 use super::tags::{TagMatcher, Unexpected};
 use super::wire::{Frames, HEAD_MAX, Head, HeadBuf, Lens};
+use crate::fuzz_input::{Input, mix};
 
 /// The most bytes of an input that [`session`] looks at: the models take quadratic time.
 const SESSION_BYTES_MAX: usize = 8192;
@@ -55,9 +56,7 @@ pub fn head(bytes: &[u8]) -> u64 {
 
 /// Adds an outcome to what [`head`] and the others return.
 fn trace(way: u64, error: Option<&WireError>) -> u64 {
-    let what = error.map_or("", |error| error.what);
-    let step = |way: u64, byte: u8| (way ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    what.bytes().chain([u8::MAX]).fold(way, step)
+    mix(way, error.map_or("", |error| error.what).as_bytes())
 }
 
 fn check_lens(lens: &Lens<'_>) {
@@ -148,33 +147,6 @@ pub fn session(bytes: &[u8]) -> u64 {
     order.finish();
     tags.finish();
     way
-}
-
-/// Operands, until they end.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*head)
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.array().map(u8::from_le_bytes)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        self.array().map(u16::from_le_bytes)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.array().map(u64::from_le_bytes)
-    }
 }
 
 /// Two sides of a window that keep the rules, and what each would answer to one that does not.

@@ -5,9 +5,7 @@
 use super::hello::{Failure, HELLO_BYTES_MAX, Hello, Setup, preface_encode};
 use super::keys::{ACCESS_READ, RemoteKeyWire};
 use super::wire::{Frames, HEAD_MAX, Head, HeadBuf, Lens, Status};
-
-/// An input: the target it is for, its name within it, and the bytes.
-pub type Seed = (&'static str, String, Vec<u8>);
+use crate::fuzz_input::Seed;
 
 /// All of them. Names are unique within a target and fit for files.
 pub fn seeds() -> Vec<Seed> {
@@ -38,6 +36,7 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
         ("put-done", Head::PutDone { id, status: Status::KeyUnknown }),
         ("get", Head::Get { id, key, offset: 1, len: u64::MAX }),
         ("get-reply", Head::GetReply { id, status: Status::OutOfBounds }),
+        ("get-refused", Head::GetReply { id, status: Status::Closing }),
         ("fence", Head::Fence { id, messages: 1, tags: u32::MAX }),
         ("fence-done", Head::FenceDone { id }),
         ("credit", Head::Credit { messages: u64::MAX, tags: 0 }),
@@ -63,7 +62,7 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
     add("bad-table-past-total", [&[6][..], &past_total].concat());
     let wrapping = [3, u32::MAX, u32::MAX, 1, 1].map(u32::to_le_bytes).concat();
     add("bad-table-wrapping", [&[6][..], &wrapping].concat());
-    add("bad-status", vec![10, 1, 0, 0, 0, 6]);
+    add("bad-status", vec![10, 1, 0, 0, 0, 7]);
     add("bad-wanted-bits", vec![16, 0x84]);
     add("bad-close-not-text", vec![17, 0, 0, 0, 0, 0xc3, 0x28]);
     add("bad-close-too-long", [&[17, 0, 0, 0, 0][..], &[b'x'; 513]].concat());

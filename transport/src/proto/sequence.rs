@@ -81,8 +81,13 @@ impl<T> Sequencer<T> {
         self.len == 0
     }
 
-    /// Keeps `value` until all numbers before `seq` have left.
-    pub fn insert(&mut self, seq: u32, value: T) -> Result<(), SequenceError> {
+    /// Whether a value with this number could be inserted now.
+    pub fn accepts(&self, seq: u32) -> Result<(), SequenceError> {
+        self.place(seq).map(drop)
+    }
+
+    /// How far ahead this number is, and the number unwrapped.
+    fn place(&self, seq: u32) -> Result<(usize, u64), SequenceError> {
         let ahead = seq.wrapping_sub(self.next());
         if ahead >= SEQUENCE_WINDOW {
             return Err(SequenceError::OutsideWindow { seq, next: self.next() });
@@ -93,6 +98,12 @@ impl<T> Sequencer<T> {
         if in_slot || (!self.far.is_empty() && self.far.contains_key(&number)) {
             return Err(SequenceError::Duplicate { seq });
         }
+        Ok((slot, number))
+    }
+
+    /// Keeps `value` until all numbers before `seq` have left.
+    pub fn insert(&mut self, seq: u32, value: T) -> Result<(), SequenceError> {
+        let (slot, number) = self.place(seq)?;
         if slot < self.near.len() {
             self.near[slot] = Some(value);
         } else if slot < NEAR {

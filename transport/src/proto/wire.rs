@@ -213,6 +213,8 @@ pub(crate) enum Status {
     /// The target lacks memory or some other resource.
     Resources = 4,
     Other = 5,
+    /// The target is closing.
+    Closing = 6,
 }
 
 impl Status {
@@ -224,6 +226,7 @@ impl Status {
             3 => Status::Denied,
             4 => Status::Resources,
             5 => Status::Other,
+            6 => Status::Closing,
             _ => return Err(WireError::new("unknown status")),
         })
     }
@@ -517,7 +520,7 @@ mod tests {
             &[3, 0, 0, 0, 0, 9, 9, 9, 9],
             &[3, 0, 0, 0, 0, 9, 9, 9, 9, 9],
             &[5, 0, 0, 0, 0, 1, 0, 0, 0],
-            &[10, 0, 0, 0, 0, 6],
+            &[10, 0, 0, 0, 0, 7],
             &[16, 4],
             &[17, 0, 0, 0, 0, 0xff],
             &[&[17, 0, 0, 0, 0][..], &[b'x'; CLOSE_TEXT_MAX + 1]].concat(),
@@ -549,7 +552,7 @@ mod tests {
     }
 
     fn status() -> impl Strategy<Value = Status> {
-        (0u8..6).prop_map(|byte| Status::decode(byte).unwrap())
+        (0u8..7).prop_map(|byte| Status::decode(byte).unwrap())
     }
 
     proptest! {

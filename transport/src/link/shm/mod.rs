@@ -18,6 +18,7 @@
 //! | `blob` | what a node tells its peers, and the judgement on it |
 //! | `engine` | the node's Unix socket and who waits on it |
 //! | `setup` | from a Unix connection to a link: proofs and probes |
+//! | `fuzz` | what a peer may write, for fuzzing (its feature only) |
 //!
 //! What a peer can write is only ever read, once, into private memory, and checked there. What
 //! this process writes, a peer can only read: each memfd has one writer, sealed so.
@@ -26,6 +27,8 @@ mod blob;
 mod cells;
 mod copy;
 mod engine;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod link;
 #[cfg(test)]
 mod model;

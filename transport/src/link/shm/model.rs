@@ -9,6 +9,11 @@ mod cells {
     pub const DATA_WORDS: usize = 1;
     pub const RECORD_MAX: usize = 16;
     pub const RESERVE: u32 = 0;
+    pub const STRIDE: u32 = 3;
+    pub const FETCH_AHEAD: u32 = 1;
+
+    pub fn fetch_for_reading<T>(_: &T) {}
+    pub fn fetch_for_writing<T>(_: &T) {}
 }
 
 #[allow(dead_code, clippy::duplicate_mod, reason = "the shipped file, of which not all is used")]

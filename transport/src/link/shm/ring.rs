@@ -27,9 +27,15 @@ use std::fmt;
 use std::ops::Deref;
 
 use super::cells::{
-    AtomicU32, AtomicU64, DATA_WORDS, Ordering, PUBLISH_EVERY, RECORD_MAX, RESERVE, SLOTS, fence,
+    AtomicU32, AtomicU64, DATA_WORDS, FETCH_AHEAD, Ordering, PUBLISH_EVERY, RECORD_MAX, RESERVE,
+    SLOTS, STRIDE, fence, fetch_for_reading, fetch_for_writing,
 };
 
+/// So many records one after the other, none the other way, are a stream. Its writer fetches lines
+/// ahead (a stream of 8 B messages: 7.2 against 5.0 million a second; but 0.30 against 0.29 µs,
+/// half a round trip, in an exchange of single records), and its reader does not (5.7 against 7.2
+/// million; but 0.267 against 0.272 µs).
+const STREAM_MIN: u32 = 4;
 /// Bytes of a record that fit one slot.
 pub(super) const SLOT_DATA: usize = DATA_WORDS * 8;
 /// The bits of a header that hold the record's length in bytes; the others are the caller's.
@@ -37,7 +43,7 @@ pub(super) const LEN_BITS: u32 = 12;
 const LEN_MASK: u32 = (1 << LEN_BITS) - 1;
 
 const _: () = {
-    assert!(SLOTS.is_power_of_two());
+    assert!(SLOTS.is_power_of_two() && STRIDE % 2 == 1);
     assert!(RECORD_MAX <= LEN_MASK as usize);
     assert!(RECORD_MAX.div_ceil(SLOT_DATA) as u32 + RESERVE <= SLOTS - PUBLISH_EVERY + 1);
 };
@@ -142,6 +148,9 @@ pub(super) struct Ring<O, P, B> {
     /// The peer's epoch that was last answered with a wake.
     woken: u32,
     wanting: bool,
+    /// Records written since one was read, up to [`STREAM_MIN`], and the other way round.
+    written_in_a_row: u32,
+    read_in_a_row: u32,
 }
 
 impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
@@ -157,6 +166,8 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
             epoch: 0,
             woken: 0,
             wanting: false,
+            written_in_a_row: 0,
+            read_in_a_row: 0,
         }
     }
 
@@ -173,11 +184,11 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 
     fn own_slot(&self, position: u32) -> &Slot {
-        &self.own.slots[(position % SLOTS) as usize]
+        &self.own.slots[place_of(position)]
     }
 
     fn peer_slot(&self, position: u32) -> &Slot {
-        &self.peer.slots[(position % SLOTS) as usize]
+        &self.peer.slots[place_of(position)]
     }
 
     /// Whether `slots` slots are free, looking at the consumer's head only when needed.
@@ -215,12 +226,18 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         if !self.has_room(slots + reserve)? {
             return Ok(false);
         }
-        let mut writer = Writer { ring: self, words: [0; SLOT_DATA], filled: 0, at: 0 };
+        let mut writer = Writer::new(self);
         for part in parts {
             writer.write(part);
         }
         writer.finish(slots, flags << LEN_BITS | len as u32);
         self.tail = self.tail.wrapping_add(slots);
+        self.read_in_a_row = 0;
+        if self.written_in_a_row < STREAM_MIN {
+            self.written_in_a_row += 1;
+        } else {
+            fetch_for_writing(self.own_slot(self.tail.wrapping_add(FETCH_AHEAD)));
+        }
         fence(Ordering::SeqCst);
         self.wake_sleeper();
         Ok(true)
@@ -285,6 +302,12 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         slot.stamp.load(Ordering::Acquire) != self.head.wrapping_add(1)
     }
 
+    /// How many records have been read since one was written.
+    #[inline]
+    pub fn read_in_a_row(&self) -> u32 {
+        self.read_in_a_row
+    }
+
     /// Copies the next record into `into`: its flags and length.
     pub fn pop(&mut self, into: &mut [u8; RECORD_MAX]) -> Result<Option<(u32, usize)>, Corrupt> {
         let expected = self.head.wrapping_add(1);
@@ -301,6 +324,10 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
             return Err(Corrupt::Length);
         }
         let slots = slots_for(len);
+        self.read_in_a_row = self.read_in_a_row.saturating_add(1);
+        if self.read_in_a_row < STREAM_MIN {
+            fetch_for_reading(self.peer_slot(self.head.wrapping_add(slots)));
+        }
         let mut chunks = into[..len].chunks_mut(SLOT_DATA);
         for at in 0..slots {
             let slot = self.peer_slot(self.head.wrapping_add(at));
@@ -315,6 +342,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 
     fn advance(&mut self, slots: u32) {
+        self.written_in_a_row = 0;
         self.head = self.head.wrapping_add(slots);
         if self.head.wrapping_sub(self.published) >= PUBLISH_EVERY {
             self.publish();
@@ -363,6 +391,10 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 }
 
+fn place_of(position: u32) -> usize {
+    (position.wrapping_mul(STRIDE) % SLOTS) as usize
+}
+
 fn slots_for(len: usize) -> u32 {
     len.div_ceil(SLOT_DATA).max(1) as u32
 }
@@ -370,7 +402,7 @@ fn slots_for(len: usize) -> u32 {
 /// Copies the first bytes of a slot. Whole words apart from the rest: a copy of fixed length is one
 /// instruction.
 fn read_slot(slot: &Slot, into: &mut [u8]) {
-    let mut words = slot.data.iter().map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+    let mut words = slot.data.iter().map(|word| word.load(Ordering::Relaxed).to_le_bytes());
     let (whole, rest) = into.as_chunks_mut::<8>();
     for (bytes, word) in whole.iter_mut().zip(&mut words) {
         *bytes = word;
@@ -380,57 +412,111 @@ fn read_slot(slot: &Slot, into: &mut [u8]) {
     }
 }
 
-/// Cuts bytes into slots. The first slot stays back until all others are stamped.
+/// Cuts bytes into words, and those into slots. The first slot's stamp stays back until all others
+/// are stamped. Bytes go through a register and not through memory, which a processor cannot read
+/// as a word right after it was written in pieces.
 struct Writer<'r, O, P, B> {
     ring: &'r Ring<O, P, B>,
-    words: [u8; SLOT_DATA],
-    filled: usize,
-    /// Slots written, or held back.
+    slot: &'r Slot,
+    /// Words stored in this slot.
+    words: usize,
+    /// Slots before this one.
     at: u32,
+    /// The word at hand, and how many of its bytes are there.
+    word: u64,
+    bytes: u32,
 }
 
-impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Writer<'_, O, P, B> {
-    fn write(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            if self.filled == SLOT_DATA {
-                self.flush();
-            }
-            let room = SLOT_DATA - self.filled;
-            let take = room.min(bytes.len());
-            self.words[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
-            self.filled += take;
-            bytes = &bytes[take..];
+impl<'r, O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Writer<'r, O, P, B> {
+    #[inline]
+    fn new(ring: &'r Ring<O, P, B>) -> Self {
+        Writer { ring, slot: ring.own_slot(ring.tail), words: 0, at: 0, word: 0, bytes: 0 }
+    }
+
+    #[inline]
+    fn write(&mut self, part: &[u8]) {
+        let (whole, rest) = part.as_chunks::<8>();
+        if self.bytes == 0 {
+            whole.iter().for_each(|bytes| self.store(u64::from_le_bytes(*bytes)));
+        } else {
+            whole.iter().for_each(|bytes| self.append(u64::from_le_bytes(*bytes), 8));
         }
+        if !rest.is_empty() {
+            self.append(load_short(rest), rest.len() as u32);
+        }
+    }
+
+    /// Appends the lowest `count` bytes of `value`, of which the others are 0.
+    #[inline]
+    fn append(&mut self, value: u64, count: u32) {
+        let have = self.bytes;
+        self.word |= value << (8 * have);
+        self.bytes += count;
+        if self.bytes >= 8 {
+            let full = self.word;
+            self.store(full);
+            self.bytes -= 8;
+            self.word = if have == 0 { 0 } else { value >> (64 - 8 * have) };
+        }
+    }
+
+    #[inline]
+    fn store(&mut self, word: u64) {
+        if self.words == DATA_WORDS {
+            self.next_slot();
+        }
+        self.slot.data[self.words].store(word, Ordering::Relaxed);
+        self.words += 1;
     }
 
     fn position(&self) -> u32 {
         self.ring.tail.wrapping_add(self.at)
     }
 
-    /// Stores the slot at hand. The first one is stamped by `finish`.
-    fn flush(&mut self) {
-        let position = self.position();
-        let slot = self.ring.own_slot(position);
-        for (word, bytes) in slot.data.iter().zip(self.words.as_chunks::<8>().0) {
-            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
-        }
+    fn stamp_later_slot(&self) {
         if self.at > 0 {
-            slot.stamp.store(position.wrapping_add(1), Ordering::Release);
+            self.slot.stamp.store(self.position().wrapping_add(1), Ordering::Release);
         }
-        self.at += 1;
-        self.filled = 0;
     }
 
+    fn next_slot(&mut self) {
+        self.stamp_later_slot();
+        self.at += 1;
+        self.slot = self.ring.own_slot(self.position());
+        self.words = 0;
+    }
+
+    #[inline]
     fn finish(mut self, slots: u32, header: u32) {
-        if self.filled > 0 || self.at == 0 {
-            self.flush();
+        if self.bytes > 0 {
+            let last = self.word;
+            self.store(last);
         }
-        debug_assert_eq!(self.at, slots);
+        self.stamp_later_slot();
+        debug_assert_eq!(self.at + 1, slots);
         let tail = self.ring.tail;
         let first = self.ring.own_slot(tail);
         first.header.store(header, Ordering::Relaxed);
         first.stamp.store(tail.wrapping_add(1), Ordering::Release);
     }
+}
+
+/// Fewer than 8 bytes, as the low bytes of a word.
+#[inline]
+fn load_short(bytes: &[u8]) -> u64 {
+    let (mut rest, mut word, mut shift) = (bytes, 0u64, 0);
+    if let Some((four, after)) = rest.split_first_chunk() {
+        word = u64::from(u32::from_le_bytes(*four));
+        (rest, shift) = (after, 32);
+    }
+    if let Some((two, after)) = rest.split_first_chunk() {
+        word |= u64::from(u16::from_le_bytes(*two)) << shift;
+        (rest, shift) = (after, shift + 16);
+    }
+    if let [one] = rest {
+        word |= u64::from(*one) << shift;
+    }
+    word
 }
 
 /// What tests need to see or to forge.
@@ -457,7 +543,7 @@ mod forge {
         }
 
         pub fn set_slot(&self, position: u32, stamp: u32, header: u32) {
-            let slot = &self.slots[(position % SLOTS) as usize];
+            let slot = &self.slots[place_of(position)];
             slot.header.store(header, Ordering::Relaxed);
             slot.stamp.store(stamp, Ordering::Release);
         }

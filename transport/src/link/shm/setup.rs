@@ -332,3 +332,41 @@ pub(super) async fn establish(
         ways: ways(options, &pulls, &peer_pulls),
     }))
 }
+
+/// The packets that a peer sends at set-up, as fuzzing gives them: what can be read has one form
+/// (but for a flag, of which every value but 0 means the same).
+#[cfg(feature = "fuzzing")]
+pub(super) fn fuzz(bytes: &[u8]) -> u64 {
+    if let Some(hello) = Hello::read(bytes) {
+        let again = hello.bytes();
+        assert_eq!(again[..HELLO_LEN - 1], bytes[..HELLO_LEN - 1]);
+        assert_eq!(hello.single_copy, bytes[HELLO_LEN - 1] != 0);
+        return 1 + u64::from(hello.single_copy);
+    }
+    if let Some(proof) = Proof::read(bytes) {
+        assert_eq!(proof.bytes()[..], *bytes);
+        let verdicts = [false, true].map(|proved| pull_verdict(proof.pull_code, proved));
+        assert!(verdicts[0].is_err(), "what is not proved is not allowed");
+        return 3 + u64::from(verdicts[1].is_ok());
+    }
+    0
+}
+
+/// Packets to start from.
+#[cfg(feature = "fuzzing")]
+pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let hello = Hello { token: [1; 16], probe_addr: 4096, single_copy: true }.bytes();
+    let proof = |pull_code| {
+        Proof { page_secret: [2; 16], pull_code, pull_secret: [3; 16] }.bytes().to_vec()
+    };
+    vec![
+        ("hello", hello.clone()),
+        ("bad-hello-cut", hello[..HELLO_LEN - 1].to_vec()),
+        ("bad-hello-longer", [&hello[..], &[0]].concat()),
+        ("proof", proof(0)),
+        ("proof-denied", proof(libc::EPERM)),
+        ("proof-not-tried", proof(NOT_TRIED)),
+        ("bad-proof-cut", proof(0)[..PROOF_LEN - 1].to_vec()),
+        ("bad-other", b"GET / HTTP/1.1".to_vec()),
+    ]
+}

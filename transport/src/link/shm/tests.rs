@@ -84,7 +84,7 @@ impl Sink for Recorder {
                 Disposition::Hold
             }
             Some(Policy::View) => {
-                let views = arrival.views.map(<[RawView]>::to_vec).unwrap_or_default();
+                let views = arrival.views.map(|views| views.to_vec()).unwrap_or_default();
                 self.views.push((arrival.payload, views));
                 Disposition::View
             }

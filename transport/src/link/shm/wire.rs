@@ -2,7 +2,8 @@
 //!
 //! A record's flags are `kind | how << 4 | head length << 5`, above the ring's own length field.
 //! Kinds with a payload carry fixed fields, then descriptors, then the head; `Inline` carries head
-//! and payload only, so that a small parcel fits one slot. Numbers are in native byte order: both
+//! and payload only, so that a small parcel fits one slot, with the head filled up to whole words,
+//! so that a short payload is read as it was written. Numbers are in native byte order: both
 //! processes run on one host.
 
 use super::cells::RECORD_MAX;
@@ -31,7 +32,7 @@ const LOAN_LEN: usize = 24;
 pub(super) const PULL_LEN: usize = size_of::<Piece>();
 
 const _: () = {
-    assert!(HEAD_MAX + INLINE_MAX <= RECORD_MAX);
+    assert!(filled_up(HEAD_MAX) + INLINE_MAX <= RECORD_MAX);
     assert!(FIXED + LOANS_MAX * LOAN_LEN + HEAD_MAX <= RECORD_MAX);
     assert!(FIXED + PULLS_MAX * PULL_LEN + HEAD_MAX <= RECORD_MAX);
     assert!(5 + usize::BITS - HEAD_MAX.leading_zeros() <= 32 - LEN_BITS);
@@ -95,6 +96,11 @@ pub(super) struct Piece {
 
 pub(super) fn flags(kind: Kind, how: How, head_len: usize) -> u32 {
     kind as u32 | u32::from(how == How::Offer) << 4 | (head_len as u32) << 5
+}
+
+/// Bytes that a head takes up before a payload in line.
+pub(super) const fn filled_up(head_len: usize) -> usize {
+    head_len.next_multiple_of(8)
 }
 
 /// What the flags say, not yet checked against the record's length.

@@ -22,6 +22,8 @@
 //! 1,024 parcels wait per bulk class, then posts are answered [`Post::Full`]; 65,536 offers may be
 //! open. An idle link holds one buffer of 4 KiB and no more than a KiB of state.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod pieces;
 mod rx;
 mod stream;
@@ -49,8 +51,6 @@ use crate::error::{ErrorKind, LinkError};
 use crate::runtime::{Source, is_runtime_gone};
 
 pub(crate) use self::stream::{ByteStream, Keepalive, configure_socket};
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use self::wire::decode as decode_frame;
 
 /// A frame up to this long is copied together and written without vectors.
 const FLAT_MAX: usize = 512;

@@ -262,13 +262,27 @@ impl Incoming {
         Incoming { op, to, at: (0, 0), len, got: 0, granted: 0 }
     }
 
-    /// How far the peer may send from now on, if that has changed.
-    pub fn grant(&mut self) -> Option<u64> {
-        if self.granted == self.len || self.granted - self.got > WINDOW_BYTES / 2 {
+    /// Grants the peer more, of at most `room` bytes. `None`: that is too little to be worth it.
+    pub fn grant(&mut self, room: usize) -> Option<usize> {
+        let wanted = (self.len - self.granted).min(WINDOW_BYTES - (self.granted - self.got));
+        if room < wanted.min(WINDOW_BYTES / 2) {
             return None;
         }
-        self.granted = self.len.min(self.got + WINDOW_BYTES);
-        Some(self.granted as u64)
+        let more = wanted.min(room);
+        self.granted += more;
+        Some(more)
+    }
+
+    /// How far the peer may send.
+    pub fn granted(&self) -> u64 {
+        self.granted as u64
+    }
+
+    /// Whether it is the chunk just taken, of this length, after which more should be granted.
+    pub fn begins_to_want(&self, len: usize) -> bool {
+        let waits = self.granted - self.got;
+        let enough = WINDOW_BYTES / 2;
+        self.granted < self.len && waits <= enough && waits + len > enough
     }
 
     pub fn is_over(&self) -> bool {
@@ -343,8 +357,9 @@ mod tests {
                 .collect();
             let mut incoming = Incoming::new(OpId::NONE, to, whole.len());
             while !incoming.is_over() {
-                if let Some(granted) = incoming.grant() {
-                    outgoing.granted = granted as usize;
+                if incoming.granted() as usize == incoming.got {
+                    prop_assert!(incoming.grant(1 << 20).is_some());
+                    outgoing.granted = incoming.granted() as usize;
                 }
                 let mut op = SendOp::new();
                 op.bytes.extend_from_slice(b"header");

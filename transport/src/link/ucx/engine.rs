@@ -11,7 +11,8 @@ use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
 
 use super::blob::Blob;
 use super::inbox::{Fault, Mailbox};
-use super::link::UcxLink;
+use super::lanes::Lane;
+use super::link::{PULLED_INBOX_BYTES, UcxLink};
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Worker};
@@ -80,7 +81,7 @@ impl UcxEngine {
         getrandom::fill(&mut secret).map_err(|error| format!("random numbers: {error}"))?;
         let secret = u64::from_ne_bytes(secret);
         let worker = &self.worker;
-        let limit = self.options.inbox_max_bytes;
+        let limit = self.options.inbox_max_bytes.saturating_add(PULLED_INBOX_BYTES);
         let mailbox = worker.dispatch.register(worker.ucx, secret, limit);
         Ok(Reservation { slot: Some(Slot { worker: worker.clone(), mailbox }) })
     }
@@ -257,7 +258,7 @@ pub(crate) struct Opened {
     pub(super) ep: Ep,
     pub(super) slot: Slot,
     pub(super) to: Address,
-    pub(super) lanes: String,
+    pub(super) lanes: Vec<Lane>,
     pub(super) options: UcxOptions,
 }
 

@@ -106,6 +106,7 @@ impl Inbox {
     }
 
     /// Puts a parcel in its place. `Err`: the peer went too far, and here is the parcel.
+    #[allow(clippy::result_large_err, reason = "it is handed back, not reported")]
     fn place(&mut self, seq: u32, entry: Entry, max_bytes: usize) -> Result<(), Entry> {
         let ahead = seq.wrapping_sub(self.next_seq);
         // Numbers are used once, and half of them lie behind.

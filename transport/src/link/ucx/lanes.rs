@@ -42,6 +42,17 @@ fn use_of(word: &str) -> Option<&'static str> {
     })
 }
 
+/// Whether every lane that carries messages is memory of this host.
+pub(super) fn shares_memory(lanes: &[Lane]) -> bool {
+    let mut carriers =
+        lanes.iter().filter(|lane| lane.uses.iter().any(|used| used.ends_with("messages")));
+    let first = carriers.next();
+    let shares = |lane: &Lane| {
+        ["posix/", "sysv/", "xpmem/", "self/"].iter().any(|name| lane.transport.starts_with(name))
+    };
+    first.is_some_and(shares) && carriers.all(shares)
+}
+
 /// `posix/memory (messages), cma/memory (bulk data)`.
 pub(super) fn in_words(lanes: &[Lane]) -> String {
     if lanes.is_empty() {
@@ -76,6 +87,15 @@ mod tests {
             in_words(&lanes),
             "posix/memory.0 (messages, bulk messages), cma/memory.0 (bulk data)"
         );
+    }
+
+    #[test]
+    fn lanes_of_one_host_are_told_from_others() {
+        let lane = "lane[2]: 1:tcp/lo.0 md[1] -> md[1]/tcp/sysdev[255]";
+        assert!(shares_memory(&parse(PRINTED)));
+        assert!(shares_memory(&parse(&format!("{PRINTED}{lane} keepalive\n"))));
+        assert!(!shares_memory(&parse(&format!("{PRINTED}{lane} am_bw#1\n"))));
+        assert!(!shares_memory(&parse("")));
     }
 
     #[test]

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
-use super::bulk::{Incoming, Outgoing, Outgoings, append};
+use super::bulk::{Incoming, Outgoing, Outgoings, WINDOW_BYTES, append};
 use super::engine::{Opened, Slot};
 use super::inbox::{Body, Entry, Fault, INLINE_MAX};
 use super::request::{Begun, Finished, SendOp};
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Locked, Worker};
-use super::{UcxOptions, link_error};
+use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
@@ -34,8 +34,15 @@ const IN_FLIGHT_MAX: usize = 1024;
 /// The same for control. Answers to what a peer sends are among them, so a peer that sends and
 /// never reads ends here.
 const CONTROL_MAX: usize = 65_536;
-/// A chunk fits into one segment of shared memory, so that UCX does not put it together again.
-const CHUNK_BYTES: usize = 8000;
+/// A chunk fits, with its header, into one segment of shared memory (8 KiB) or into what UCX sends
+/// at once over sockets (64 KiB), so that UCX does not put it together again.
+const CHUNK_BYTES_SHARED_MEMORY: usize = 8000;
+const CHUNK_BYTES: usize = 64_000;
+/// What the peer may have on its way of all payloads that are being landed, in bytes: what waits
+/// here at most until it is copied to its place.
+const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
+/// What that may come to in an inbox: where pieces of a message are short, so are chunks.
+pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
 /// Payloads that may wait at the peer without having been landed.
 const OPEN_MAX: usize = 65_536;
 /// Boxes that are kept for the next parcels.
@@ -86,6 +93,10 @@ pub(crate) struct UcxLink {
     open: HashMap<u64, (u32, usize)>,
     /// Payloads that are being landed, by the peer's number.
     incoming: HashMap<u32, Incoming>,
+    /// Those among them that could be granted more, in turns.
+    wanting: VecDeque<u32>,
+    /// Granted to the peer, not here yet.
+    pulled_bytes: usize,
     outgoing: Outgoings,
     chunk_bytes: usize,
     chunks_in_flight: usize,
@@ -94,6 +105,7 @@ pub(crate) struct UcxLink {
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
     reporting: usize,
+    #[allow(clippy::vec_box, reason = "UCX is told their addresses, which must not change")]
     spare: Vec<Box<SendOp>>,
     dead: Option<LinkError>,
     /// Killed; counted among the worker's endings for as long as UCX is at work on something.
@@ -105,6 +117,11 @@ pub(crate) struct UcxLink {
 impl UcxLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> UcxLink {
         let Opened { ep, slot, to, lanes, options } = opened;
+        let chunk_bytes = match lanes::shares_memory(&lanes) {
+            true => CHUNK_BYTES_SHARED_MEMORY,
+            false => CHUNK_BYTES,
+        };
+        let lanes = lanes::in_words(&lanes);
         let UcxOptions { eager_max, max_payload, .. } = options;
         UcxLink {
             worker: slot.worker.clone(),
@@ -127,8 +144,10 @@ impl UcxLink {
             finished: Vec::new(),
             open: HashMap::new(),
             incoming: HashMap::new(),
+            wanting: VecDeque::new(),
+            pulled_bytes: 0,
             outgoing: Outgoings::default(),
-            chunk_bytes: CHUNK_BYTES,
+            chunk_bytes,
             chunks_in_flight: 0,
             next_payload: 0,
             next_seq: 0,
@@ -411,12 +430,27 @@ impl UcxLink {
 
     /// Lands a payload that waits at the peer.
     fn pull(&mut self, id: u32, len: usize, to: Landing, op: OpId) -> Result<(), LinkError> {
-        let mut incoming = landing(to, op, len)?;
-        let granted = incoming.grant().unwrap_or(0);
+        let incoming = landing(to, op, len)?;
         if self.incoming.insert(id, incoming).is_some() {
             return Err(LinkError::protocol(LinkKind::Ucx, "a payload's number is in use"));
         }
-        self.answer(Kind::Pull, id, granted)
+        self.wanting.push_back(id);
+        self.grant()
+    }
+
+    /// Lets the peer send more, as far as there is room for it here.
+    fn grant(&mut self) -> Result<(), LinkError> {
+        while let Some(id) = self.wanting.front().copied() {
+            if let Some(incoming) = self.incoming.get_mut(&id) {
+                let room = PULLED_BYTES_MAX - self.pulled_bytes;
+                let Some(more) = incoming.grant(room) else { return Ok(()) };
+                let upto = incoming.granted();
+                self.pulled_bytes += more;
+                self.answer(Kind::Pull, id, upto)?;
+            }
+            self.wanting.pop_front();
+        }
+        Ok(())
     }
 
     /// A piece of a payload that was pulled.
@@ -443,23 +477,23 @@ impl UcxLink {
         // SAFETY: `len` bytes lie there, UCX's until they are given back below; it was asked for,
         // and the driver keeps the landing.
         unsafe { incoming.take(from, len) };
-        let granted = incoming.grant();
+        self.pulled_bytes -= len;
+        if incoming.begins_to_want(len) {
+            self.wanting.push_back(id);
+        }
         let over = incoming.is_over().then_some(incoming.op);
         self.give_back(body);
         budget.bytes = budget.bytes.saturating_sub(len);
         // Chunks are no parcels: their bytes limit a turn.
         budget.parcels += 1;
         self.counters.inline_bytes_received += len as u64;
-        if let Some(granted) = granted {
-            self.answer(Kind::Pull, id, granted)?;
-        }
         if let Some(op) = over {
             self.incoming.remove(&id);
             if op != OpId::NONE {
                 sink.done(op, Ok(()));
             }
         }
-        Ok(())
+        self.grant()
     }
 
     /// Says something about a payload of the peer's.

@@ -16,11 +16,12 @@ use thalweg_ffi::ucx::{
 
 use super::context::Context;
 use super::inbox::{Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
+use super::lanes::{self, Lane};
 use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
 use super::wire::{HEADER_BYTES, Header};
-use super::{Unavailable, describe, lanes, link_error};
+use super::{Unavailable, describe, link_error};
 use crate::error::LinkError;
 use crate::link::{Armed, HEAD_MAX};
 use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
@@ -533,14 +534,14 @@ impl Locked<'_> {
         }
     }
 
-    /// The lanes of an endpoint, in words.
-    pub fn lanes(&mut self, ep: &Ep) -> String {
+    /// The lanes of an endpoint, as far as UCX tells.
+    pub fn lanes(&mut self, ep: &Ep) -> Vec<Lane> {
         let mut text = std::ptr::null_mut();
         let mut len = 0;
         // SAFETY: both are written when the stream is flushed and closed.
         let stream = unsafe { libc::open_memstream(&raw mut text, &raw mut len) };
         if stream.is_null() {
-            return lanes::in_words(&[]);
+            return Vec::new();
         }
         // SAFETY: the endpoint is live, its worker locked, the stream open.
         unsafe {
@@ -548,14 +549,14 @@ impl Locked<'_> {
             libc::fclose(stream);
         }
         if text.is_null() {
-            return lanes::in_words(&[]);
+            return Vec::new();
         }
         // SAFETY: the closed stream left a string there, which is freed once, after the copy.
-        let words = unsafe { CStr::from_ptr(text) }.to_string_lossy();
-        let words = lanes::in_words(&lanes::parse(&words));
+        let printed = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+        let lanes = lanes::parse(&printed);
         // SAFETY: as above.
         unsafe { libc::free(text.cast()) };
-        words
+        lanes
     }
 }
 
@@ -627,12 +628,10 @@ unsafe fn take(
     attributes: u64,
 ) -> bool {
     let packed = header_len == 0;
-    let (first, first_len) = match packed {
-        true => (data.cast::<u8>().cast_const(), len),
-        false => (header, header_len),
-    };
+    let (first, first_len) =
+        if packed { (data.cast::<u8>().cast_const(), len) } else { (header, header_len) };
     let waits = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-    if waits || first_len < HEADER_BYTES || first_len > PACKED_MAX {
+    if waits || !(HEADER_BYTES..=PACKED_MAX).contains(&first_len) {
         // Not from this protocol: UCX tells a sender that waits that it may go on.
         return false;
     }

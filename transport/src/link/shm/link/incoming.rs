@@ -12,9 +12,9 @@ use super::super::cells::RECORD_MAX;
 use super::super::copy::{self, Cursor};
 use super::super::wire::{
     ARENA, Fixed, INLINE_MAX, Kind, LOANS_MAX, LoanAt, OFFER_INLINE_MAX, PIECES_MAX, PULL_LEN,
-    PULLS_MAX, Piece, Reader, parse_flags,
+    PULLS_MAX, Piece, Reader, filled_up, parse_flags,
 };
-use super::{INCOMING_MAX, PeerPage, ShmLink, protocol};
+use super::{INCOMING_MAX, ShmLink, protocol};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
     Arrival, Budget, Disposition, HEAD_MAX, How, Landing, LinkKind, OpId, PayloadId, Post, RawView,
@@ -37,9 +37,13 @@ pub(super) struct Incoming {
 /// Where an incoming payload lies.
 enum Origin {
     Inline(Box<[u8]>),
-    Loan(SmallVec<[PeerSlice<PeerPage>; 2]>),
+    /// Empty once the driver has taken the views.
+    Loan(SmallVec<[RawView; 2]>),
     Pull(SmallVec<[Piece; 4]>),
-    List { addr: u64, count: usize },
+    List {
+        addr: u64,
+        count: usize,
+    },
     Push,
 }
 
@@ -129,10 +133,11 @@ impl ShmLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        if head_len > HEAD_MAX || head_len > record.len() {
+        if head_len > HEAD_MAX || filled_up(head_len) > record.len() {
             return Err(protocol("a head longer than its record"));
         }
-        let (head, payload) = record.split_at(head_len);
+        let (head, payload) = record.split_at(filled_up(head_len));
+        let head = &head[..head_len];
         if payload.len() > INLINE_MAX || payload.len() as u64 > self.max_payload {
             return Err(protocol("an inline payload over the limit"));
         }
@@ -201,29 +206,25 @@ impl ShmLink {
         if self.incoming.len() - self.held_inline >= INCOMING_MAX {
             return Err(protocol("too many payloads open"));
         }
-        let origin = self.read_origin(kind, fixed, &mut reader)?;
+        let mut origin = self.read_origin(kind, fixed, &mut reader)?;
         let Some(head) = reader.head(head_len) else {
             return Err(protocol("a head that does not fill its record"));
         };
-        let views: Option<SmallVec<[RawView; 2]>> = match &origin {
-            Origin::Loan(slices) => {
+        let views = match &mut origin {
+            Origin::Loan(views) => {
                 self.counters.loaned_bytes_received += fixed.len;
-                Some(slices.iter().map(view_of).collect())
+                Some(views)
             }
             _ => None,
         };
         self.counters.parcels_received += 1;
+        let key = self.incoming.next_key();
+        let arrival =
+            Arrival { head, len: fixed.len, payload: PayloadId(key), inline: None, views, how };
+        let disposition = sink.parcel(arrival);
         let incoming = Incoming { remote: fixed.id, len: fixed.len, origin, landing: None };
-        let key = self.incoming.insert(incoming);
-        let arrival = Arrival {
-            head,
-            len: fixed.len,
-            payload: PayloadId(key),
-            inline: None,
-            views: views.as_deref(),
-            how,
-        };
-        match sink.parcel(arrival) {
+        self.incoming.insert(incoming);
+        match disposition {
             Disposition::Land { to, op } => self.start_landing(key, to, op).inspect_err(|error| {
                 sink.done(op, Err(error.clone()));
             }),
@@ -243,14 +244,15 @@ impl ShmLink {
         let count = usize::try_from(fixed.count).unwrap_or(usize::MAX);
         match kind {
             Kind::Loan if self.loans && count <= LOANS_MAX => {
-                let mut slices = SmallVec::new();
+                let mut views = SmallVec::new();
                 let mut left = fixed.len;
                 for _ in 0..count {
                     let at = reader.loan().ok_or_else(truncated)?;
                     left = left.checked_sub(at.len).ok_or_else(sums_up_wrong)?;
-                    slices.push(self.peer_slice(at)?);
+                    let PeerSlice { ptr, len, keep } = self.peer_slice(at)?;
+                    views.push(RawView { ptr, len, keep });
                 }
-                if left != 0 { Err(sums_up_wrong()) } else { Ok(Origin::Loan(slices)) }
+                if left != 0 { Err(sums_up_wrong()) } else { Ok(Origin::Loan(views)) }
             }
             Kind::Pull if count <= PULLS_MAX => {
                 let mut pieces = SmallVec::new();
@@ -392,9 +394,8 @@ impl ShmLink {
                 budget.bytes = budget.bytes.saturating_sub(bytes.len());
                 Ok(Turn::Finished)
             }
-            Origin::Loan(slices) => {
-                while let Some(slice) =
-                    slices.get(landing.from.index()).filter(|_| budget.bytes > 0)
+            Origin::Loan(views) => {
+                while let Some(slice) = views.get(landing.from.index()).filter(|_| budget.bytes > 0)
                 {
                     let offset = landing.from.offset();
                     let len = (slice.len - offset).min(budget.bytes);
@@ -403,7 +404,7 @@ impl ShmLink {
                     unsafe {
                         copy::copy_in(&landing.to, &mut landing.into, slice.ptr.add(offset), len);
                     }
-                    copy::advance(&mut landing.from, len, |at| slices.get(at).map(|s| s.len));
+                    copy::advance(&mut landing.from, len, |at| views.get(at).map(|s| s.len));
                     landing.done += len as u64;
                     budget.bytes -= len;
                 }
@@ -580,8 +581,4 @@ fn check_landing(to: &Landing, len: u64) -> Result<(), LinkError> {
         LinkKind::Shm,
         format!("a landing of {sum} bytes for a payload of {len}"),
     ))
-}
-
-fn view_of(slice: &PeerSlice<PeerPage>) -> RawView {
-    RawView { ptr: slice.ptr, len: slice.len, keep: slice.keep.clone() }
 }

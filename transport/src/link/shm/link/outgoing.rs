@@ -8,7 +8,8 @@ use smallvec::SmallVec;
 use super::super::cells::{RECORD_MAX, RESERVE};
 use super::super::copy::{self, Cursor};
 use super::super::wire::{
-    ARENA, Builder, Fixed, Kind, LOANS_MAX, LoanAt, PIECES_MAX, PULL_LEN, PULLS_MAX, Piece, flags,
+    ARENA, Builder, Fixed, Kind, LOANS_MAX, LoanAt, PIECES_MAX, PULL_LEN, PULLS_MAX, Piece,
+    filled_up, flags,
 };
 use super::{CHUNK_BYTES, CHUNKS_MAX, INCOMING_MAX, OUTGOING_MAX, ShmLink, protocol};
 use crate::error::{ErrorKind, LinkError};
@@ -20,10 +21,8 @@ pub(super) struct Outgoing {
     pub(super) op: OpId,
     class: Class,
     len: u64,
-    /// Where it lies in our memory; for a loan by reference, empty.
+    /// Where it lies in our memory; for loans by reference, empty.
     pieces: SmallVec<[Piece; 4]>,
-    /// Keeps loans from being reused.
-    blocks: SmallVec<[SharedBlock; 2]>,
     /// The payload itself, if it is one that `post` promises to copy, and not in the ring.
     copied: Box<[u8]>,
     push: Option<Push>,
@@ -76,9 +75,11 @@ impl ShmLink {
         payload: &[Segment<'_>],
         len: usize,
     ) -> Result<Post, LinkError> {
-        let parts = std::iter::once(head).chain(payload.iter().map(bytes_of));
+        let before = filled_up(head.len());
+        let heads = [head, &[0; 8][..before - head.len()]];
+        let parts = heads.into_iter().chain(payload.iter().map(bytes_of));
         let flags = flags(Kind::Inline, how, head.len());
-        if !self.push_parcel(class, flags, head.len() + len, parts)? {
+        if !self.push_parcel(class, flags, before + len, parts)? {
             return Ok(self.stalled());
         }
         self.counters.inline_bytes_sent += len as u64;
@@ -122,12 +123,10 @@ impl ShmLink {
             class,
             len,
             pieces: SmallVec::new(),
-            blocks: SmallVec::new(),
             copied: Box::default(),
             push: None,
         };
         let kind = if self.by_reference(payload) {
-            outgoing.blocks.extend(payload.iter().filter_map(|segment| segment.shared.cloned()));
             Kind::Loan
         } else {
             if len <= COPIED_MAX as u64 {
@@ -183,7 +182,7 @@ impl ShmLink {
             return Err(protocol("a payload asked for that is not open"));
         };
         let from = fixed.len;
-        if outgoing.push.is_some() || !outgoing.blocks.is_empty() || from >= outgoing.len {
+        if outgoing.push.is_some() || outgoing.pieces.is_empty() || from >= outgoing.len {
             return Err(protocol("a payload asked for that cannot be staged"));
         }
         let mut cursor = Cursor::default();
@@ -323,13 +322,14 @@ fn build<'b>(
     head: &[u8],
 ) -> &'b [u8] {
     let count = match kind {
-        Kind::Loan => outgoing.blocks.len(),
+        Kind::Loan => payload.len(),
         _ => outgoing.pieces.len(),
     };
     let mut builder = Builder::new(building, key, outgoing.len, count as u64);
     match kind {
         Kind::Loan => {
-            for (segment, block) in payload.iter().zip(&outgoing.blocks) {
+            for segment in payload {
+                let Some(block) = segment.shared else { continue };
                 let into = segment.ptr.addr() - block.as_ptr().addr();
                 builder.loan(LoanAt {
                     segment: block.segment(),
