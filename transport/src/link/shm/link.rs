@@ -58,11 +58,6 @@ const CHUNKS_MAX: usize = 4;
 pub(super) const ARENA_BYTES: usize = 8 << 20;
 /// Empty polls between two looks at whether the peer lives, when the caller spins.
 const LIFE_EVERY: u32 = 4096;
-/// A spinning reader of a long stream that finds few records at a look leaves the ring alone for a
-/// while: two processes that pass every line to and fro at once run in step, at the pace of that.
-const LONG_STREAM_MIN: u32 = 32;
-const BATCH_MIN: u32 = 8;
-const LOOKS_SKIPPED: u32 = 16;
 /// Wakes taken in one call of `arm` before it gives way.
 const EVENTS_MAX: usize = 8;
 
@@ -241,8 +236,6 @@ pub(crate) struct ShmLink {
     attention: bool,
     dead: Option<LinkError>,
     idle_polls: u32,
-    /// Looks at the ring that a spinning caller is spared.
-    looks_to_skip: u32,
     max_payload: u64,
     loans: bool,
     may_pull: bool,
@@ -291,7 +284,6 @@ impl ShmLink {
             attention: false,
             dead: None,
             idle_polls: 0,
-            looks_to_skip: 0,
             max_payload: parts.max_payload,
             loans: parts.loans,
             may_pull: parts.may_pull,
@@ -485,10 +477,6 @@ impl Link for ShmLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
-        if spinning && self.looks_to_skip > 0 && !self.attention {
-            self.looks_to_skip -= 1;
-            return Ok(Progress::Idle);
-        }
         if self.ring.is_empty() && !self.attention {
             if spinning {
                 self.idle_polls += 1;
@@ -639,11 +627,7 @@ impl ShmLink {
         self.ring.wake_up();
         let mut moved = self.ring.room_appeared()?;
         moved |= self.flush_backlog()?;
-        let before = budget.parcels;
         moved |= self.read_ring(budget, sink)?;
-        let stream = self.ring.read_in_a_row() >= LONG_STREAM_MIN;
-        let read = before - budget.parcels;
-        self.looks_to_skip = if stream && read < BATCH_MIN { LOOKS_SKIPPED } else { 0 };
         if self.attention {
             moved |= self.land_turns(budget, sink)?;
             moved |= self.push_turns(budget)?;

@@ -302,12 +302,6 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         slot.stamp.load(Ordering::Acquire) != self.head.wrapping_add(1)
     }
 
-    /// How many records have been read since one was written.
-    #[inline]
-    pub fn read_in_a_row(&self) -> u32 {
-        self.read_in_a_row
-    }
-
     /// Copies the next record into `into`: its flags and length.
     pub fn pop(&mut self, into: &mut [u8; RECORD_MAX]) -> Result<Option<(u32, usize)>, Corrupt> {
         let expected = self.head.wrapping_add(1);
