@@ -588,6 +588,14 @@ fn fork_tcp() {
 }
 
 #[test]
+fn fork_ucx() {
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped("fork_ucx", &why);
+    }
+    forking("fork_ucx", Way::Ucx);
+}
+
+#[test]
 fn fork_shm() {
     forking("fork_shm", Way::ShmAll);
 }
@@ -668,6 +676,14 @@ fn host_loop(name: &str, way: Way) {
 #[test]
 fn host_loop_tcp() {
     host_loop("host_loop_tcp", Way::Tcp);
+}
+
+#[test]
+fn host_loop_ucx() {
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped("host_loop_ucx", &why);
+    }
+    host_loop("host_loop_ucx", Way::Ucx);
 }
 
 #[test]

@@ -184,7 +184,8 @@ impl Leftovers {
         }
     }
 
-    fn more(&self) -> Option<String> {
+    /// What there is more than there was.
+    pub fn more(&self) -> Option<String> {
         let now = Leftovers::now();
         if now.descriptors.len() > self.descriptors.len() {
             return Some(format!("descriptors {:?}, were {:?}", now.descriptors, self.descriptors));

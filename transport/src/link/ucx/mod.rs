@@ -88,13 +88,16 @@ fn link_error(ucx: &Ucx, doing: &str, status: ucs_status_t) -> LinkError {
         ffi::UCS_ERR_NO_MEMORY | ffi::UCS_ERR_NO_RESOURCE | ffi::UCS_ERR_EXCEEDS_LIMIT => {
             ErrorKind::Resources
         }
+        // The last two are how a lane finds that the peer's memory or socket is there no more.
         ffi::UCS_ERR_CONNECTION_RESET
         | ffi::UCS_ERR_NOT_CONNECTED
         | ffi::UCS_ERR_UNREACHABLE
         | ffi::UCS_ERR_TIMED_OUT
         | ffi::UCS_ERR_CANCELED
         | ffi::UCS_ERR_ENDPOINT_TIMEOUT
-        | ffi::UCS_ERR_REJECTED => ErrorKind::ConnectionLost,
+        | ffi::UCS_ERR_REJECTED
+        | ffi::UCS_ERR_SHMEM_SEGMENT
+        | ffi::UCS_ERR_IO_ERROR => ErrorKind::ConnectionLost,
         ffi::UCS_ERR_UNSUPPORTED | ffi::UCS_ERR_NOT_IMPLEMENTED => ErrorKind::Unsupported,
         _ if (ffi::UCS_ERR_LAST_ENDPOINT_FAILURE..=ffi::UCS_ERR_FIRST_LINK_FAILURE)
             .contains(&status) =>
