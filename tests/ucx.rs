@@ -1,0 +1,241 @@
+//! What is particular to the link `ucx`: it is silent, it leaves nothing behind, and where libucp is
+//! absent or broken everything else goes on and says why.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use support::{Leftovers, note, resident_bytes, serially};
+use thalweg::{CloseReason, Config, LinkKind, Listener, Message, Node};
+use thalweg_tests::{Way, connect, run_once, runtime, skipped, within};
+
+/// Says to this program that it is to do a test's work itself.
+const INSIDE: &str = "THALWEG_TEST_INSIDE";
+const LIBRARY: &str = "THALWEG_UCX_LIBRARY";
+const ROUNDS: usize = 500;
+/// What resident memory may grow by from the hundredth round to the last.
+const GROWTH_MAX_BYTES: usize = 8 << 20;
+
+fn inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs one test of this program in a process of its own, and gives what it says.
+fn outside(test: &str, settings: &[(&str, &Path)]) -> Output {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]).env(INSIDE, "1");
+    command.envs(settings.iter().copied());
+    let output = command.output().expect("starting this program");
+    assert!(output.status.success(), "{test}: {output:#?}");
+    output
+}
+
+/// Fails if UCX itself has said something.
+fn assert_silent(output: &Output) {
+    for stream in [&output.stdout, &output.stderr] {
+        let text = String::from_utf8_lossy(stream);
+        let said = text.lines().find(|line| line.contains(" UCX "));
+        assert_eq!(said, None);
+    }
+}
+
+#[test]
+fn ucx_rounds_of_connecting_and_closing() {
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped("ucx_rounds_of_connecting_and_closing", &why);
+    }
+    let _alone = serially();
+    if !inside() {
+        let output = outside("ucx_rounds_of_connecting_and_closing", &[]);
+        assert_silent(&output);
+        let said = String::from_utf8_lossy(&output.stderr);
+        return said.lines().filter(|line| line.starts_with("SOAK")).for_each(|line| note(line));
+    }
+    let before = Leftovers::now();
+    run_once("rounds over ucx", async {
+        let nodes = [(); 2].map(|()| Node::new(Way::Ucx.config()).expect("a node"));
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        round(&nodes[0], &listener, 0).await;
+        let leftovers = Leftovers::now();
+        let mut early = 0;
+        for index in 0..ROUNDS {
+            if index == 100 {
+                early = resident_bytes();
+            }
+            round(&nodes[0], &listener, index).await;
+        }
+        let late = resident_bytes();
+        // Endpoints are ended by UCX in its own time.
+        tokio::task::yield_now().await;
+        thalweg_tests::until("descriptors to go", || leftovers.more().is_none()).await;
+        note(format_args!(
+            "SOAK: {ROUNDS} rounds over ucx: resident {} MiB early, {} MiB late",
+            early >> 20,
+            late >> 20
+        ));
+        assert!(late <= early + GROWTH_MAX_BYTES, "{early} bytes early, {late} late");
+        for node in nodes {
+            node.close(CloseReason::default()).await;
+        }
+    });
+    before.none_within(Duration::from_secs(5), "both nodes");
+}
+
+/// Connects, sends something each way, of a length that depends on the round, and closes, or drops
+/// both ends without a goodbye.
+async fn round(node: &Node, listener: &Listener, index: usize) {
+    let (a, b) = connect(node, listener).await;
+    let bytes = vec![index as u8; [8, 3_000, 100_000][index % 3]];
+    let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&bytes)), b.recv());
+    sent.expect("sending");
+    assert_eq!(got.expect("receiving").to_vec().expect("its bytes"), bytes);
+    match index % 4 {
+        0 => drop((a, b)),
+        1 => drop(within(Duration::from_secs(20), "aborting", async { b.abort() }).await),
+        _ => {
+            let ends = async {
+                let (closed, _) =
+                    tokio::join!(a.close(CloseReason::new(1, "round over")), b.closed());
+                closed.expect("closing");
+            };
+            within(Duration::from_secs(20), "closing", ends).await;
+        }
+    }
+}
+
+#[test]
+fn ucx_workers_come_and_go() {
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped("ucx_workers_come_and_go", &why);
+    }
+    let _alone = serially();
+    if !inside() {
+        return assert_silent(&outside("ucx_workers_come_and_go", &[]));
+    }
+    let pair = async || {
+        let nodes = [(); 2].map(|()| Node::new(Way::Ucx.config()).expect("a node"));
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        round(&nodes[0], &listener, 2).await;
+    };
+    runtime(1).block_on(pair());
+    let leftovers = Leftovers::now();
+    for _ in 0..8 {
+        runtime(1).block_on(pair());
+        leftovers.none_within(Duration::from_secs(5), "two nodes");
+    }
+}
+
+/// Not by itself: prints why `ucx` is absent, and shows that the rest works.
+#[test]
+fn ucx_is_absent_and_the_rest_works() {
+    if !inside() {
+        return;
+    }
+    let any = || Config::new().transports([LinkKind::Ucx, LinkKind::Shm, LinkKind::Tcp]);
+    run_once("without ucx", async {
+        let nodes = [(); 2].map(|()| Node::new(any()).expect("a node"));
+        let capabilities = nodes[0].capabilities();
+        let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
+        let ucx = ucx.expect("ucx is told of");
+        assert!(!ucx.present, "{}", ucx.reason);
+        let fix = ucx.fix.as_deref().unwrap_or_default();
+        println!("@reason {} @fix {fix}", ucx.reason);
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Shm);
+        let told = a.route().to_string();
+        assert!(told.contains("ucx") && told.contains(&ucx.reason), "{told}");
+        let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&[7; 70_000])), b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 70_000);
+    });
+}
+
+/// Whether a process that is given this library does without, and says so.
+#[track_caller]
+fn assert_absent(library: &Path, because: &str) {
+    let output = outside("ucx_is_absent_and_the_rest_works", &[(LIBRARY, library)]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    let reason =
+        said.split_once("@reason ").map(|(_, rest)| rest.lines().next()).expect("a reason");
+    let reason = reason.unwrap_or_default();
+    assert!(reason.contains(because), "{reason:?} does not say {because:?}");
+    assert!(reason.contains(LIBRARY), "{reason:?} does not say what to correct");
+}
+
+/// A folder that goes when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("thalweg-ucx-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a folder of our own");
+        Folder(path)
+    }
+
+    /// A shared object made from this source; `None` without a compiler.
+    fn library(&self, source: &str) -> Option<PathBuf> {
+        let (from, to) = (self.0.join("library.c"), self.0.join("libucp.so.0"));
+        std::fs::write(&from, source).expect("writable");
+        let made = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&to).arg(&from).status();
+        made.is_ok_and(|status| status.success()).then_some(to)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn without_libucp_the_rest_works() {
+    assert_absent(Path::new("/nonexistent/libucp.so.0"), "not there");
+}
+
+#[test]
+fn with_something_else_in_place_of_libucp_the_rest_works() {
+    let folder = Folder::new("text");
+    let path = folder.0.join("libucp.so.0");
+    std::fs::write(&path, "INPUT(-lucp)\n".repeat(20)).expect("writable");
+    assert_absent(&path, "not a 64-bit shared object");
+}
+
+#[test]
+fn with_an_old_or_a_lacking_libucp_the_rest_works() {
+    for (name, minor, because) in [("old", 8, "is version 1.8"), ("lacking", 30, "has no function")]
+    {
+        let folder = Folder::new(name);
+        let source = format!(
+            "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c)\n\
+             {{ *a = 1; *b = {minor}; *c = 0; }}\n"
+        );
+        let Some(path) = folder.library(&source) else {
+            return skipped("with_an_old_or_a_lacking_libucp_the_rest_works", "no C compiler");
+        };
+        assert_absent(&path, because);
+    }
+}
+
+#[test]
+fn with_a_truncated_libucp_the_rest_works() {
+    let name = "with_a_truncated_libucp_the_rest_works";
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped(name, &why);
+    }
+    // `UCX 1.13.1 from /usr/lib/x86_64-linux-gnu/libucp.so.0, with …`
+    let found = runtime(1).block_on(async {
+        let node = Node::new(Way::Ucx.config()).expect("a node");
+        let capabilities = node.capabilities();
+        let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
+        ucx.expect("ucx is told of").reason.clone()
+    });
+    let path = found.split_once(" from ").map(|(_, rest)| rest.split(", ").next());
+    let whole = std::fs::read(path.flatten().expect("its path")).expect("readable");
+    let folder = Folder::new("cut");
+    let path = folder.0.join("libucp.so.0");
+    std::fs::write(&path, &whole[..whole.len() / 2]).expect("writable");
+    assert_absent(&path, "truncated");
+}
