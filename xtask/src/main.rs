@@ -8,6 +8,7 @@ mod run;
 mod setup;
 mod soak;
 mod summary;
+mod ucx;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -20,6 +21,7 @@ const HELP: &str = "\
 cargo xtask test [--no-install]   every test; installs what they need where it may (Debian, root)
 cargo xtask lint                  format, clippy, documentation, licences and sources
 cargo xtask deny                  licences and sources of the dependencies alone
+cargo xtask ucx                   the tests over UCX alone: each library, each choice of lanes
 cargo xtask soak                  the tests in their long forms; writes tests/SOAK.md
 ";
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
             summary.add(deny::check(&root()));
             summary
         }
+        ["ucx"] => ucx::tests(&root(), true, false),
         ["soak"] => soak::run(&root()),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -81,6 +84,7 @@ fn test(install: bool) -> Summary {
     }
     let tests = cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES);
     summary.extend(run::tests(tests, minutes(6), minutes(20)));
+    summary.extend(ucx::tests(&root(), install, false).into_rows());
     for (name, arguments) in PROGRAMS {
         let command = Command::new(built_programs().join(name)).with(arguments);
         summary.add(Step::new(name, minutes(3)).checks_leftovers().run(command));

@@ -21,6 +21,10 @@ const SKIPPED: &str = "SKIPPED: ";
 /// A long test puts a line that contains this, and what it counted, into the record of the run.
 const COUNTED: &str = "SOAK: ";
 
+/// UCX's own log looks like `[…] [host:pid:0] file.c:123 UCX  WARN  …`. The library is to keep it
+/// away from people.
+const UCX_LOG: [&str; 2] = [".c:", " UCX  "];
+
 /// One command with one verdict.
 pub struct Step {
     name: String,
@@ -138,6 +142,11 @@ impl Report {
             if !row.notes.contains(&note) {
                 row.counts.skipped += 1;
                 row.notes.push(note);
+            }
+        } else if UCX_LOG.iter().all(|part| line.contains(part)) {
+            if let Some(row) = self.current() {
+                row.counts.failed += 1;
+                row.notes.push(format!("UCX's own log: {line}"));
             }
         } else if let Some(note) = failure_of(line).or_else(|| counted(line)) {
             if let Some(row) = self.current() {
@@ -428,6 +437,9 @@ SOAK: kill: 20 rounds, nothing left
 test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.0s
      Running tests/aborts.rs (/x/debug/deps/aborts-0011223344556677)
 error: test failed, to rerun pass `--test aborts`
+     Running tests/loud.rs (/x/debug/deps/loud-0011223344556677)
+[1795273948.296818] [host:20931:0]          parser.c:1908 UCX  WARN  unused env variable
+test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.0s
    Doc-tests thalweg
 test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.0s
    Doc-tests thalweg_ffi
@@ -445,6 +457,7 @@ test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
             ("thalweg: unit tests", "2 passed, 1 failed, 0 skipped"),
             ("crash", "1 passed, 0 failed, 2 skipped"),
             ("aborts", "0 passed, 1 failed, 0 skipped"),
+            ("loud", "1 passed, 1 failed, 0 skipped"),
             ("thalweg: examples in the documentation", "5 passed, 0 failed, 0 skipped"),
         ];
         assert_eq!(found, expected.map(|(name, counts)| (name, counts.to_owned())));

@@ -20,7 +20,7 @@ const fn tool(program: &'static str, package: &'static str, purpose: &'static st
 }
 
 const NETWORKS: &str = "tests over network namespaces";
-const BASELINE: &str = "the baseline ucx of pingpong and bandwidth";
+const BASELINE: &str = "tests over ucx, the baseline ucx of pingpong and bandwidth";
 const GUEST: &str = "tests of loss and delay in a virtual machine";
 
 const TOOLS: [Tool; 9] = [

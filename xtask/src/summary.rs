@@ -86,6 +86,10 @@ impl Summary {
         &self.0
     }
 
+    pub fn into_rows(self) -> Vec<Row> {
+        self.0
+    }
+
     pub fn counts(&self) -> Counts {
         let mut sum = Counts::default();
         self.0.iter().for_each(|row| sum.add(row.counts));
