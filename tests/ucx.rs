@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use support::{Leftovers, note, resident_bytes, serially};
-use thalweg::{CloseReason, Config, LinkKind, Listener, Message, Node};
+use thalweg::{CloseReason, Config, Endpoint, LinkKind, Listener, Message, Node};
 use thalweg_tests::{Way, connect, run_once, runtime, skipped, within};
 
 /// Says to this program that it is to do a test's work itself.
@@ -124,6 +125,74 @@ fn ucx_workers_come_and_go() {
     for _ in 0..8 {
         runtime(1).block_on(pair());
         leftovers.none_within(Duration::from_secs(5), "two nodes");
+    }
+}
+
+/// Many endpoints between two nodes, made at once and in both directions: each is the other end of
+/// its own, so that the end of one is nothing to the others.
+#[test]
+fn ucx_endpoints_are_no_business_of_each_other() {
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped("ucx_endpoints_are_no_business_of_each_other", &why);
+    }
+    let _alone = serially();
+    if !inside() {
+        return assert_silent(&outside("ucx_endpoints_are_no_business_of_each_other", &[]));
+    }
+    const EACH_WAY: u64 = 24;
+    thalweg_tests::run("endpoints between two nodes", || async {
+        let nodes = [(); 2].map(|()| Node::new(Way::Ucx.config()).expect("a node"));
+        let mut listeners = Vec::new();
+        for node in &nodes {
+            let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            listeners
+                .push((listener.address().to_string(), tokio::spawn(echo_everybody(listener))));
+        }
+        let connecting = (0..2 * EACH_WAY).map(|index| {
+            let (own, other) = ((index % 2) as usize, (1 - index % 2) as usize);
+            nodes[own].connect(listeners[other].0.as_str())
+        });
+        let mut endpoints = join_all(connecting).await.into_iter().enumerate();
+        let mut left = Vec::new();
+        while let Some((index, endpoint)) = endpoints.next() {
+            let endpoint = endpoint.expect("connecting");
+            talk(&endpoint, index as u64).await;
+            left.push(endpoint);
+        }
+        while !left.is_empty() {
+            // Those that stay do not notice.
+            let mut stay = Vec::new();
+            for (index, endpoint) in left.into_iter().enumerate() {
+                match index % 3 {
+                    0 => endpoint.abort(),
+                    1 => drop(endpoint),
+                    _ => stay.push(endpoint),
+                }
+            }
+            for round in 0..50 {
+                join_all(stay.iter().map(|endpoint| talk(endpoint, round))).await;
+            }
+            left = stay;
+        }
+        listeners.into_iter().for_each(|(_, task)| task.abort());
+    });
+}
+
+async fn talk(endpoint: &Endpoint, number: u64) {
+    endpoint.send(Message::copy_from_slice(&number.to_le_bytes())).await.expect("sending");
+    let back = endpoint.recv().await.expect("an answer").to_vec().expect("its bytes");
+    assert_eq!(back, number.to_le_bytes());
+}
+
+async fn echo_everybody(listener: Listener) {
+    while let Ok(endpoint) = listener.accept().await {
+        tokio::spawn(async move {
+            while let Ok(message) = endpoint.recv().await {
+                if endpoint.send(message).await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 }
 
