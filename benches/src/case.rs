@@ -121,13 +121,16 @@ pub enum Baseline {
     Memcpy,
     /// One process reading the other's memory (`process_vm_readv`).
     Cma,
-    /// `ucx_perftest`, where installed.
+    /// `ucx_perftest`, where installed, over shared memory.
     Ucx,
+    /// `ucx_perftest -e`, where installed, with the site's own `UCX_*` settings: what the link `ucx`
+    /// has to itself.
+    UcxE,
 }
 
 impl Baseline {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Baseline; 8] = [
+    pub const ALL: [Baseline; 9] = [
         Baseline::RawTcp,
         Baseline::Cacheline,
         Baseline::Eventfd,
@@ -136,6 +139,7 @@ impl Baseline {
         Baseline::Memcpy,
         Baseline::Cma,
         Baseline::Ucx,
+        Baseline::UcxE,
     ];
 
     /// As in the JSON output.
@@ -149,6 +153,7 @@ impl Baseline {
             Baseline::Memcpy => "memcpy",
             Baseline::Cma => "cma",
             Baseline::Ucx => "ucx",
+            Baseline::UcxE => "ucx-e",
         }
     }
 
@@ -156,7 +161,11 @@ impl Baseline {
     pub const fn wake(self) -> &'static str {
         match self {
             Baseline::RawTcp | Baseline::Eventfd => "park",
-            Baseline::Cacheline | Baseline::Ring | Baseline::DeepRing | Baseline::Ucx => "spin",
+            Baseline::Cacheline
+            | Baseline::Ring
+            | Baseline::DeepRing
+            | Baseline::Ucx
+            | Baseline::UcxE => "spin",
             Baseline::Memcpy | Baseline::Cma => "none",
         }
     }
@@ -182,7 +191,14 @@ impl Baseline {
 
     /// Whether two processes spin against each other, which needs two cores.
     pub const fn needs_two_cores(self) -> bool {
-        matches!(self, Baseline::Cacheline | Baseline::Ring | Baseline::DeepRing | Baseline::Ucx)
+        matches!(
+            self,
+            Baseline::Cacheline
+                | Baseline::Ring
+                | Baseline::DeepRing
+                | Baseline::Ucx
+                | Baseline::UcxE
+        )
     }
 }
 

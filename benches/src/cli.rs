@@ -11,8 +11,8 @@ use crate::units::parse_size;
 /// What both programs are asked.
 #[derive(Args, Clone, Debug)]
 pub struct Common {
-    /// Which links may be used: auto (the library chooses), shm, tcp; several with commas. Left out:
-    /// every link that works here, one after the other
+    /// Which links may be used: auto (the library chooses), shm, tcp, ucx; several with commas.
+    /// Left out: every link of the library's own that works here, one after the other
     #[arg(long, value_name = "LINK", value_delimiter = ',', value_parser = Transport::parse)]
     pub transport: Vec<Transport>,
 

@@ -25,7 +25,7 @@ pub struct Info {
 /// One link.
 #[derive(Clone, Debug, Serialize)]
 pub struct LinkInfo {
-    /// `shm`, `tcp`.
+    /// `shm`, `tcp`, `ucx`.
     pub link: &'static str,
     /// Whether it can be used here.
     pub present: bool,
@@ -62,7 +62,9 @@ pub struct System {
 
 /// Collects all of it.
 pub fn collect() -> Result<Info> {
-    let links = with_node(|node| {
+    // UCX is looked for only where it is asked for.
+    let all = Config::new().transports([LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx]);
+    let links = with_node(all, |node| {
         node.capabilities()
             .into_iter()
             .map(|capability| LinkInfo {
@@ -76,17 +78,18 @@ pub fn collect() -> Result<Info> {
     Ok(Info { version: env!("CARGO_PKG_VERSION"), links, system: System::read() })
 }
 
-/// The links that work here and connect processes, best first.
+/// The links of the library's own that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
-    with_node(|node| {
+    with_node(Config::new(), |node| {
+        let tried = |link: &LinkKind| !matches!(link, LinkKind::Ucx | LinkKind::Mock);
         let present = node.capabilities().into_iter().filter(|capability| capability.present);
-        present.map(|capability| capability.link).filter(|link| *link != LinkKind::Mock).collect()
+        present.map(|capability| capability.link).filter(tried).collect()
     })
 }
 
-fn with_node<T>(ask: impl FnOnce(&Node) -> T) -> Result<T> {
+fn with_node<T>(config: Config, ask: impl FnOnce(&Node) -> T) -> Result<T> {
     raw_tcp::runtime()?.block_on(async {
-        let node = Node::new(Config::new()).context("making a node")?;
+        let node = Node::new(config).context("making a node")?;
         let answer = ask(&node);
         node.close(CloseReason::default()).await;
         Ok(answer)

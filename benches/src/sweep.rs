@@ -146,11 +146,12 @@ fn baselines(
         None if options.is_sweep() => Baseline::ALL.to_vec(),
         None => Vec::new(),
     };
+    let named = options.baseline.as_ref().is_some_and(|names| !names.is_empty());
+    let over_ucx = options.transport.iter().any(|link| link.link() == Some(LinkKind::Ucx));
     let mut kept = Vec::new();
     for baseline in asked {
         let name = baseline.name();
         if !baseline.suits(program) {
-            let named = options.baseline.as_ref().is_some_and(|names| !names.is_empty());
             if named {
                 left_out.push(format!("{name}: says nothing about a stream; see pingpong"));
             }
@@ -158,7 +159,9 @@ fn baselines(
             left_out.push(format!("{name}: works on one machine only"));
         } else if !place.two_cores && baseline.needs_two_cores() {
             left_out.push(format!("{name}: needs two cores"));
-        } else if baseline == Baseline::Ucx && !place.ucx {
+        } else if baseline == Baseline::UcxE && !named && !over_ucx {
+            // It has nothing to be compared with.
+        } else if matches!(baseline, Baseline::Ucx | Baseline::UcxE) && !place.ucx {
             left_out.push(format!("{name}: ucx_perftest is not installed (Debian: ucx-utils)"));
         } else if !kept.contains(&baseline) {
             kept.push(baseline);
@@ -240,10 +243,15 @@ mod tests {
             );
             assert!(links >= LATENCY_SIZES.len(), "{link}: {links}");
         }
-        for baseline in Baseline::ALL.into_iter().filter(|all| all.suits(Program::Pingpong)) {
+        let compared = |all: &Baseline| all.suits(Program::Pingpong) && *all != Baseline::UcxE;
+        for baseline in Baseline::ALL.into_iter().filter(compared) {
             assert!(count(&plan, |s| *s == Subject::Baseline(baseline)) > 0, "{baseline:?}");
         }
         assert!(plan.left_out.is_empty());
+        // What the link `ucx` is compared with, is measured beside it alone.
+        let over = |link| planned(&["--transport", link, "--size", "8", "--baseline"], &place());
+        let of_ucx = |plan: &Plan| count(plan, |s| *s == Subject::Baseline(Baseline::UcxE));
+        assert_eq!((of_ucx(&plan), of_ucx(&over("tcp")), of_ucx(&over("ucx"))), (0, 0, 1));
     }
 
     #[test]

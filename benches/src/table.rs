@@ -107,6 +107,7 @@ fn reference<'a>(row: &Row, rows: &'a [Row], single_copy: bool) -> Option<(&'a R
     }
     let names: &[&str] = match (row.transport.as_str(), small, stream) {
         ("tcp", ..) => &["raw-tcp"],
+        ("ucx", ..) => &["ucx-e"],
         ("shm", true, true) => &["ring"],
         ("shm", true, false) if row.wake == "park" => &["eventfd"],
         ("shm", true, false) => &["cacheline"],

@@ -263,3 +263,47 @@ fn info_says_the_same_to_people_and_to_scripts() {
         assert!(text.contains(link["link"].as_str().unwrap()), "{text}");
     }
 }
+
+#[test]
+fn info_says_why_ucx_is_absent() {
+    let output = Command::new(INFO).env("THALWEG_UCX_LIBRARY", "/nonexistent/libucp.so.0").output();
+    let output = output.unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().position(|line| line.trim_start().starts_with("ucx  "));
+    let lines: Vec<&str> = text.lines().skip(line.expect("a line about ucx")).take(2).collect();
+    assert!(lines[0].contains(" no ") && lines[0].contains("/nonexistent"), "{text}");
+    assert!(lines[1].contains("to fix: correct THALWEG_UCX_LIBRARY"), "{text}");
+}
+
+#[test]
+fn info_lists_what_the_site_sets_for_ucx() {
+    let output = Command::new(INFO).env("UCX_TLS", "tcp,self").output().unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.trim_start().starts_with("ucx  ")).expect("ucx");
+    // Without libucp there is nothing that could honour it.
+    assert!(line.contains(" no ") || line.contains("UCX_TLS=tcp,self"), "{text}");
+    assert!(line.contains(" no ") || line.contains("libucp.so"), "{text}");
+}
+
+#[test]
+fn both_programs_measure_over_ucx() {
+    let words = "--transport ucx --size 8,64KiB --iters 50 --warmup 5 --baseline=ucx-e --json";
+    for program in [PINGPONG, BANDWIDTH] {
+        let output = run(program, words);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        if !output.status.success() && errors.contains("libucp") {
+            // Past the harness, which keeps the output of tests that pass.
+            let _ = std::io::Write::write_all(
+                &mut std::io::stderr(),
+                format!("SKIPPED: both_programs_measure_over_ucx: {errors}\n").as_bytes(),
+            );
+            return;
+        }
+        let rows = rows(&output);
+        let over = |name: &str| rows.iter().filter(|row| row["transport"] == name).count();
+        assert_eq!(over("ucx"), 2, "{rows:?}");
+        assert!(matches!(over("ucx-e"), 0 | 2), "{rows:?}");
+    }
+}

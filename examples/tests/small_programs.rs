@@ -2,15 +2,19 @@
 
 use std::process::Command;
 
-fn output(program: &str) -> String {
-    let output = Command::new(program).output().expect("started");
+fn output(program: &str, words: &[&str]) -> String {
+    let output = Command::new(program).args(words).output().expect("started");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     text
 }
 
 fn assert_says(program: &str, lines: &[&str]) {
-    let said = output(program);
+    assert_says_with(program, &[], lines);
+}
+
+fn assert_says_with(program: &str, words: &[&str], lines: &[&str]) {
+    let said = output(program, words);
     for line in lines {
         assert!(said.contains(line), "{line:?} expected in:\n{said}");
     }
@@ -42,4 +46,13 @@ fn put_get() {
         "and: access outside the region",
     ];
     assert_says(env!("CARGO_BIN_EXE_put_get"), &lines);
+}
+
+/// Over `ucx` where libucp is here, else over tcp, which then says why.
+#[test]
+fn links_are_chosen_by_option() {
+    let program = env!("CARGO_BIN_EXE_hello");
+    assert_says_with(program, &["--transport", "ucx,tcp"], &["a client says", "ucx"]);
+    let refused = Command::new(program).args(["--transport", "pigeon"]).output().expect("started");
+    assert_eq!(refused.status.code(), Some(2));
 }

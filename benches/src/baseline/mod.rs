@@ -53,7 +53,8 @@ pub fn measure(baseline: Baseline, case: &Case, pins: Option<Pins>) -> Result<Sa
         Baseline::DeepRing => ring::measure::<{ ring::DEEP_SLOTS }>(case, pins),
         Baseline::Memcpy => memcpy::measure(case),
         Baseline::Cma => cma::measure(case, pins),
-        Baseline::Ucx => ucx::measure(case, pins),
+        Baseline::Ucx => ucx::measure(case, pins, ucx::Settings::SharedMemory),
+        Baseline::UcxE => ucx::measure(case, pins, ucx::Settings::OfTheLink),
     }
 }
 
@@ -66,7 +67,9 @@ pub fn serve(baseline: Baseline, duty: Duty) -> Result<()> {
         Baseline::Ring => ring::serve::<{ ring::SLOTS }>(duty),
         Baseline::DeepRing => ring::serve::<{ ring::DEEP_SLOTS }>(duty),
         Baseline::Cma => cma::serve(duty),
-        Baseline::Memcpy | Baseline::Ucx => bail!("{} has no peer of ours", baseline.name()),
+        Baseline::Memcpy | Baseline::Ucx | Baseline::UcxE => {
+            bail!("{} has no peer of ours", baseline.name())
+        }
     }
 }
 

@@ -1,5 +1,6 @@
-//! `ucx`: what `ucx_perftest` measures for tagged messages over shared memory, where it is
-//! installed: `tag_lat` and `tag_bw` with `UCX_TLS=posix,cma,self`, the same size and pinning.
+//! `ucx` and `ucx-e`: what `ucx_perftest` measures for tagged messages (`tag_lat`, `tag_bw`), where
+//! it is installed, with the same size and pinning: over shared memory (`UCX_TLS=posix,cma,self`),
+//! or with the settings and the handling of errors that the link `ucx` has.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, Command, Stdio};
@@ -21,6 +22,16 @@ const START: Duration = Duration::from_secs(5);
 /// How long one run may take.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// What UCX may use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settings {
+    /// Memory of this host, whatever the environment says.
+    SharedMemory,
+    /// What the environment says, with endpoints that learn of the peer's death, and shared memory
+    /// for those too.
+    OfTheLink,
+}
+
 /// Whether the program can be started.
 pub fn installed() -> bool {
     let found =
@@ -28,10 +39,10 @@ pub fn installed() -> bool {
     found.is_ok()
 }
 
-pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
+pub(super) fn measure(case: &Case, pins: Option<Pins>, settings: Settings) -> Result<Sample> {
     let port = free_port()?;
-    let mut server = Running(command(case, port, pins.map(|pins| pins.peer)).spawn()?);
-    let output = run_client(case, port, pins.map(|pins| pins.here), &mut server)
+    let mut server = Running(command(case, settings, port, pins.map(|pins| pins.peer)).spawn()?);
+    let output = run_client(case, settings, port, pins.map(|pins| pins.here), &mut server)
         .map_err(|error| Unavailable::new(format!("{PROGRAM} fails here: {error:#}")))?;
     wait_until(&mut server.0, Instant::now() + START, "the ucx_perftest server")?;
     figures(case, &output).with_context(|| format!("reading what {PROGRAM} says: {output:?}"))
@@ -53,14 +64,22 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-fn command(case: &Case, port: u16, cpu: Option<usize>) -> Command {
+fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Command {
     let mut command = Command::new(PROGRAM);
     let test = match case.program {
         Program::Pingpong => "tag_lat",
         Program::Bandwidth => "tag_bw",
     };
-    command.env("UCX_TLS", "posix,cma,self").env("UCX_LOG_LEVEL", "fatal");
-    command.args(["-t", test, "-f", "-v"]);
+    command.env("UCX_LOG_LEVEL", "fatal").args(["-t", test, "-f", "-v"]);
+    match settings {
+        Settings::SharedMemory => {
+            command.env("UCX_TLS", "posix,cma,self");
+        }
+        Settings::OfTheLink => {
+            let set = std::env::var_os("UCX_MM_ERROR_HANDLING").unwrap_or_else(|| "y".into());
+            command.arg("-e").env("UCX_MM_ERROR_HANDLING", set);
+        }
+    }
     for (option, value) in
         [("-p", port.into()), ("-s", case.size_bytes), ("-n", case.iters), ("-w", case.warmup)]
     {
@@ -79,10 +98,16 @@ fn command(case: &Case, port: u16, cpu: Option<usize>) -> Command {
 
 /// Runs the client, again and again until the server listens: a probe of the port would be taken
 /// for the client.
-fn run_client(case: &Case, port: u16, cpu: Option<usize>, server: &mut Running) -> Result<String> {
+fn run_client(
+    case: &Case,
+    settings: Settings,
+    port: u16,
+    cpu: Option<usize>,
+    server: &mut Running,
+) -> Result<String> {
     let start = Instant::now();
     loop {
-        let mut command = command(case, port, cpu);
+        let mut command = command(case, settings, port, cpu);
         command.arg("127.0.0.1").stdout(Stdio::piped());
         let mut client = Running(command.spawn()?);
         let ended = wait_until(&mut client.0, Instant::now() + PATIENCE, PROGRAM);

@@ -80,7 +80,7 @@ const fn bare(name: &'static str, field: &'static str) -> Pick {
     Pick { transport: Transport::Baseline(name), size_bytes: None, field }
 }
 
-const PROMISES: [Promise; 14] = [
+const PROMISES: [Promise; 20] = [
     Promise {
         name: "tcp park 8 B p50 / raw-tcp",
         command: "pingpong --transport tcp --wake park --size 8 --iters 10000 --baseline=raw-tcp",
@@ -198,7 +198,69 @@ const PROMISES: [Promise; 14] = [
         better: Better::Higher,
         limits: None,
     },
+    Promise {
+        name: "ucx 8 B p50, UCX_TLS=tcp / ucx_perftest -e tag_lat",
+        command: "UCX_TLS=tcp pingpong --transport ucx --wake spin --size 8 --iters 20000 \
+                  --baseline=ucx-e",
+        above: ours(P50),
+        below: bare("ucx-e", P50),
+        better: Better::Lower,
+        limits: Some((1.5, 1.15)),
+    },
+    Promise {
+        name: "ucx 8 MiB bandwidth, UCX_TLS=tcp / ucx_perftest -e tag_bw",
+        command: "UCX_TLS=tcp bandwidth --transport ucx --wake spin --size 8MiB --iters 150 --warmup 5 \
+                  --baseline=ucx-e",
+        above: ours(GB_PER_S),
+        below: bare("ucx-e", GB_PER_S),
+        better: Better::Higher,
+        limits: Some((0.9, 1.0)),
+    },
+    Promise {
+        name: "ucx 8 B p50, UCX_TLS=posix,cma,self / ucx_perftest -e tag_lat",
+        command: "UCX_TLS=posix,cma,self pingpong --transport ucx --wake spin --size 8 --iters 20000 \
+                  --baseline=ucx-e",
+        above: ours(P50),
+        below: bare("ucx-e", P50),
+        better: Better::Lower,
+        limits: Some((1.5, 1.15)),
+    },
+    Promise {
+        name: "ucx 8 MiB bandwidth, UCX_TLS=posix,cma,self / ucx_perftest -e tag_bw",
+        command: "UCX_TLS=posix,cma,self bandwidth --transport ucx --wake spin --size 8MiB --iters 150 --warmup 5 \
+                  --baseline=ucx-e",
+        above: ours(GB_PER_S),
+        below: bare("ucx-e", GB_PER_S),
+        better: Better::Higher,
+        limits: Some((0.9, 1.0)),
+    },
+    Promise {
+        name: "ucx 8 B p50, UCX_TLS not set / ucx_perftest -e tag_lat",
+        command: "pingpong --transport ucx --wake spin --size 8 --iters 20000 \
+                  --baseline=ucx-e",
+        above: ours(P50),
+        below: bare("ucx-e", P50),
+        better: Better::Lower,
+        limits: Some((1.5, 1.15)),
+    },
+    Promise {
+        name: "ucx 8 MiB bandwidth, UCX_TLS not set / ucx_perftest -e tag_bw",
+        command: "bandwidth --transport ucx --wake spin --size 8MiB --iters 150 --warmup 5 \
+                  --baseline=ucx-e",
+        above: ours(GB_PER_S),
+        below: bare("ucx-e", GB_PER_S),
+        better: Better::Higher,
+        limits: Some((0.9, 1.0)),
+    },
 ];
+
+/// A command's settings, which stand before it as in a shell; the program; its arguments.
+fn parts(command: &str) -> (Vec<(&str, &str)>, Vec<&str>) {
+    let words = command.split_ascii_whitespace();
+    let is_setting = |word: &&str| !word.starts_with("--") && word.contains('=');
+    let settings = words.clone().take_while(is_setting).filter_map(|word| word.split_once('='));
+    (settings.collect(), words.skip_while(is_setting).collect())
+}
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -241,10 +303,11 @@ fn measure_all(options: &Options) -> Result<bool> {
 
 /// Runs the program of a row and returns its output.
 fn run(programs: &Path, promise: &Promise, options: &Options) -> Result<Vec<Value>> {
-    let mut words = promise.command.split_ascii_whitespace();
-    let program = programs.join(words.next().context("a row without a command")?);
+    let (settings, words) = parts(promise.command);
+    let (program, words) = words.split_first().context("a row without a command")?;
+    let program = programs.join(program);
     let mut command = Command::new(&program);
-    command.args(words).args(["--json", "--repeat", &options.repeat.to_string()]);
+    command.envs(settings).args(words).args(["--json", "--repeat", &options.repeat.to_string()]);
     if let Some(pin) = &options.pin {
         command.args(["--pin", pin]);
     }
@@ -317,8 +380,8 @@ mod tests {
     #[test]
     fn every_command_is_one_that_the_programs_understand() {
         for promise in &PROMISES {
-            let words = promise.command.split_ascii_whitespace();
-            let parsed = match promise.command.starts_with("pingpong") {
+            let (_, words) = parts(promise.command);
+            let parsed = match words.first() == Some(&"pingpong") {
                 true => thalweg_bench::cli::Pingpong::try_parse_from(words).map(|_| ()),
                 false => thalweg_bench::cli::Bandwidth::try_parse_from(words).map(|_| ()),
             };

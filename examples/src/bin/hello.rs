@@ -1,12 +1,13 @@
 //! Two nodes, one connection, a message each way.
 
-use thalweg::{CloseReason, Config, Message, Node, Result};
+use thalweg::{CloseReason, Message, Node, Result};
+use thalweg_examples::config;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     // Usually these are two processes; `copy` shows that.
-    let server = Node::new(Config::from_env()?.hello("a server"))?;
-    let client = Node::new(Config::from_env()?.hello("a client"))?;
+    let server = Node::new(config()?.hello("a server"))?;
+    let client = Node::new(config()?.hello("a client"))?;
 
     let listener = server.listen("thalweg://127.0.0.1:0").await?;
     let (there, here) = tokio::join!(client.connect(listener.address()), listener.accept());

@@ -1,13 +1,14 @@
 //! One-sided access: memory is offered once, and peers with its key write and read it without a
 //! receive on this side.
 
-use thalweg::{Access, CloseReason, Config, Endpoint, ErrorKind, Message, Node, RemoteKey, Result};
+use thalweg::{Access, CloseReason, Endpoint, ErrorKind, Message, Node, RemoteKey, Result};
+use thalweg_examples::config;
 
 const REGION_BYTES: usize = 1 << 20;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let node = Node::new(Config::from_env()?)?;
+    let node = Node::new(config()?)?;
     let listener = node.listen("thalweg://127.0.0.1:0").await?;
     let (user, owner) = tokio::join!(node.connect(listener.address()), listener.accept());
     let (user, owner) = (user?, owner?);

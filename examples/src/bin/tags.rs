@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use thalweg::{CloseReason, Config, Endpoint, ErrorKind, Node, Result};
+use thalweg::{CloseReason, Endpoint, ErrorKind, Node, Result};
+use thalweg_examples::config;
 
 const RESULT: u64 = 1 << 32;
 const NOTE: u64 = 2 << 32;
@@ -16,7 +17,7 @@ const EXACTLY: u64 = u64::MAX;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let node = Node::new(Config::from_env()?)?;
+    let node = Node::new(config()?)?;
     let listener = node.listen("thalweg://127.0.0.1:0").await?;
     let (worker, client) = tokio::join!(node.connect(listener.address()), listener.accept());
     let (worker, client) = (worker?, client?);

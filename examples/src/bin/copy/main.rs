@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use thalweg::{Config, Endpoint, Node};
+use thalweg::{Endpoint, Node};
+use thalweg_examples::with_transport;
 
 use crate::wire::{HELLO, MESSAGE_BYTES_MAX};
 
@@ -43,6 +44,11 @@ struct Options {
     #[arg(long, value_name = "ADDR")]
     connect: Option<String>,
 
+    /// The links that may be used, best first, for instance ucx,tcp; left out: THALWEG_TRANSPORTS,
+    /// or the library's own choice
+    #[arg(long, value_name = "LINK,…")]
+    transport: Option<String>,
+
     /// End when standard input does: with whoever started this
     #[arg(long, hide = true, requires = "listen")]
     with_parent: bool,
@@ -70,26 +76,27 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 }
 
 async fn run(options: &Options) -> Result<()> {
+    let links = options.transport.as_deref();
     match (&options.paths[..], &options.listen, &options.connect) {
         ([dest], Some(address), None) => {
             if options.with_parent {
                 end_with_standard_input();
             }
-            listen(address, dest, !options.with_parent).await
+            listen(address, dest, links, !options.with_parent).await
         }
         ([source], None, Some(address)) => {
             let survey = source::survey(source)?;
-            let node = node()?;
+            let node = node(links)?;
             let endpoint = peer_checked(node.connect(address.as_str()).await?)?;
             send::tree(&node, &endpoint, source, survey).await
         }
-        ([source, dest], None, None) => both_ends(source, dest).await,
+        ([source, dest], None, None) => both_ends(source, dest, links).await,
         _ => Err("one path with --listen or --connect, two without; see --help".into()),
     }
 }
 
-fn node() -> Result<Node> {
-    Ok(Node::new(Config::from_env()?.hello(HELLO).max_message_bytes(MESSAGE_BYTES_MAX))?)
+fn node(links: Option<&str>) -> Result<Node> {
+    Ok(Node::new(with_transport(links)?.hello(HELLO).max_message_bytes(MESSAGE_BYTES_MAX))?)
 }
 
 /// Another program of this library must not be taken for this one.
@@ -103,9 +110,14 @@ fn peer_checked(endpoint: Endpoint) -> Result<Endpoint> {
     Ok(endpoint)
 }
 
-async fn listen(address: &str, dest: &Path, show_progress: bool) -> Result<()> {
+async fn listen(
+    address: &str,
+    dest: &Path,
+    links: Option<&str>,
+    show_progress: bool,
+) -> Result<()> {
     let sink = sink::Sink::create(dest)?;
-    let node = node()?;
+    let node = node(links)?;
     let listener = node.listen(address).await?;
     println!("listening at {}", listener.address());
     std::io::stdout().flush()?;
@@ -115,11 +127,11 @@ async fn listen(address: &str, dest: &Path, show_progress: bool) -> Result<()> {
 }
 
 /// Starts the receiver as a child, and sends to it.
-async fn both_ends(source: &Path, dest: &Path) -> Result<()> {
+async fn both_ends(source: &Path, dest: &Path, links: Option<&str>) -> Result<()> {
     let survey = source::survey(source)?;
     source::refuse_inside(source, dest)?;
-    let mut child = send::Receiver::start(dest)?;
-    let node = node()?;
+    let mut child = send::Receiver::start(dest, links)?;
+    let node = node(links)?;
     let endpoint = peer_checked(node.connect(child.address()?.as_str()).await?)?;
     let sent = send::tree(&node, &endpoint, source, survey).await;
     drop(endpoint);

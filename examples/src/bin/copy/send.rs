@@ -112,8 +112,10 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn start(dest: &Path) -> Result<Receiver> {
+    pub fn start(dest: &Path, links: Option<&str>) -> Result<Receiver> {
+        let links = links.map(|links| ["--transport", links]);
         let mut child = Command::new(std::env::current_exe()?)
+            .args(links.into_iter().flatten())
             .args(["--listen", "thalweg://127.0.0.1:0", "--with-parent", "--"])
             .arg(dest)
             .stdin(Stdio::piped())

@@ -28,6 +28,8 @@ use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
 
 /// Our one active message.
 const AM_ID: u32 = 1;
+/// Steps of progress before an endpoint is made.
+const SETTLE_STEPS: usize = 256;
 /// How long the end of a worker waits for UCX to let go of memory before it leaves the worker
 /// standing.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -396,6 +398,10 @@ impl Locked<'_> {
         mailbox: &Arc<Mailbox>,
         worker: &Arc<Worker>,
     ) -> Result<Ep, ucs_status_t> {
+        // A peer that has connected and died leaves a socket that UCX ends in its next step of
+        // progress. An endpoint made before that may be given this very socket (1.22 over tcp), and
+        // UCX then ends the process because something waits to be sent on it.
+        self.progress_all(SETTLE_STEPS);
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_ep_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = u64::from(
