@@ -26,6 +26,8 @@ use smallvec::SmallVec;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+#[cfg(test)]
+pub(super) use self::outgoing::{BULK_MIN_BYTES, BULK_OPEN_MAX};
 use super::cells::RECORD_MAX;
 use super::ring::{Bell, Corrupt, Page, Ring};
 use super::socket;
@@ -223,6 +225,8 @@ pub(crate) struct ShmLink {
     passed: [u64; 2],
     outgoing: Table<Outgoing>,
     outgoing_by_class: [usize; Class::COUNT],
+    /// Large messages among them that the peer copies.
+    bulk_open: usize,
     incoming: Table<Incoming>,
     held_inline: usize,
     /// Landings to be worked on, and payloads to be staged; in turns.
@@ -277,6 +281,7 @@ impl ShmLink {
             incoming: Table::new(),
             held_inline: 0,
             landing: VecDeque::new(),
+            bulk_open: 0,
             pushing: VecDeque::new(),
             chunks: VecDeque::new(),
             arena_empty: false,
@@ -571,6 +576,7 @@ impl Link for ShmLink {
         }
         self.backlog.clear();
         self.outgoing_by_class = [0; Class::COUNT];
+        self.bulk_open = 0;
         self.held_inline = 0;
         for incoming in self.incoming.drain() {
             if let Some(landing) = incoming.landing {

@@ -16,6 +16,15 @@ use crate::error::{ErrorKind, LinkError};
 use crate::link::{Budget, COPIED_MAX, Class, How, LinkKind, OpId, Post, Segment, Sink};
 use crate::memory::SharedBlock;
 
+/// From this size on, messages that the peer copies wait for each other.
+pub(in super::super) const BULK_MIN_BYTES: u64 = 1 << 20;
+/// How many of them may be open at once. The peer gives each a destination when it is offered, and
+/// the more of those it fills by turns, the more often they have left its caches: a bare
+/// `process_vm_readv` of 8 MiB makes 10.2 GB/s into one destination, 9.7 into two by turns, 6.7
+/// into five. Messages arrive in order, so one that waits here loses nothing: with two open,
+/// 16 in flight run at 8.5 GB/s instead of 5.3.
+pub(in super::super) const BULK_OPEN_MAX: usize = 2;
+
 /// A payload of ours that the peer is not finished with.
 pub(super) struct Outgoing {
     pub(super) op: OpId,
@@ -36,6 +45,13 @@ struct Push {
     left: u64,
     /// Chunks not yet taken.
     open: u32,
+}
+
+impl Outgoing {
+    /// Whether it is a large message that the peer will copy.
+    fn is_bulk(&self) -> bool {
+        self.class == Class::Message && self.len >= BULK_MIN_BYTES && !self.pieces.is_empty()
+    }
 }
 
 impl ShmLink {
@@ -142,6 +158,10 @@ impl ShmLink {
                 _ => Kind::Push,
             }
         };
+        let bulk = outgoing.is_bulk();
+        if bulk && self.bulk_open >= BULK_OPEN_MAX {
+            return Ok(self.stalled());
+        }
         let mut building = self.building.take().unwrap_or_else(|| Box::new([0; RECORD_MAX]));
         let key = self.outgoing.next_key();
         let record = build(&mut building, key, &outgoing, kind, payload, head);
@@ -155,6 +175,7 @@ impl ShmLink {
             self.counters.loaned_bytes_sent += len;
         }
         self.outgoing_by_class[class as usize] += 1;
+        self.bulk_open += usize::from(bulk);
         self.outgoing.insert(outgoing);
         Ok(Post::Pending)
     }
@@ -162,6 +183,7 @@ impl ShmLink {
     fn complete(&mut self, key: u64, sink: &mut dyn Sink) {
         if let Some(outgoing) = self.outgoing.remove(key) {
             self.outgoing_by_class[outgoing.class as usize] -= 1;
+            self.bulk_open -= usize::from(outgoing.is_bulk());
             sink.done(outgoing.op, Ok(()));
         }
     }
