@@ -53,8 +53,6 @@ const FREED_BYTES_MAX: usize = 64 << 10;
 const STEPS: usize = 8;
 /// How long `kill` waits for requests to end before it comes back to that later.
 const KILL_PATIENCE: Duration = Duration::from_millis(20);
-/// How long UCX is given to find out for itself that the peer is gone.
-const FAULT_PATIENCE: Duration = Duration::from_millis(10);
 /// When the peer has hung up, what it sent before is fetched with at most so many steps.
 const LAST_STEPS: usize = 1024;
 
@@ -706,17 +704,6 @@ impl UcxLink {
         worker.close(&mut self.ep);
     }
 
-    /// A peer that is gone is about to be noticed by its sockets as well. UCX ends cleanly what it
-    /// has found to have failed; a socket that fails while it is being closed by force may make it
-    /// end the process (1.22, with something waiting to be sent).
-    fn await_fault(&self, worker: &mut Locked<'_>) {
-        let by_peer = self.hung_up.is_some() && self.chunk_bytes == CHUNK_BYTES;
-        let until = Instant::now() + FAULT_PATIENCE;
-        while by_peer && self.slot.mailbox.inbox().fault.is_none() && Instant::now() < until {
-            worker.progress_all(STEPS);
-        }
-    }
-
     fn set_lingers(&mut self, lingers: bool) {
         if lingers != std::mem::replace(&mut self.lingers, lingers) {
             let ending = &self.worker.dispatch.ending;
@@ -878,7 +865,6 @@ impl Link for UcxLink {
         let shared = self.worker.clone();
         let mut worker = shared.lock();
         if !std::mem::replace(&mut self.killed, true) {
-            self.await_fault(&mut worker);
             self.begin_to_end(&mut worker);
         }
         let in_flight = loop {
