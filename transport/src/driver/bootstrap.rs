@@ -395,7 +395,8 @@ impl SetUp<'_> {
         let (attempts, rejected) = self.plan();
         for &kind in &attempts {
             self.say(&Setup::Attempt { link: kind.name().into() }).await?;
-            if let Some(link) = self.attempt(kind, Role::Connector).await? {
+            let last = attempts.last() == Some(&kind);
+            if let Some(link) = self.attempt(kind, Role::Connector, last).await? {
                 self.say(&Setup::Go).await?;
                 return Ok((link, kind, attempts, rejected));
             }
@@ -419,7 +420,8 @@ impl SetUp<'_> {
                     };
                     tried.push(kind);
                     let up = if attempts.contains(&kind) {
-                        self.attempt(kind, Role::Acceptor).await?
+                        let last = attempts.iter().all(|kind| tried.contains(kind));
+                        self.attempt(kind, Role::Acceptor, last).await?
                     } else {
                         let why = rejected.iter().find(|candidate| candidate.link == kind);
                         let failure = Failure {
@@ -461,9 +463,14 @@ impl SetUp<'_> {
     }
 
     /// Brings one link up on this side, and compares notes. `None`: one side failed, and it is
-    /// recorded why.
-    async fn attempt(&mut self, kind: LinkKind, role: Role) -> Result<Option<Prepared>> {
-        let (own, said) = self.compare_notes(kind, role).await?;
+    /// recorded why. With `last` no other is left to be tried.
+    async fn attempt(
+        &mut self,
+        kind: LinkKind,
+        role: Role,
+        last: bool,
+    ) -> Result<Option<Prepared>> {
+        let (own, said) = self.compare_notes(kind, role, last).await?;
         let theirs = match said {
             Setup::Result(result) => result,
             other => return Err(self.unexpected(&other)),
@@ -488,9 +495,11 @@ impl SetUp<'_> {
         &self,
         kind: LinkKind,
         role: Role,
+        last: bool,
     ) -> Result<(Result<Prepared, Failure>, Setup)> {
         // A peer that stalls in the set-up of one link must leave time for the next.
-        let share = self.deadline.saturating_duration_since(Instant::now()) / 2;
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let share = if last { left } else { left / 2 };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
         let mut hearing = pin!(self.hear());
         let mut heard = None;

@@ -484,7 +484,7 @@ impl Link for ShmLink {
     ) -> Result<Progress, LinkError> {
         if self.ring.is_empty() && !self.attention {
             if spinning {
-                self.idle_polls += 1;
+                self.idle_polls = self.idle_polls.wrapping_add(1);
                 if self.idle_polls.is_multiple_of(LIFE_EVERY) {
                     self.look_for_death()?;
                 }
@@ -593,6 +593,10 @@ impl Link for ShmLink {
 
     fn flushed(&self) -> bool {
         self.backlog.is_empty() && self.outgoing.is_empty()
+    }
+
+    fn has_room(&self) -> bool {
+        self.backlog.is_empty()
     }
 
     fn check(&mut self) -> Result<bool, LinkError> {
