@@ -1142,7 +1142,7 @@ mod bell {
             woken_by_a_parcel(&mut pair).await;
         }
         // Nor does a segment get lost behind bells that nobody has heard.
-        pair.right.doze();
+        (0..100).for_each(|_| pair.left.forge_packet(BELL, &[]));
         pair.at_right.policy = Some(Policy::Land);
         let bytes = pattern(9000);
         let loan = block(&pair.pool, &bytes);
