@@ -204,7 +204,7 @@ impl ShmEngine {
         let peer = self.judge(peer_blob)?;
         let deadline = Instant::now() + self.options.handshake_timeout;
         let socket = self.connect_socket(&peer.name, deadline).await?;
-        let source = self.reactor.source(socket, Interest::ReadWrite).map_err(no_source)?;
+        let source = self.reactor.source(socket, Interest::Read).map_err(no_source)?;
         setup::establish(self, source, token, None, deadline).await
     }
 
@@ -302,7 +302,7 @@ impl Door {
             return;
         }
         // Descriptors have run out: the newcomer is turned away, and will take another link.
-        if let Ok(source) = reactor.source(fd, Interest::ReadWrite) {
+        if let Ok(source) = reactor.source(fd, Interest::Read) {
             let deadline = Instant::now() + STRANGER_PATIENCE;
             self.strangers.push(Stranger { source, deadline, hello: None });
         }
