@@ -381,7 +381,7 @@ impl State {
     #[inline]
     fn parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
         // Short messages of one frame make up most of small traffic; the general way is the same
-        // with more steps (0.290 against 0.282 µs, half a round trip of 8 B over shm).
+        // with more steps.
         if let (Some(seq), Some(bytes)) = (one_frame_seq(arrival.head), arrival.inline)
             && self.in_order(seq)
         {
