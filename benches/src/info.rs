@@ -62,7 +62,7 @@ pub struct System {
 
 /// Collects all of it.
 pub fn collect() -> Result<Info> {
-    let links = with_node(|node| {
+    let links = with_node(Config::from_env()?, |node| {
         node.capabilities()
             .into_iter()
             .map(|capability| LinkInfo {
@@ -78,15 +78,15 @@ pub fn collect() -> Result<Info> {
 
 /// The links that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
-    with_node(|node| {
+    with_node(Config::from_env()?, |node| {
         let present = node.capabilities().into_iter().filter(|capability| capability.present);
         present.map(|capability| capability.link).filter(|link| *link != LinkKind::Mock).collect()
     })
 }
 
-fn with_node<T>(ask: impl FnOnce(&Node) -> T) -> Result<T> {
+fn with_node<T>(config: Config, ask: impl FnOnce(&Node) -> T) -> Result<T> {
     raw_tcp::runtime()?.block_on(async {
-        let node = Node::new(Config::new()).context("making a node")?;
+        let node = Node::new(config).context("making a node")?;
         let answer = ask(&node);
         node.close(CloseReason::default()).await;
         Ok(answer)

@@ -205,7 +205,14 @@ async fn establish(
             .map_err(|error| lost(&shown, "random numbers", &io::Error::other(error)))?;
     }
     let own = own_hello(node, token, window.bytes);
-    let (theirs, minor) = exchange(&stream, &own, &shown, role).await?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    let (theirs, minor) =
+        within(node, left, &shown, "the hello", exchange(&stream, &own, &shown, role))
+            .await
+            .map_err(|error| match error.kind() {
+                ErrorKind::TimedOut => silent(role, config.connect_timeout, error),
+                _ => error,
+            })?;
     if role == Role::Acceptor {
         token = theirs.token;
     }
@@ -259,6 +266,15 @@ async fn establish(
     );
     node.add_endpoint(&endpoint);
     Ok(endpoint)
+}
+
+/// The same, said so that a connecting side knows how far it came.
+fn silent(role: Role, limit: Duration, error: Error) -> Error {
+    let (Role::Connector, Some(peer)) = (role, error.peer()) else { return error };
+    let what = format!("connected, but the peer said nothing within {limit:?}");
+    Error::new(ErrorKind::TimedOut, Phase::Connect, what)
+        .with_peer(peer)
+        .with_hint("check the port: something else may listen there")
 }
 
 fn own_hello(node: &NodeShared, token: [u8; 16], window: u64) -> Hello {
@@ -323,6 +339,13 @@ async fn exchange(stream: &Stream, own: &Hello, shown: &str, role: Role) -> Resu
         .read_exact(&mut body)
         .await
         .map_err(|error| lost(shown, "reading the peer's hello", &error))?;
+    if role == Role::Connector && message[PREFACE_BYTES..] == body {
+        // It holds a random token: nobody says the same by chance.
+        let what = "the peer answers with our own words";
+        return Err(Error::new(ErrorKind::NotThalweg, Phase::Connect, what)
+            .with_peer(shown)
+            .with_hint("check the port: an echo server listens there"));
+    }
     let theirs =
         Hello::decode(&body).map_err(|error| bad(shown, format!("the peer's hello: {error}")))?;
     if role == Role::Acceptor {
