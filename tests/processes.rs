@@ -177,6 +177,10 @@ async fn exchange(endpoint: &Endpoint) {
     sent.expect("sending");
     check_pattern(2, &got.expect("receiving").buffer);
     endpoint.fence().await.expect("a fence");
+    // Whoever closes now does not do so before the other's fence is answered.
+    let (sent, got) = tokio::join!(endpoint.send(b"end"), endpoint.recv());
+    sent.expect("sending");
+    assert_eq!(got.expect("receiving").len_bytes(), 3);
 }
 
 fn moved(played: &mut Played) -> (String, u64, u64) {

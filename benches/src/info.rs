@@ -63,7 +63,7 @@ pub struct System {
 /// Collects all of it.
 pub fn collect() -> Result<Info> {
     // UCX is looked for only where it is asked for.
-    let all = Config::new().transports([LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx]);
+    let all = Config::from_env()?.transports([LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx]);
     let links = with_node(all, |node| {
         node.capabilities()
             .into_iter()
@@ -80,7 +80,7 @@ pub fn collect() -> Result<Info> {
 
 /// The links of the library's own that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
-    with_node(Config::new(), |node| {
+    with_node(Config::from_env()?, |node| {
         let tried = |link: &LinkKind| !matches!(link, LinkKind::Ucx | LinkKind::Mock);
         let present = node.capabilities().into_iter().filter(|capability| capability.present);
         present.map(|capability| capability.link).filter(tried).collect()

@@ -35,6 +35,8 @@ pub(super) struct Outgoing {
     /// The payload itself, if it is one that `post` promises to copy, and not in the ring.
     copied: Box<[u8]>,
     push: Option<Push>,
+    /// A large message that the peer copies.
+    bulk: bool,
 }
 
 /// A payload on its way through the arena.
@@ -45,13 +47,6 @@ struct Push {
     left: u64,
     /// Chunks not yet taken.
     open: u32,
-}
-
-impl Outgoing {
-    /// Whether it is a large message that the peer will copy.
-    fn is_bulk(&self) -> bool {
-        self.class == Class::Message && self.len >= BULK_MIN_BYTES && !self.pieces.is_empty()
-    }
 }
 
 impl ShmLink {
@@ -134,6 +129,17 @@ impl ShmLink {
                 "too many control payloads open",
             ));
         }
+        // What can be refused is refused before anything is built: of a message in thousands of
+        // pieces that takes a while, and it may be tried often.
+        if class != Class::Control && !self.backlog.is_empty() {
+            return Ok(self.stalled());
+        }
+        // What is copied here may be changed at once: no part of it may go by reference.
+        let by_reference = len > COPIED_MAX as u64 && self.by_reference(payload);
+        let bulk = class == Class::Message && len >= BULK_MIN_BYTES && !by_reference;
+        if bulk && self.bulk_open >= BULK_OPEN_MAX {
+            return Ok(self.stalled());
+        }
         let mut outgoing = Outgoing {
             op,
             class,
@@ -141,8 +147,9 @@ impl ShmLink {
             pieces: SmallVec::new(),
             copied: Box::default(),
             push: None,
+            bulk,
         };
-        let kind = if self.by_reference(payload) {
+        let kind = if by_reference {
             Kind::Loan
         } else {
             if len <= COPIED_MAX as u64 {
@@ -158,10 +165,6 @@ impl ShmLink {
                 _ => Kind::Push,
             }
         };
-        let bulk = outgoing.is_bulk();
-        if bulk && self.bulk_open >= BULK_OPEN_MAX {
-            return Ok(self.stalled());
-        }
         let mut building = self.building.take().unwrap_or_else(|| Box::new([0; RECORD_MAX]));
         let key = self.outgoing.next_key();
         let record = build(&mut building, key, &outgoing, kind, payload, head);
@@ -183,7 +186,7 @@ impl ShmLink {
     fn complete(&mut self, key: u64, sink: &mut dyn Sink) {
         if let Some(outgoing) = self.outgoing.remove(key) {
             self.outgoing_by_class[outgoing.class as usize] -= 1;
-            self.bulk_open -= usize::from(outgoing.is_bulk());
+            self.bulk_open -= usize::from(outgoing.bulk);
             sink.done(outgoing.op, Ok(()));
         }
     }
