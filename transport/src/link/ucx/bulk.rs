@@ -10,6 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use thalweg_ffi::ucx::ucp_dt_iov_t;
 
 use super::request::SendOp;
+use super::wire::HEADER_BYTES;
 use crate::link::{Class, Landing, OpId, Segment};
 
 /// How much of a payload may be on its way at once, in bytes.
@@ -19,6 +20,10 @@ const WINDOW_BYTES: usize = 1 << 20;
 const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
 /// What that may come to in an inbox: where pieces of a message are short, so are chunks.
 pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
+/// From this size on, messages wait for each other.
+const BULK_MIN_BYTES: usize = 1 << 20;
+/// How many of those may be open at once.
+const BULK_MAX: usize = 2;
 /// Pieces of memory shorter than this are copied together.
 const GATHERED_BELOW: usize = 1024;
 
@@ -88,8 +93,12 @@ impl Outgoing {
         self.sent < self.granted
     }
 
-    pub fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.sent == self.len && self.in_flight == 0
+    }
+
+    fn is_bulk(&self) -> bool {
+        is_bulk(self.class, self.len)
     }
 
     /// Whether it has to leave before the link may end.
@@ -141,6 +150,11 @@ impl Outgoing {
     }
 }
 
+/// Whether a payload counts for [`Outgoings::bulk_is_full`].
+pub(super) fn is_bulk(class: Class, len: usize) -> bool {
+    class == Class::Message && len >= BULK_MIN_BYTES
+}
+
 /// Copies to the end of `bytes`.
 ///
 /// # Safety
@@ -159,10 +173,15 @@ pub(super) unsafe fn append(bytes: &mut Vec<u8>, from: *const u8, len: usize) {
 #[derive(Default)]
 pub(super) struct Outgoings {
     by_id: HashMap<u32, Outgoing>,
-    /// Those with a grant that is not used up, in turns.
-    active: VecDeque<u32>,
+    /// Those with a grant that is not used up. Classes take turns; within one the first comes
+    /// first, so that the peer fills one destination after the other.
+    active: [VecDeque<u32>; Class::COUNT],
+    /// The class whose turn is next.
+    turn: usize,
     next_id: u32,
     by_class: [usize; Class::COUNT],
+    /// Large messages among them.
+    bulk: usize,
 }
 
 impl Outgoings {
@@ -175,8 +194,16 @@ impl Outgoings {
         self.next_id
     }
 
+    /// Whether one more large message would be too many: the peer gives each a destination when it
+    /// hears of it, and the more of those it fills by turns, the more often they have left its
+    /// caches. Messages arrive in order, so one that waits here loses nothing.
+    pub fn bulk_is_full(&self) -> bool {
+        self.bulk >= BULK_MAX
+    }
+
     pub fn insert(&mut self, outgoing: Outgoing) {
         self.by_class[outgoing.class as usize] += 1;
+        self.bulk += usize::from(outgoing.is_bulk());
         self.by_id.insert(self.next_id, outgoing);
         // Four thousand million payloads later the first has long been pulled or refused; until
         // then no number is used twice.
@@ -189,6 +216,7 @@ impl Outgoings {
     fn remove(&mut self, id: u32) -> Option<OpId> {
         let outgoing = self.by_id.remove(&id)?;
         self.by_class[outgoing.class as usize] -= 1;
+        self.bulk -= usize::from(outgoing.is_bulk());
         Some(outgoing.op)
     }
 
@@ -200,7 +228,7 @@ impl Outgoings {
             return false;
         }
         if !outgoing.may_send() {
-            self.active.push_back(id);
+            self.active[outgoing.class as usize].push_back(id);
         }
         outgoing.granted = granted;
         true
@@ -212,19 +240,33 @@ impl Outgoings {
         self.remove(id)
     }
 
-    /// The next that a chunk can be sent of.
-    pub fn next(&mut self) -> Option<(u32, &mut Outgoing)> {
-        let id = self.active.pop_front()?;
-        self.by_id.get_mut(&id).map(|outgoing| (id, outgoing))
-    }
-
-    /// It has more to send.
-    pub fn again(&mut self, id: u32) {
-        self.active.push_back(id);
+    /// Makes the next chunk, of at most `max` bytes: puts it behind the header that `header` makes
+    /// of number, class and offset. `false`: there is none.
+    pub fn next_chunk(
+        &mut self,
+        max: usize,
+        into: &mut SendOp,
+        header: impl FnOnce(u32, Class, u64) -> [u8; HEADER_BYTES],
+    ) -> bool {
+        let waits = |class: &usize| !self.active[*class].is_empty();
+        let turns = self.turn..self.turn + Class::COUNT;
+        let Some(class) = turns.map(|turn| turn % Class::COUNT).find(waits) else { return false };
+        self.turn = class + 1;
+        let Some(id) = self.active[class].front().copied() else { return false };
+        let Some(outgoing) = self.by_id.get_mut(&id) else { return false };
+        into.class = outgoing.class;
+        into.chunk_of = Some(id);
+        into.bytes.extend_from_slice(&header(id, outgoing.class, outgoing.sent as u64));
+        outgoing.in_flight += 1;
+        outgoing.next_chunk(max, into);
+        if !outgoing.may_send() {
+            self.active[class].pop_front();
+        }
+        true
     }
 
     pub fn has_work(&self) -> bool {
-        !self.active.is_empty()
+        self.active.iter().any(|active| !active.is_empty())
     }
 
     /// A chunk has left. `Some`: it was the last.
@@ -240,7 +282,7 @@ impl Outgoings {
 
     /// Forgets those that UCX is not at work on, and names them. `keep`: the others stay.
     pub fn clear_idle(&mut self) -> Vec<OpId> {
-        self.active.clear();
+        self.active.iter_mut().for_each(VecDeque::clear);
         let idle: Vec<u32> = self
             .by_id
             .iter()
@@ -255,6 +297,8 @@ impl Outgoings {
 #[derive(Default)]
 pub(super) struct Incomings {
     by_id: HashMap<u32, Incoming>,
+    /// The one that the last chunk was of, taken out of there: most chunks follow one of their own.
+    last: Option<(u32, Incoming)>,
     /// Those that could be granted more, in turns.
     wanting: VecDeque<u32>,
     /// Granted to the peer, not here yet.
@@ -267,7 +311,17 @@ pub(super) struct Incomings {
 
 impl Incomings {
     pub fn len(&self) -> usize {
-        self.by_id.len()
+        self.by_id.len() + usize::from(self.last.is_some())
+    }
+
+    fn get(&mut self, id: u32) -> Option<&mut Incoming> {
+        if self.last.as_ref().is_none_or(|(last, _)| *last != id) {
+            let incoming = self.by_id.remove(&id)?;
+            if let Some((id, before)) = self.last.replace((id, incoming)) {
+                self.by_id.insert(id, before);
+            }
+        }
+        self.last.as_mut().map(|(_, incoming)| incoming)
     }
 
     /// Whether the link has something to do.
@@ -286,7 +340,7 @@ impl Incomings {
 
     /// One more. `false`: its number is in use.
     pub fn insert(&mut self, id: u32, incoming: Incoming) -> bool {
-        if self.by_id.contains_key(&id) {
+        if self.get(id).is_some() {
             return false;
         }
         self.by_id.insert(id, incoming);
@@ -300,7 +354,7 @@ impl Incomings {
         loop {
             let room = self.room();
             let id = *self.wanting.front()?;
-            let Some(incoming) = self.by_id.get_mut(&id) else {
+            let Some(incoming) = self.get(id) else {
                 self.wanting.pop_front();
                 continue;
             };
@@ -319,18 +373,19 @@ impl Incomings {
     /// `len` bytes are readable at `from`.
     pub unsafe fn land(&mut self, id: u32, offset: u64, from: *const u8, len: usize) -> bool {
         let expected = |incoming: &&mut Incoming| incoming.expects(offset, len);
-        let Some(incoming) = self.by_id.get_mut(&id).filter(expected) else { return false };
+        let Some(incoming) = self.get(id).filter(expected) else { return false };
         // SAFETY: the driver keeps landings until they are reported, or have been taken from here
         // by `clear`; the rest is the caller's promise.
         unsafe { incoming.take(from, len) };
-        self.pulled_bytes -= len;
-        self.landed_bytes += len;
+        let over = incoming.is_over().then_some(incoming.op);
         if incoming.begins_to_want(len) {
             self.wanting.push_back(id);
         }
-        if incoming.is_over() {
-            self.landed.push(incoming.op);
-            self.by_id.remove(&id);
+        self.pulled_bytes -= len;
+        self.landed_bytes += len;
+        if let Some(op) = over {
+            self.landed.push(op);
+            self.last = None;
         }
         true
     }
@@ -349,7 +404,7 @@ impl Incomings {
     pub fn clear(&mut self) -> Vec<OpId> {
         self.wanting.clear();
         self.pulled_bytes = 0;
-        self.by_id.drain().map(|(_, incoming)| incoming.op).collect()
+        self.by_id.drain().chain(self.last.take()).map(|(_, incoming)| incoming.op).collect()
     }
 }
 

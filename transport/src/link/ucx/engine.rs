@@ -179,16 +179,7 @@ fn ping(
     to: Address,
 ) -> Result<(), thalweg_ffi::ucx::ucs_status_t> {
     let mut op = SendOp::new();
-    let header = Header {
-        kind: Kind::Ping,
-        class: Class::Control,
-        head_len: 0,
-        id: 0,
-        len: 0,
-        seq: 0,
-        slot: to.slot,
-        secret: to.secret,
-    };
+    let header = Header::new(Kind::Ping, Class::Control, 0, 0, to);
     op.bytes.extend_from_slice(&header.encode());
     // SAFETY: all of it lies in the box.
     unsafe { worker.send(ep, op, 0) }.map(drop).map_err(|(_, status)| status)

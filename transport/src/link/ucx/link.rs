@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
-use super::bulk::{Incoming, Outgoing, Outgoings, append};
+use super::bulk::{Incoming, Outgoing, Outgoings, append, is_bulk};
 use super::engine::{Opened, Slot};
 use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox};
 use super::request::{Begun, SendOp};
-use super::wire::{Address, Header, Kind};
-use super::worker::{Ep, Locked, Worker};
+use super::wire::{Address, HEADER_BYTES, Header, Kind};
+use super::worker::{Ep, Locked, Sent, Worker};
 use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
@@ -42,6 +42,8 @@ const CHUNK_BYTES: usize = 64_000;
 const OPEN_MAX: usize = 65_536;
 /// Boxes that are kept for the next parcels.
 const SPARE_MAX: usize = 64;
+/// Steps of progress in one poll that spins, until one of them finds something.
+const LOOKS: usize = 16;
 /// Steps of progress in one poll that does not spin.
 const STEPS: usize = 8;
 /// How long `kill` waits for requests to end before it comes back to that later.
@@ -157,15 +159,28 @@ impl UcxLink {
         }
     }
 
+    #[inline]
     fn alive(&self) -> Result<(), LinkError> {
-        self.dead.clone().map_or(Ok(()), Err)
+        match &self.dead {
+            None => Ok(()),
+            Some(error) => Err(error.clone()),
+        }
     }
 
+    /// Remembers an error. What went well is not moved: a result is large, and is read again in
+    /// other pieces than it was written (8 % of the time of a ping of 8 B).
+    #[inline(always)]
     fn ended<T>(&mut self, result: Result<T, LinkError>) -> Result<T, LinkError> {
-        if let Err(error) = &result {
-            self.dead.get_or_insert_with(|| error.clone());
+        match result {
+            Ok(value) => Ok(value),
+            Err(error) => Err(self.die(error)),
         }
-        result
+    }
+
+    #[cold]
+    fn die(&mut self, error: LinkError) -> LinkError {
+        self.dead.get_or_insert_with(|| error.clone());
+        error
     }
 
     fn status_error(&self, doing: &str, status: ucs_status_t) -> LinkError {
@@ -203,12 +218,15 @@ impl UcxLink {
             None if spinning && !self.slot.mailbox.may_have_news() => return News::default(),
             None => shared.lock(),
         };
-        let steps = match spinning {
-            true => 1,
-            false if self.hung_up.is_some() => LAST_STEPS,
-            false => STEPS,
+        let more = match spinning {
+            // Looks follow each other closely until something moves.
+            true => {
+                (0..LOOKS).any(|_| worker.progress());
+                false
+            }
+            false if self.hung_up.is_some() => worker.progress_all(LAST_STEPS),
+            false => worker.progress_all(STEPS),
         };
-        let more = worker.progress_all(steps) && !spinning;
         let wakes = worker.take_wakes();
         let inbox = self.slot.mailbox.look(&mut worker.key);
         inbox.held_bytes = inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
@@ -486,26 +504,23 @@ impl UcxLink {
 
     /// Sends what was pulled, as far as UCX may be kept at work.
     fn send_chunks(&mut self) -> Result<(), LinkError> {
+        let shared = self.worker.clone();
+        let mut worker = shared.lock();
         while self.chunks_in_flight * self.chunk_bytes < CHUNKS_BYTES_MAX {
-            let mut header = self.header(Kind::Chunk, Class::Message, &[]);
-            let chunk_bytes = self.chunk_bytes;
             let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
-            let Some((id, outgoing)) = self.outgoing.next() else {
+            let (to, seq) = (self.to, self.next_seq);
+            let made = self.outgoing.next_chunk(self.chunk_bytes, &mut sending, |id, class, at| {
+                Header { id, len: at, ..Header::new(Kind::Chunk, class, 0, seq, to) }.encode()
+            });
+            if !made {
                 self.spare.push(sending);
                 return Ok(());
-            };
-            header = Header { id, class: outgoing.class, len: outgoing.sent as u64, ..header };
-            sending.class = outgoing.class;
-            sending.chunk_of = Some(id);
-            sending.bytes.extend_from_slice(&header.encode());
-            let header_len = sending.bytes.len();
-            outgoing.in_flight += 1;
-            outgoing.next_chunk(chunk_bytes, &mut sending);
-            if outgoing.may_send() {
-                self.outgoing.again(id);
             }
             self.chunks_in_flight += 1;
-            self.transmit(sending, header_len)?;
+            let what = Transmitted::of(&sending);
+            // SAFETY: the driver keeps payloads until `Sink::done`; the rest lies in the box.
+            let sent = unsafe { worker.send(&self.ep, sending, HEADER_BYTES) };
+            self.transmitted(what, sent)?;
         }
         Ok(())
     }
@@ -529,16 +544,7 @@ impl UcxLink {
     }
 
     fn header(&self, kind: Kind, class: Class, head: &[u8]) -> Header {
-        Header {
-            kind,
-            class,
-            head_len: head.len() as u16,
-            id: 0,
-            len: 0,
-            seq: self.next_seq,
-            slot: self.to.slot,
-            secret: self.to.secret,
-        }
+        Header::new(kind, class, head.len() as u16, self.next_seq, self.to)
     }
 
     fn send(
@@ -592,9 +598,14 @@ impl UcxLink {
 
     /// Hands a message to UCX. `true`: it has left.
     fn transmit(&mut self, sending: Box<SendOp>, header_len: usize) -> Result<bool, LinkError> {
-        let (class, reports, chunk_of) = (sending.class, sending.reports, sending.chunk_of);
+        let what = Transmitted::of(&sending);
         // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
         let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
+        self.transmitted(what, sent)
+    }
+
+    fn transmitted(&mut self, what: Transmitted, sent: Sent) -> Result<bool, LinkError> {
+        let Transmitted { class, reports, chunk_of } = what;
         self.next_seq = self.next_seq.wrapping_add(1);
         self.messages_sent += 1;
         match sent {
@@ -650,6 +661,19 @@ impl UcxLink {
                 ending.fetch_sub(1, Ordering::AcqRel);
             }
         }
+    }
+}
+
+/// What is remembered of a message that UCX is given.
+struct Transmitted {
+    class: Class,
+    reports: bool,
+    chunk_of: Option<u32>,
+}
+
+impl Transmitted {
+    fn of(op: &SendOp) -> Self {
+        Transmitted { class: op.class, reports: op.reports, chunk_of: op.chunk_of }
     }
 }
 
@@ -795,7 +819,7 @@ impl Link for UcxLink {
             len += segment.len;
         }
         let room = self.room(class);
-        if !self.ended(room)? {
+        if !self.ended(room)? || is_bulk(class, len) && self.outgoing.bulk_is_full() {
             self.counters.stalls += 1;
             return Ok(Post::Full);
         }

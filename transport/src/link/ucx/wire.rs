@@ -62,6 +62,11 @@ fn class_number(class: Class) -> u8 {
 }
 
 impl Header {
+    pub fn new(kind: Kind, class: Class, head_len: u16, seq: u32, to: Address) -> Header {
+        let Address { slot, secret } = to;
+        Header { kind, class, head_len, id: 0, len: 0, seq, slot, secret }
+    }
+
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = self.kind as u8;

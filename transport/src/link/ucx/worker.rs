@@ -318,6 +318,9 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut fds, Some(&now)).map_or(true, |ready| ready > 0)
 }
 
+/// What became of a send: the box, unless the callback gives it back.
+pub(super) type Sent = Result<Option<Box<SendOp>>, (Box<SendOp>, ucs_status_t)>;
+
 /// The worker, with its gate held. Calls into UCX borrow it as a whole, and with it the key: while
 /// one is made, nobody but callbacks gets at what the gate guards.
 pub(super) struct Locked<'a> {
@@ -435,12 +438,7 @@ impl Locked<'_> {
     /// # Safety
     ///
     /// What `op.iov` names is valid for reads until the send has ended.
-    pub unsafe fn send(
-        &mut self,
-        ep: &Ep,
-        mut op: Box<SendOp>,
-        header_len: usize,
-    ) -> Result<Option<Box<SendOp>>, (Box<SendOp>, ucs_status_t)> {
+    pub unsafe fn send(&mut self, ep: &Ep, mut op: Box<SendOp>, header_len: usize) -> Sent {
         if op.to.is_none() {
             op.to = Some(ep.mailbox.clone());
         }
