@@ -2,10 +2,10 @@
 
 use thalweg_ffi::ucx::Version;
 
-use super::wire::Address;
+use super::wire::{Address, SECRET_BITS, SLOTS_MAX};
 
 /// The form of the blob and of what follows from it.
-const FORM: u8 = 1;
+const FORM: u8 = 2;
 const FIXED_BYTES: usize = 16;
 /// Worker addresses grow with devices: a few hundred bytes each.
 pub(super) const ADDRESS_MAX: usize = 16 << 10;
@@ -41,6 +41,9 @@ impl Blob {
         }
         let slot = fixed[4..8].try_into().map(u32::from_le_bytes).ok()?;
         let secret = fixed[8..16].try_into().map(u64::from_le_bytes).ok()?;
+        if slot >= SLOTS_MAX || secret >> SECRET_BITS != 0 {
+            return None;
+        }
         let to = Address { slot, secret };
         Some(Blob { major: fixed[1], minor: fixed[2], to, worker: worker.to_vec() })
     }
@@ -72,7 +75,7 @@ mod tests {
     const OWN: Version = Version { major: 1, minor: 13, release: 1 };
 
     fn blob() -> Blob {
-        Blob::new(OWN, Address { slot: 7, secret: 1 << 60 }, vec![1, 2, 3])
+        Blob::new(OWN, Address { slot: 7, secret: 1 << 40 }, vec![1, 2, 3])
     }
 
     #[test]

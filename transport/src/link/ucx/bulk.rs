@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use thalweg_ffi::ucx::ucp_dt_iov_t;
 
 use super::request::SendOp;
-use super::wire::HEADER_BYTES;
+use super::wire::Header;
 use crate::link::{Class, Landing, OpId, Segment};
 
 /// How much of a payload may be on its way at once, in bytes.
@@ -246,7 +246,7 @@ impl Outgoings {
         &mut self,
         max: usize,
         into: &mut SendOp,
-        header: impl FnOnce(u32, Class, u64) -> [u8; HEADER_BYTES],
+        header: impl FnOnce(u32, Class, u64) -> Header,
     ) -> bool {
         let waits = |class: &usize| !self.active[*class].is_empty();
         let turns = self.turn..self.turn + Class::COUNT;
@@ -256,7 +256,7 @@ impl Outgoings {
         let Some(outgoing) = self.by_id.get_mut(&id) else { return false };
         into.class = outgoing.class;
         into.chunk_of = Some(id);
-        into.bytes.extend_from_slice(&header(id, outgoing.class, outgoing.sent as u64));
+        header(id, outgoing.class, outgoing.sent as u64).append_to(&mut into.bytes);
         outgoing.in_flight += 1;
         outgoing.next_chunk(max, into);
         if !outgoing.may_send() {

@@ -15,7 +15,7 @@ use super::inbox::{Fault, Mailbox};
 use super::lanes::Lane;
 use super::link::UcxLink;
 use super::request::SendOp;
-use super::wire::{Address, Header, Kind};
+use super::wire::{Address, Header, Kind, SECRET_BITS, SLOTS_MAX};
 use super::worker::{Ep, Worker};
 use super::{UcxOptions, Unavailable, describe};
 use crate::link::{Armed, Budget, Class, Engine, Progress};
@@ -80,10 +80,13 @@ impl UcxEngine {
     pub fn reserve(&self) -> Result<Reservation, String> {
         let mut secret = [0; 8];
         getrandom::fill(&mut secret).map_err(|error| format!("random numbers: {error}"))?;
-        let secret = u64::from_ne_bytes(secret);
+        let secret = u64::from_ne_bytes(secret) >> (u64::BITS - SECRET_BITS);
         let worker = &self.worker;
         let limit = self.options.inbox_max_bytes.saturating_add(PULLED_INBOX_BYTES);
-        let mailbox = worker.dispatch.register(worker.ucx, secret, limit);
+        let mailbox = worker
+            .dispatch
+            .register(worker.ucx, secret, limit)
+            .ok_or_else(|| format!("a node has at most {SLOTS_MAX} links over UCX"))?;
         Ok(Reservation { slot: Some(Slot { worker: worker.clone(), mailbox }) })
     }
 
@@ -180,7 +183,7 @@ fn ping(
 ) -> Result<(), thalweg_ffi::ucx::ucs_status_t> {
     let mut op = SendOp::new();
     let header = Header::new(Kind::Ping, Class::Control, 0, 0, to);
-    op.bytes.extend_from_slice(&header.encode());
+    header.append_to(&mut op.bytes);
     // SAFETY: all of it lies in the box.
     unsafe { worker.send(ep, op, 0) }.map(drop).map_err(|(_, status)| status)
 }

@@ -13,13 +13,20 @@ use slab::Slab;
 use smallvec::SmallVec;
 use thalweg_ffi::ucx::{Ucx, ucs_status_t};
 
+use crate::error::LinkError;
+use crate::link::{Budget, Sink};
+
 use super::bulk::Incomings;
 use super::gate::{Gate, Guarded, Key};
+use super::link::Count;
 use super::request::SendOp;
-use super::wire::{Address, Header, Kind};
+use super::wire::{Address, Header, Kind, SLOTS_MAX};
+use super::worker::Locked;
 
 /// Payloads up to this many bytes are copied out of UCX's memory, behind the head.
 pub(super) const INLINE_MAX: usize = 2048;
+/// Messages up to this many bytes may be handed up by the callback itself.
+pub(super) const AT_ONCE_MAX: usize = 256;
 /// What an entry counts beside its bytes.
 const ENTRY_BYTES: usize = 256;
 
@@ -219,6 +226,12 @@ impl Mailbox {
         self.inbox.get(&self.dispatch.gate, key)
     }
 
+    /// Whether nothing waits to be handed up.
+    #[inline]
+    pub fn is_empty(&self, key: &mut Key<'_>) -> bool {
+        self.inbox(key).queue.is_empty()
+    }
+
     /// Whether there may be something new. Asked without the gate: what is missed is seen next
     /// time.
     pub fn may_have_news(&self) -> bool {
@@ -234,6 +247,22 @@ impl Mailbox {
         let inbox = self.inbox(key);
         self.unpark(inbox);
         inbox
+    }
+
+    /// Makes `call`, which calls into UCX; what comes for this link meanwhile may be taken by
+    /// `polled`.
+    #[inline]
+    pub fn while_polled<'a, T>(
+        &self,
+        worker: &mut Locked<'_>,
+        polled: &mut Polled<'a>,
+        call: impl FnOnce(&mut Locked<'_>) -> T,
+    ) -> T {
+        let polled = NonNull::from(polled).cast::<Polled<'static>>();
+        self.dispatch.state(&mut worker.key).polled = Some((NonNull::from(self), polled));
+        let result = call(worker);
+        self.dispatch.state(&mut worker.key).polled = None;
+        result
     }
 
     /// The link's endpoint sleeps from now on, and is to be woken.
@@ -309,11 +338,22 @@ impl Mailbox {
     }
 }
 
+/// A link that is being polled at this moment: what comes for it next, and is short, is handed up
+/// by the callback itself.
+pub(super) struct Polled<'a> {
+    pub budget: &'a mut Budget,
+    pub sink: &'a mut dyn Sink,
+    pub count: &'a mut Count,
+    /// Why that had to stop.
+    pub result: Result<(), LinkError>,
+}
+
 /// What a callback does with a message.
 pub(super) struct Delivery<'a> {
     mailbox: &'a Mailbox,
     inbox: &'a mut Inbox,
     wakes: &'a mut Vec<Waker>,
+    polled: Option<&'a mut Polled<'static>>,
 }
 
 impl Delivery<'_> {
@@ -341,10 +381,30 @@ impl Delivery<'_> {
         }
     }
 
+    /// Whoever takes this message at once, if it is a parcel of so many bytes with all before them
+    /// handed up.
+    #[inline]
+    pub fn polled(&mut self, header: &Header, bytes: usize) -> Option<&mut Polled<'static>> {
+        let inbox = &self.inbox;
+        let fits = header.kind == Kind::Eager && bytes <= AT_ONCE_MAX;
+        if !fits || !inbox.is_next(header.seq) || !inbox.queue.is_empty() {
+            return None;
+        }
+        self.polled
+            .as_deref_mut()
+            .filter(|polled| polled.result.is_ok() && polled.budget.parcels > 0)
+    }
+
+    /// The message was taken at once.
+    #[inline]
+    pub fn was_taken(self) {
+        self.inbox.passed();
+    }
+
     /// Puts a parcel into the inbox. `Some`: it is not wanted.
     #[inline]
     pub fn deliver(self, entry: Entry) -> Option<Entry> {
-        let Delivery { mailbox, inbox, wakes } = self;
+        let Delivery { mailbox, inbox, wakes, .. } = self;
         let refused = if entry.header.kind == Kind::Ping {
             inbox.pinged = true;
             Some(entry)
@@ -368,7 +428,12 @@ pub(super) struct State {
     pub wakes: Vec<Waker>,
     /// Requests that UCX is at work on, of all links.
     pub in_flight: usize,
+    /// The mailbox of the link that is being polled.
+    polled: Option<(NonNull<Mailbox>, NonNull<Polled<'static>>)>,
 }
+
+// SAFETY: `polled` is set only within a call, on the thread that has the gate.
+unsafe impl Send for State {}
 
 /// What the worker's callbacks may touch.
 #[derive(Default)]
@@ -387,15 +452,18 @@ impl Dispatch {
         self.state.get(&self.gate, key)
     }
 
-    /// A new mailbox, with a slot of its own.
+    /// A new mailbox, with a slot of its own. `None`: there are too many.
     pub fn register(
         self: &Arc<Self>,
         ucx: &'static Ucx,
         secret: u64,
         max_bytes: usize,
-    ) -> Arc<Mailbox> {
+    ) -> Option<Arc<Mailbox>> {
         let mut key = self.gate.lock();
         let entry = self.state(&mut key).slots.vacant_entry();
+        if entry.key() >= SLOTS_MAX as usize {
+            return None;
+        }
         let mailbox = Arc::new(Mailbox {
             ucx,
             address: Address { slot: entry.key() as u32, secret },
@@ -405,7 +473,7 @@ impl Dispatch {
             news: AtomicBool::new(false),
         });
         entry.insert(mailbox.clone());
-        mailbox
+        Some(mailbox)
     }
 
     pub fn unregister(&self, key: &mut Key<'_>, mailbox: &Mailbox) {
@@ -425,11 +493,15 @@ impl Dispatch {
     #[inline]
     pub unsafe fn find(&self, slot: u32, secret: u64) -> Option<Delivery<'_>> {
         // SAFETY: the caller's promise.
-        let State { slots, wakes, .. } = unsafe { self.state.get_called_back(&self.gate) };
+        let State { slots, wakes, polled, .. } = unsafe { self.state.get_called_back(&self.gate) };
         let mailbox =
             slots.get(slot as usize).filter(|mailbox| mailbox.address.secret == secret)?;
         // SAFETY: the caller's promise.
         let inbox = unsafe { mailbox.inbox.get_called_back(&self.gate) };
-        (!inbox.closed).then_some(Delivery { mailbox, inbox, wakes })
+        let own = polled.filter(|(of, _)| std::ptr::eq(of.as_ptr(), &raw const **mailbox));
+        // SAFETY: `Mailbox::while_polled` lends it for the time of the call that UCX calls back in,
+        // and it is reached from here only.
+        let polled = own.map(|(_, mut polled)| unsafe { polled.as_mut() });
+        (!inbox.closed).then_some(Delivery { mailbox, inbox, wakes, polled })
     }
 }

@@ -11,9 +11,9 @@ use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
 use super::bulk::{Incoming, Outgoing, Outgoings, append, is_bulk};
 use super::engine::{Opened, Slot};
-use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox};
+use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox, Polled};
 use super::request::{Begun, SendOp};
-use super::wire::{Address, HEADER_BYTES, Header, Kind};
+use super::wire::{Address, Header, Kind, LONG_HEADER_BYTES};
 use super::worker::{Ep, Locked, Sent, Worker};
 use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
@@ -92,7 +92,7 @@ pub(crate) struct UcxLink {
     outgoing: Outgoings,
     chunk_bytes: usize,
     chunks_in_flight: usize,
-    next_payload: u64,
+    count: Count,
     next_seq: u32,
     messages_sent: u64,
     /// Handed up, and still counted as held by the inbox.
@@ -108,7 +108,6 @@ pub(crate) struct UcxLink {
     lingers: bool,
     /// Landings that were ended by that.
     unlanded: Vec<OpId>,
-    counters: LinkCounters,
 }
 
 impl UcxLink {
@@ -144,7 +143,7 @@ impl UcxLink {
             outgoing: Outgoings::default(),
             chunk_bytes,
             chunks_in_flight: 0,
-            next_payload: 0,
+            count: Count::default(),
             next_seq: 0,
             messages_sent: 0,
             freed_bytes: 0,
@@ -155,7 +154,6 @@ impl UcxLink {
             killed: false,
             lingers: false,
             unlanded: Vec::new(),
-            counters: LinkCounters::default(),
         }
     }
 
@@ -211,31 +209,46 @@ impl UcxLink {
 
     /// Moves the worker on, and takes over what callbacks have left. Does nothing if somebody else
     /// is at it, unless they may have left something.
-    fn progress(&mut self, spinning: bool, sink: &mut dyn Sink) -> News {
-        let shared = &self.worker;
-        let mut worker = match shared.try_lock() {
+    fn progress(
+        &mut self,
+        spinning: bool,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<News, LinkError> {
+        let mailbox = &self.slot.mailbox;
+        let mut worker = match self.worker.try_lock() {
             Some(worker) => worker,
-            None if spinning && !self.slot.mailbox.may_have_news() => return News::default(),
-            None => shared.lock(),
+            None if spinning && !mailbox.may_have_news() => return Ok(News::default()),
+            None => self.worker.lock(),
         };
-        let more = match spinning {
+        let before = self.count.next_payload;
+        let result = Ok(());
+        let mut polled = Polled { budget, sink: &mut *sink, count: &mut self.count, result };
+        let last = self.hung_up.is_some();
+        let progress = |worker: &mut Locked<'_>| match spinning {
             // Looks follow each other closely until something moves.
-            true => {
-                (0..LOOKS).any(|_| worker.progress());
-                false
-            }
-            false if self.hung_up.is_some() => worker.progress_all(LAST_STEPS),
-            false => worker.progress_all(STEPS),
+            true => (0..LOOKS).any(|_| worker.progress()),
+            false => worker.progress_all(if last { LAST_STEPS } else { STEPS }),
         };
+        let moved = if self.arrived.is_empty() && mailbox.is_empty(&mut worker.key) {
+            mailbox.while_polled(&mut worker, &mut polled, progress)
+        } else {
+            progress(&mut worker)
+        };
+        polled.result?;
+        if spinning && !moved && !mailbox.may_have_news() && !worker.has_wakes() {
+            return Ok(News::default());
+        }
         let wakes = worker.take_wakes();
-        let inbox = self.slot.mailbox.look(&mut worker.key);
+        let inbox = mailbox.look(&mut worker.key);
         inbox.held_bytes = inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
         if self.arrived.is_empty() && !inbox.queue.is_empty() {
             std::mem::swap(&mut inbox.queue, &mut self.arrived);
         }
         take_endings(inbox, &mut self.finished, &mut self.landed);
         let news = News {
-            more,
+            handed_up: self.count.next_payload != before,
+            more: moved && !spinning,
             fault: inbox.fault,
             landed_bytes: inbox.incoming.take_landed_bytes(),
             wants: inbox.incoming.wants(),
@@ -244,12 +257,14 @@ impl UcxLink {
         for waker in wakes {
             sink.wake(waker);
         }
-        news
+        Ok(news)
     }
 
     /// Reports what has ended. `failed`: what to say of requests that were ended by force.
     fn report_finished(&mut self, sink: &mut dyn Sink, failed: Option<&LinkError>) -> bool {
-        let any = !self.finished.is_empty() || !self.landed.is_empty();
+        if self.finished.is_empty() && self.landed.is_empty() {
+            return false;
+        }
         let mut all = std::mem::take(&mut self.finished);
         for (op, status) in all.drain(..) {
             self.sent(op, status, sink, failed);
@@ -259,7 +274,7 @@ impl UcxLink {
         for op in self.landed.drain(..).filter(|op| *op != OpId::NONE) {
             sink.done(op, Ok(()));
         }
-        any
+        true
     }
 
     fn sent(
@@ -365,14 +380,6 @@ impl UcxLink {
         bad("a message with more behind it than there may be")
     }
 
-    /// Counts a parcel that came, and numbers its payload.
-    fn arrived(&mut self) -> PayloadId {
-        let payload = PayloadId(self.next_payload);
-        self.next_payload += 1;
-        self.counters.parcels_received += 1;
-        payload
-    }
-
     /// A parcel with its payload.
     fn eager(
         &mut self,
@@ -380,32 +387,11 @@ impl UcxLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        let payload = self.arrived();
         let len = entry.len;
-        self.counters.inline_bytes_received += len as u64;
         let (head, inline) = entry.bytes.split_at(usize::from(entry.header.head_len));
         let inline = matches!(entry.body, Body::Inline).then_some(inline);
-        let how = How::Eager;
-        let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
-        let result = match sink.parcel(arrival) {
-            Disposition::Taken if inline.is_some() => Ok(()),
-            Disposition::Discard => Ok(()),
-            Disposition::Land { to, op } => {
-                budget.bytes = budget.bytes.saturating_sub(len);
-                landing(to, op, len).map(|mut landing| {
-                    // SAFETY: `len` bytes lie there, UCX's until they are given back below; the
-                    // driver keeps the landing, which has room for as many.
-                    unsafe { landing.take(entry.payload(), len) };
-                    if op != OpId::NONE {
-                        sink.done(op, Ok(()));
-                    }
-                })
-            }
-            Disposition::Fatal(error) => Err(error),
-            Disposition::Taken | Disposition::Hold | Disposition::View => {
-                Err(internal("an eager payload was neither landed nor discarded"))
-            }
-        };
+        // SAFETY: `len` bytes lie there, UCX's until they are given back below.
+        let result = unsafe { self.count.eager(head, inline, entry.payload(), len, budget, sink) };
         self.give_back(entry.body);
         result
     }
@@ -425,7 +411,7 @@ impl UcxLink {
         if self.open.len() >= OPEN_MAX {
             return bad("too many open payloads");
         }
-        let payload = self.arrived();
+        let payload = self.count.parcel();
         let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
         match sink.parcel(arrival) {
@@ -474,7 +460,7 @@ impl UcxLink {
         let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
         sending.class = Class::Control;
         let header = Header { id, len, ..self.header(kind, Class::Control, &[]) };
-        sending.bytes.extend_from_slice(&header.encode());
+        header.append_to(&mut sending.bytes);
         self.transmit(sending, 0).map(drop)
     }
 
@@ -510,7 +496,7 @@ impl UcxLink {
             let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
             let (to, seq) = (self.to, self.next_seq);
             let made = self.outgoing.next_chunk(self.chunk_bytes, &mut sending, |id, class, at| {
-                Header { id, len: at, ..Header::new(Kind::Chunk, class, 0, seq, to) }.encode()
+                Header { id, len: at, ..Header::new(Kind::Chunk, class, 0, seq, to) }
             });
             if !made {
                 self.spare.push(sending);
@@ -519,7 +505,7 @@ impl UcxLink {
             self.chunks_in_flight += 1;
             let what = Transmitted::of(&sending);
             // SAFETY: the driver keeps payloads until `Sink::done`; the rest lies in the box.
-            let sent = unsafe { worker.send(&self.ep, sending, HEADER_BYTES) };
+            let sent = unsafe { worker.send(&self.ep, sending, LONG_HEADER_BYTES) };
             self.transmitted(what, sent)?;
         }
         Ok(())
@@ -556,8 +542,8 @@ impl UcxLink {
         payload: &[Segment<'_>],
         len: usize,
     ) -> Result<Post, LinkError> {
-        self.counters.parcels_sent += 1;
-        self.counters.inline_bytes_sent += len as u64;
+        self.count.counters.parcels_sent += 1;
+        self.count.counters.inline_bytes_sent += len as u64;
         let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
         sending.op = op;
         sending.class = class;
@@ -568,7 +554,7 @@ impl UcxLink {
             let outgoing =
                 unsafe { Outgoing::new(op, class, how == How::Offer, payload, len, COPIED_MAX) };
             let header = Header { id, len: len as u64, ..self.header(kind, class, head) };
-            sending.bytes.extend_from_slice(&header.encode());
+            header.append_to(&mut sending.bytes);
             sending.bytes.extend_from_slice(head);
             self.outgoing.insert(outgoing);
             self.transmit(sending, 0)?;
@@ -576,7 +562,7 @@ impl UcxLink {
         }
         let packed = len <= PACKED_PAYLOAD_MAX;
         sending.reports = !packed;
-        sending.bytes.extend_from_slice(&self.header(Kind::Eager, class, head).encode());
+        self.header(Kind::Eager, class, head).append_to(&mut sending.bytes);
         sending.bytes.extend_from_slice(head);
         let pieces = payload.iter().filter(|segment| segment.len > 0);
         if packed {
@@ -677,9 +663,84 @@ impl Transmitted {
     }
 }
 
+/// Numbers what comes, and counts it.
+#[derive(Default)]
+pub(super) struct Count {
+    next_payload: u64,
+    counters: LinkCounters,
+}
+
+impl Count {
+    /// Counts a parcel that came, and numbers its payload.
+    #[inline]
+    fn parcel(&mut self) -> PayloadId {
+        let payload = PayloadId(self.next_payload);
+        self.next_payload += 1;
+        self.counters.parcels_received += 1;
+        payload
+    }
+
+    /// Hands up a parcel with its payload, which is also `inline` if that is private memory.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes are readable at `from`.
+    #[inline]
+    unsafe fn eager(
+        &mut self,
+        head: &[u8],
+        inline: Option<&[u8]>,
+        from: *const u8,
+        len: usize,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let payload = self.parcel();
+        self.counters.inline_bytes_received += len as u64;
+        let how = How::Eager;
+        let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
+        match sink.parcel(arrival) {
+            Disposition::Taken if inline.is_some() => Ok(()),
+            Disposition::Discard => Ok(()),
+            Disposition::Land { to, op } => {
+                budget.bytes = budget.bytes.saturating_sub(len);
+                let mut landing = landing(to, op, len)?;
+                // SAFETY: the caller's promise; the driver keeps the landing, which has room for
+                // as many.
+                unsafe { landing.take(from, len) };
+                if op != OpId::NONE {
+                    sink.done(op, Ok(()));
+                }
+                Ok(())
+            }
+            Disposition::Fatal(error) => Err(error),
+            Disposition::Taken | Disposition::Hold | Disposition::View => {
+                Err(internal("an eager payload was neither landed nor discarded"))
+            }
+        }
+    }
+}
+
+impl Polled<'_> {
+    /// Hands up a parcel whose head, and payload behind it, are in private memory.
+    #[inline]
+    pub fn hand_up(&mut self, bytes: &[u8], head_len: usize) {
+        self.budget.parcels -= 1;
+        // What a panic leaves behind.
+        self.result = Err(internal("a parcel was not taken to its end"));
+        let (head, inline) = bytes.split_at(head_len);
+        let (from, len) = (inline.as_ptr(), inline.len());
+        // SAFETY: that is where they lie.
+        self.result =
+            unsafe { self.count.eager(head, Some(inline), from, len, self.budget, self.sink) };
+    }
+}
+
 /// What a look at the worker has found.
 #[derive(Default)]
 struct News {
+    /// Something was handed up already.
+    handed_up: bool,
     /// There may be more.
     more: bool,
     fault: Option<Fault>,
@@ -731,10 +792,11 @@ impl Link for UcxLink {
         if !spinning {
             self.look_at_bootstrap(cx);
         }
-        let News { more, fault, landed_bytes, wants } = self.progress(spinning, sink);
+        let news = self.progress(spinning, budget, sink);
+        let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
         budget.bytes = budget.bytes.saturating_sub(landed_bytes);
-        self.counters.inline_bytes_received += landed_bytes as u64;
-        let mut moved = landed_bytes > 0;
+        self.count.counters.inline_bytes_received += landed_bytes as u64;
+        let mut moved = handed_up || landed_bytes > 0;
         moved |= self.report_finished(sink, None);
         if wants {
             let granted = self.grant();
@@ -820,7 +882,7 @@ impl Link for UcxLink {
         }
         let room = self.room(class);
         if !self.ended(room)? || is_bulk(class, len) && self.outgoing.bulk_is_full() {
-            self.counters.stalls += 1;
+            self.count.counters.stalls += 1;
             return Ok(Post::Full);
         }
         let sent = self.send(op, class, how, head, payload, len);
@@ -911,7 +973,7 @@ impl Link for UcxLink {
     }
 
     fn counters(&self) -> LinkCounters {
-        self.counters
+        self.count.counters
     }
 }
 

@@ -5,7 +5,16 @@
 
 use crate::link::{Class, HEAD_MAX};
 
-pub(super) const HEADER_BYTES: usize = 32;
+/// The header of a parcel that comes with its payload, and of a ping. With it, the head of a
+/// message of one frame and 8 B fit the first cache line of UCX's queues in shared memory, together
+/// with UCX's own words: up to 32 B take 0.35 µs one way there, more take 0.42.
+pub(super) const HEADER_BYTES: usize = 16;
+/// The header of every other kind.
+pub(super) const LONG_HEADER_BYTES: usize = HEADER_BYTES + 12;
+/// Slots have three bytes in the header.
+pub(super) const SLOTS_MAX: u32 = 1 << 24;
+/// Secrets have six.
+pub(super) const SECRET_BITS: u32 = 48;
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,9 +43,10 @@ pub(super) struct Header {
     pub kind: Kind,
     pub class: Class,
     pub head_len: u16,
-    /// The payload that it is about, numbered by its sender; 0 for `Eager`.
+    /// The payload that it is about, numbered by its sender; 0 in a short header.
     pub id: u32,
-    /// Length of the payload; for a chunk its offset, for a pull how far it may go.
+    /// Length of the payload; for a chunk its offset, for a pull how far it may go; 0 in a short
+    /// header.
     pub len: u64,
     /// Numbers the messages of a link, all classes together: lanes of UCX's may reorder.
     pub seq: u32,
@@ -52,6 +62,9 @@ pub(super) struct Address {
     pub secret: u64,
 }
 
+const CLASSES: [Class; Class::COUNT] =
+    [Class::Control, Class::Message, Class::Tag, Class::OneSided];
+
 fn class_number(class: Class) -> u8 {
     match class {
         Class::Control => 0,
@@ -61,43 +74,55 @@ fn class_number(class: Class) -> u8 {
     }
 }
 
+impl Kind {
+    /// Whether number and length of a payload are in the header.
+    #[inline]
+    pub fn is_long(self) -> bool {
+        !matches!(self, Kind::Eager | Kind::Ping)
+    }
+}
+
 impl Header {
     pub fn new(kind: Kind, class: Class, head_len: u16, seq: u32, to: Address) -> Header {
         let Address { slot, secret } = to;
         Header { kind, class, head_len, id: 0, len: 0, seq, slot, secret }
     }
 
-    pub fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut bytes = [0; HEADER_BYTES];
-        bytes[0] = self.kind as u8;
-        bytes[1] = class_number(self.class);
-        bytes[2..4].copy_from_slice(&self.head_len.to_le_bytes());
-        bytes[4..8].copy_from_slice(&self.seq.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.slot.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.id.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.secret.to_le_bytes());
-        bytes[24..32].copy_from_slice(&self.len.to_le_bytes());
-        bytes
+    /// Writes it to the end of `bytes`.
+    #[inline]
+    pub fn append_to(&self, bytes: &mut Vec<u8>) {
+        let kind = self.kind as u64 | (class_number(self.class) as u64) << 4;
+        let first = kind | u64::from(self.head_len) << 8 | u64::from(self.seq) << 24;
+        // What is left of the first word, and the second.
+        let to = u128::from(self.slot) | u128::from(self.secret) << 24;
+        let fixed = u128::from(first) | to << 56;
+        bytes.extend_from_slice(&fixed.to_le_bytes());
+        if self.kind.is_long() {
+            bytes.extend_from_slice(&self.id.to_le_bytes());
+            bytes.extend_from_slice(&self.len.to_le_bytes());
+        }
     }
 
-    /// `None`: not from this protocol.
+    /// The header without what only a long one has. `None`: not from this protocol.
+    #[inline]
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
-        let word = |at: usize| bytes[at..at + 4].try_into().map(u32::from_le_bytes).ok();
-        let long = |at: usize| bytes[at..at + 8].try_into().map(u64::from_le_bytes).ok();
-        let kind = *KINDS.get(usize::from(bytes[0]))?;
-        let class = match bytes[1] {
-            0 => Class::Control,
-            1 => Class::Message,
-            2 => Class::Tag,
-            3 => Class::OneSided,
-            _ => return None,
-        };
-        let head_len = u16::from_le_bytes([bytes[2], bytes[3]]);
+        let fixed = u128::from_le_bytes(*bytes);
+        let kind = *KINDS.get((fixed & 15) as usize)?;
+        let class = *CLASSES.get((fixed >> 4 & 15) as usize)?;
+        let head_len = (fixed >> 8) as u16;
         if usize::from(head_len) > HEAD_MAX {
             return None;
         }
-        let (seq, slot, id) = (word(4)?, word(8)?, word(12)?);
-        Some(Header { kind, class, head_len, id, len: long(24)?, seq, slot, secret: long(16)? })
+        let to =
+            Address { slot: (fixed >> 56) as u32 & (SLOTS_MAX - 1), secret: (fixed >> 80) as u64 };
+        Some(Header::new(kind, class, head_len, (fixed >> 24) as u32, to))
+    }
+
+    /// Adds what a long one has.
+    pub fn decode_rest(&mut self, rest: [u8; LONG_HEADER_BYTES - HEADER_BYTES]) {
+        let [a, b, c, d, len @ ..] = rest;
+        self.id = u32::from_le_bytes([a, b, c, d]);
+        self.len = u64::from_le_bytes(len);
     }
 }
 
@@ -106,22 +131,41 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn decode(bytes: &[u8]) -> Option<Header> {
+        let (fixed, rest) = bytes.split_first_chunk().expect("a header");
+        let mut header = Header::decode(fixed)?;
+        if header.kind.is_long() {
+            header.decode_rest(rest.try_into().expect("a long header"));
+        }
+        Some(header)
+    }
+
     proptest! {
         #[test]
         fn decoding_inverts_encoding(
-            kind in 0..KINDS.len(), class in 0usize..4, head_len in 0u16..=1024, seq: u32,
-            slot: u32, secret: u64, id: u32, len: u64,
+            kind in 0..KINDS.len(), class in 0..CLASSES.len(), head_len in 0u16..=1024, seq: u32,
+            slot in 0..SLOTS_MAX, secret in 0..1u64 << SECRET_BITS, id: u32, len: u64,
         ) {
-            let kind = KINDS[kind];
-            let class = [Class::Control, Class::Message, Class::Tag, Class::OneSided][class];
+            let (kind, class) = (KINDS[kind], CLASSES[class]);
+            let (id, len) = if kind.is_long() { (id, len) } else { (0, 0) };
             let header = Header { kind, class, head_len, id, len, seq, slot, secret };
-            prop_assert_eq!(Header::decode(&header.encode()), Some(header));
+            let mut bytes = Vec::new();
+            header.append_to(&mut bytes);
+            let length = if kind.is_long() { LONG_HEADER_BYTES } else { HEADER_BYTES };
+            prop_assert_eq!(bytes.len(), length);
+            prop_assert_eq!(decode(&bytes), Some(header));
         }
 
         #[test]
-        fn any_bytes_are_decoded_without_harm(bytes: [u8; HEADER_BYTES]) {
-            if let Some(header) = Header::decode(&bytes) {
-                prop_assert_eq!(header.encode(), bytes);
+        fn any_bytes_are_decoded_without_harm(bytes: [u8; LONG_HEADER_BYTES]) {
+            let Some((fixed, rest)) = bytes.split_first_chunk() else { return Ok(()) };
+            if let Some(mut header) = Header::decode(fixed) {
+                let mut again = Vec::new();
+                if header.kind.is_long() {
+                    header.decode_rest(rest.try_into().expect("the rest"));
+                }
+                header.append_to(&mut again);
+                prop_assert_eq!(&bytes[..again.len()], &again);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The worker: every call into UCX is made with its gate held.
 
 use std::ffi::{CStr, c_void};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,12 +17,12 @@ use thalweg_ffi::ucx::{
 
 use super::context::Context;
 use super::gate::Key;
-use super::inbox::{Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
+use super::inbox::{AT_ONCE_MAX, Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
 use super::lanes::{self, Lane};
 use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
-use super::wire::{HEADER_BYTES, Header, Kind};
+use super::wire::{HEADER_BYTES, Header, Kind, LONG_HEADER_BYTES};
 use super::{Unavailable, describe, link_error};
 use crate::error::LinkError;
 use crate::link::{Armed, HEAD_MAX};
@@ -33,7 +34,7 @@ const AM_ID: u32 = 1;
 /// standing.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Packed messages are at most this long.
-pub(super) const PACKED_MAX: usize = HEADER_BYTES + HEAD_MAX + INLINE_MAX;
+pub(super) const PACKED_MAX: usize = LONG_HEADER_BYTES + HEAD_MAX + INLINE_MAX;
 
 /// Whom the worker's descriptor wakes.
 pub(super) struct Sleeper {
@@ -256,12 +257,12 @@ fn check_header(ucx: &Ucx, raw: ucp_worker_h) -> Result<(), Unavailable> {
     if status != ffi::UCS_OK {
         return Err(failed(ucx, "UCX does not tell the limits of its worker", status));
     }
-    if attributes.max_am_header < HEADER_BYTES + HEAD_MAX {
+    if attributes.max_am_header < LONG_HEADER_BYTES + HEAD_MAX {
         return Err(Unavailable {
             reason: format!(
                 "UCX's transports here take headers of {} bytes; {} are needed",
                 attributes.max_am_header,
-                HEADER_BYTES + HEAD_MAX
+                LONG_HEADER_BYTES + HEAD_MAX
             ),
             fix: "allow other transports in UCX_TLS".into(),
         });
@@ -344,6 +345,12 @@ impl Locked<'_> {
     /// Whom callbacks wanted woken, to be woken when the gate is open.
     pub fn take_wakes(&mut self) -> Vec<Waker> {
         std::mem::take(&mut self.worker.dispatch.state(&mut self.key).wakes)
+    }
+
+    /// Whether callbacks wanted somebody woken.
+    #[inline]
+    pub fn has_wakes(&mut self) -> bool {
+        !self.worker.dispatch.state(&mut self.key).wakes.is_empty()
     }
 
     /// Whether UCX is at work on something.
@@ -638,18 +645,42 @@ unsafe fn take(
     // A lane may have its memory shared with the peer: nothing is looked at before it is copied.
     // SAFETY: `first_len` bytes are readable there.
     unsafe { std::ptr::copy_nonoverlapping(first, fixed.as_mut_ptr(), HEADER_BYTES) };
-    let Some(header) = Header::decode(&fixed) else { return false };
+    let Some(mut header) = Header::decode(&fixed) else { return false };
+    let mut header_len = HEADER_BYTES;
+    if header.kind.is_long() {
+        if first_len < LONG_HEADER_BYTES {
+            return false;
+        }
+        let mut rest = [0; LONG_HEADER_BYTES - HEADER_BYTES];
+        // SAFETY: as above.
+        unsafe {
+            std::ptr::copy_nonoverlapping(first.add(HEADER_BYTES), rest.as_mut_ptr(), rest.len());
+        }
+        header.decode_rest(rest);
+        header_len = LONG_HEADER_BYTES;
+    }
     // SAFETY: called back, with no other reference to what the gate guards.
     let found = unsafe { dispatch.find(header.slot, header.secret) };
-    let Some(delivery) = found else { return false };
+    let Some(mut delivery) = found else { return false };
     let head_len = usize::from(header.head_len);
-    let rest = first_len - HEADER_BYTES;
+    let rest = first_len - header_len;
     if rest < head_len || (!packed && rest != head_len) {
         delivery.fail("a message with a bad head");
         return false;
     }
     // SAFETY: `rest` bytes follow the header.
-    let behind = unsafe { first.add(HEADER_BYTES) };
+    let behind = unsafe { first.add(header_len) };
+    if let Some(polled) = delivery.polled(&header, rest).filter(|_| packed) {
+        let mut bytes = [MaybeUninit::<u8>::uninit(); AT_ONCE_MAX];
+        // SAFETY: `rest` bytes are readable there, and there is room for them.
+        let bytes = unsafe {
+            std::ptr::copy_nonoverlapping(behind, bytes.as_mut_ptr().cast(), rest);
+            std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), rest)
+        };
+        polled.hand_up(bytes, head_len);
+        delivery.was_taken();
+        return false;
+    }
     let keepable = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_DATA) != 0;
     let (payload, len, keep) = match packed {
         true => (behind.wrapping_add(head_len), rest - head_len, None),
