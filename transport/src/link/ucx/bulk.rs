@@ -5,10 +5,11 @@
 //! and then its memory could never be given back. Here only sends are in UCX's hands, and those
 //! end; what is landed is copied by this process.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use thalweg_ffi::ucx::ucp_dt_iov_t;
 
+use super::by_id::ById;
 use super::request::SendOp;
 use super::wire::Header;
 use crate::link::{Class, Landing, OpId, Segment};
@@ -22,8 +23,10 @@ const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
 pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
 /// From this size on, messages wait for each other.
 const BULK_MIN_BYTES: usize = 1 << 20;
-/// How many of those may be open at once.
-const BULK_MAX: usize = 2;
+/// How many of those may be open at once. The next is offered when the last chunk of this one has
+/// left, not when it has landed, so nothing stands still between them (8 MiB over posix, four in
+/// flight: 8.1 GB/s, with two open 6.4).
+const BULK_MAX: usize = 1;
 /// Pieces of memory shorter than this are copied together.
 const GATHERED_BELOW: usize = 1024;
 
@@ -172,7 +175,7 @@ pub(super) unsafe fn append(bytes: &mut Vec<u8>, from: *const u8, len: usize) {
 /// What the peer may pull, and what of it can be sent.
 #[derive(Default)]
 pub(super) struct Outgoings {
-    by_id: HashMap<u32, Outgoing>,
+    by_id: ById<Outgoing>,
     /// Those with a grant that is not used up. Classes take turns; within one the first comes
     /// first, so that the peer fills one destination after the other.
     active: [VecDeque<u32>; Class::COUNT],
@@ -208,13 +211,13 @@ impl Outgoings {
         // Four thousand million payloads later the first has long been pulled or refused; until
         // then no number is used twice.
         self.next_id = self.next_id.wrapping_add(1);
-        while self.by_id.contains_key(&self.next_id) {
+        while self.by_id.contains(self.next_id) {
             self.next_id = self.next_id.wrapping_add(1);
         }
     }
 
     fn remove(&mut self, id: u32) -> Option<OpId> {
-        let outgoing = self.by_id.remove(&id)?;
+        let outgoing = self.by_id.remove(id)?;
         self.by_class[outgoing.class as usize] -= 1;
         self.bulk -= usize::from(outgoing.is_bulk());
         Some(outgoing.op)
@@ -222,7 +225,7 @@ impl Outgoings {
 
     /// The peer wants it, up to here. `false`: it may not ask for that.
     pub fn pulled(&mut self, id: u32, granted: u64) -> bool {
-        let Some(outgoing) = self.by_id.get_mut(&id) else { return false };
+        let Some(outgoing) = self.by_id.get_mut(id) else { return false };
         let Ok(granted) = usize::try_from(granted) else { return false };
         if granted <= outgoing.granted || granted > outgoing.len {
             return false;
@@ -236,7 +239,7 @@ impl Outgoings {
 
     /// The peer does not want it. `None`: it may not say that.
     pub fn refused(&mut self, id: u32) -> Option<OpId> {
-        self.by_id.get(&id).filter(|outgoing| outgoing.granted == 0)?;
+        self.by_id.get_mut(id).filter(|outgoing| outgoing.granted == 0)?;
         self.remove(id)
     }
 
@@ -253,7 +256,7 @@ impl Outgoings {
         let Some(class) = turns.map(|turn| turn % Class::COUNT).find(waits) else { return false };
         self.turn = class + 1;
         let Some(id) = self.active[class].front().copied() else { return false };
-        let Some(outgoing) = self.by_id.get_mut(&id) else { return false };
+        let Some(outgoing) = self.by_id.get_mut(id) else { return false };
         into.class = outgoing.class;
         into.chunk_of = Some(id);
         header(id, outgoing.class, outgoing.sent as u64).append_to(&mut into.bytes);
@@ -271,24 +274,20 @@ impl Outgoings {
 
     /// A chunk has left. `Some`: it was the last.
     pub fn chunk_left(&mut self, id: u32) -> Option<OpId> {
-        let outgoing = self.by_id.get_mut(&id)?;
+        let outgoing = self.by_id.get_mut(id)?;
         outgoing.in_flight = outgoing.in_flight.saturating_sub(1);
         if outgoing.is_over() { self.remove(id) } else { None }
     }
 
     pub fn any_owed(&self) -> bool {
-        self.by_id.values().any(Outgoing::is_owed)
+        self.by_id.iter().any(|(_, outgoing)| outgoing.is_owed())
     }
 
     /// Forgets those that UCX is not at work on, and names them. `keep`: the others stay.
     pub fn clear_idle(&mut self) -> Vec<OpId> {
         self.active.iter_mut().for_each(VecDeque::clear);
-        let idle: Vec<u32> = self
-            .by_id
-            .iter()
-            .filter(|(_, outgoing)| outgoing.in_flight == 0)
-            .map(|(id, _)| *id)
-            .collect();
+        let idle = self.by_id.iter().filter(|(_, outgoing)| outgoing.in_flight == 0);
+        let idle: Vec<u32> = idle.map(|(id, _)| id).collect();
         idle.into_iter().filter_map(|id| self.remove(id)).collect()
     }
 }
@@ -296,9 +295,7 @@ impl Outgoings {
 /// Payloads that are being landed, by the peer's number.
 #[derive(Default)]
 pub(super) struct Incomings {
-    by_id: HashMap<u32, Incoming>,
-    /// The one that the last chunk was of, taken out of there: most chunks follow one of their own.
-    last: Option<(u32, Incoming)>,
+    by_id: ById<Incoming>,
     /// Those that could be granted more, in turns.
     wanting: VecDeque<u32>,
     /// Granted to the peer, not here yet.
@@ -311,22 +308,18 @@ pub(super) struct Incomings {
 
 impl Incomings {
     pub fn len(&self) -> usize {
-        self.by_id.len() + usize::from(self.last.is_some())
-    }
-
-    fn get(&mut self, id: u32) -> Option<&mut Incoming> {
-        if self.last.as_ref().is_none_or(|(last, _)| *last != id) {
-            let incoming = self.by_id.remove(&id)?;
-            if let Some((id, before)) = self.last.replace((id, incoming)) {
-                self.by_id.insert(id, before);
-            }
-        }
-        self.last.as_mut().map(|(_, incoming)| incoming)
+        self.by_id.len()
     }
 
     /// Whether the link has something to do.
     pub fn has_news(&self) -> bool {
         !self.landed.is_empty() || self.wants()
+    }
+
+    /// Whether nothing came, and nothing is to be granted.
+    #[inline]
+    pub fn is_quiet(&self) -> bool {
+        self.landed_bytes == 0 && self.wanting.is_empty()
     }
 
     /// Whether the peer may be granted more.
@@ -340,7 +333,7 @@ impl Incomings {
 
     /// One more. `false`: its number is in use.
     pub fn insert(&mut self, id: u32, incoming: Incoming) -> bool {
-        if self.get(id).is_some() {
+        if self.by_id.contains(id) {
             return false;
         }
         self.by_id.insert(id, incoming);
@@ -354,7 +347,7 @@ impl Incomings {
         loop {
             let room = self.room();
             let id = *self.wanting.front()?;
-            let Some(incoming) = self.get(id) else {
+            let Some(incoming) = self.by_id.get_mut(id) else {
                 self.wanting.pop_front();
                 continue;
             };
@@ -373,7 +366,7 @@ impl Incomings {
     /// `len` bytes are readable at `from`.
     pub unsafe fn land(&mut self, id: u32, offset: u64, from: *const u8, len: usize) -> bool {
         let expected = |incoming: &&mut Incoming| incoming.expects(offset, len);
-        let Some(incoming) = self.get(id).filter(expected) else { return false };
+        let Some(incoming) = self.by_id.get_mut(id).filter(expected) else { return false };
         // SAFETY: the driver keeps landings until they are reported, or have been taken from here
         // by `clear`; the rest is the caller's promise.
         unsafe { incoming.take(from, len) };
@@ -385,7 +378,7 @@ impl Incomings {
         self.landed_bytes += len;
         if let Some(op) = over {
             self.landed.push(op);
-            self.last = None;
+            self.by_id.remove(id);
         }
         true
     }
@@ -404,7 +397,7 @@ impl Incomings {
     pub fn clear(&mut self) -> Vec<OpId> {
         self.wanting.clear();
         self.pulled_bytes = 0;
-        self.by_id.drain().chain(self.last.take()).map(|(_, incoming)| incoming.op).collect()
+        self.by_id.drain().map(|(_, incoming)| incoming.op).collect()
     }
 }
 

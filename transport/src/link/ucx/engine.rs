@@ -228,9 +228,14 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if !self.worker.forked() {
-            self.close(&mut self.worker.lock());
+        if self.worker.forked() {
+            return;
         }
+        let mut worker = self.worker.lock();
+        self.close(&mut worker);
+        let left = self.mailbox.inbox(&mut worker.key).leave();
+        drop(worker);
+        drop(left);
     }
 }
 

@@ -113,6 +113,8 @@ pub(super) struct Inbox {
     pub pinged: bool,
     /// Nothing more is wanted.
     pub closed: bool,
+    /// Nobody asks any more what has ended: boxes that were kept here would keep this alive.
+    left: bool,
     /// Whom to wake, if `parked`.
     waker: Option<Waker>,
     parked: bool,
@@ -131,6 +133,16 @@ impl Inbox {
             || !self.finished.is_empty()
             || self.incoming.has_news()
             || self.fault.is_some()
+    }
+
+    /// Whether nothing has come since the link last looked, but what was handed up already.
+    #[inline]
+    pub fn is_quiet(&self) -> bool {
+        self.queue.is_empty()
+            && self.finished.is_empty()
+            && self.incoming.is_quiet()
+            && self.fault.is_none()
+            && !self.parked
     }
 
     /// Whether the message of this number is the next.
@@ -152,8 +164,16 @@ impl Inbox {
     }
 
     /// The next message is through: what came before its turn may follow.
+    #[inline]
     fn passed(&mut self) {
         self.next_seq = self.next_seq.wrapping_add(1);
+        if !self.early.is_empty() {
+            self.take_early();
+        }
+    }
+
+    #[cold]
+    fn take_early(&mut self) {
         while let Some(entry) = self.early.remove(&self.next_seq) {
             self.next_seq = self.next_seq.wrapping_add(1);
             if entry.header.kind != Kind::Chunk {
@@ -192,6 +212,22 @@ impl Inbox {
         None
     }
 
+    /// A send has ended. `Some`: nobody wants to know.
+    pub fn sent(&mut self, op: Box<SendOp>, status: ucs_status_t) -> Option<Box<SendOp>> {
+        if self.left {
+            return Some(op);
+        }
+        self.finished.push((op, status));
+        None
+    }
+
+    /// Nobody will ask again what has ended, nor is to be woken.
+    #[must_use = "to be dropped without the gate: dropping a waker runs code of others"]
+    pub fn leave(&mut self) -> Left {
+        self.left = true;
+        Left { _finished: std::mem::take(&mut self.finished), _waker: self.waker.take() }
+    }
+
     /// Forgets everything that came, and gives UCX's memory back to whoever can release it.
     pub fn close(&mut self) -> Vec<Desc> {
         self.closed = true;
@@ -206,6 +242,12 @@ impl Inbox {
             })
             .collect()
     }
+}
+
+/// What an inbox held of others when its link was gone.
+pub(super) struct Left {
+    _finished: Vec<(Box<SendOp>, ucs_status_t)>,
+    _waker: Option<Waker>,
 }
 
 /// One link's side of the worker: what callbacks may touch.
@@ -293,13 +335,14 @@ impl Mailbox {
     /// # Safety
     ///
     /// As of [`Guarded::get_called_back`].
-    pub unsafe fn finish(&self, note: impl FnOnce(&mut Inbox)) {
+    pub unsafe fn finish<T>(&self, note: impl FnOnce(&mut Inbox) -> T) -> T {
         // SAFETY: the caller's promise; the state is another thing than the inbox.
         let (inbox, state) = unsafe { self.called_back() };
         inbox.in_flight = inbox.in_flight.saturating_sub(1);
         state.in_flight = state.in_flight.saturating_sub(1);
-        note(inbox);
+        let result = note(inbox);
         self.rouse(inbox, &mut state.wakes);
+        result
     }
 
     /// The endpoint has failed.

@@ -236,8 +236,11 @@ impl UcxLink {
             progress(&mut worker)
         };
         polled.result?;
-        if spinning && !moved && !mailbox.may_have_news() && !worker.has_wakes() {
-            return Ok(News::default());
+        let handed_up = self.count.next_payload != before;
+        let more = moved && !spinning;
+        let quiet = mailbox.inbox(&mut worker.key).is_quiet() && !worker.has_wakes();
+        if quiet && self.freed_bytes == 0 {
+            return Ok(News { handed_up, more, ..News::default() });
         }
         let wakes = worker.take_wakes();
         let inbox = mailbox.look(&mut worker.key);
@@ -247,8 +250,8 @@ impl UcxLink {
         }
         take_endings(inbox, &mut self.finished, &mut self.landed);
         let news = News {
-            handed_up: self.count.next_payload != before,
-            more: moved && !spinning,
+            handed_up,
+            more,
             fault: inbox.fault,
             landed_bytes: inbox.incoming.take_landed_bytes(),
             wants: inbox.incoming.wants(),
@@ -482,6 +485,14 @@ impl UcxLink {
             self.report_finished(sink, None);
         }
         Ok(any)
+    }
+
+    /// Whether something of what was taken from the inbox, or has been pulled, waits here.
+    fn has_work(&self) -> bool {
+        !self.arrived.is_empty()
+            || !self.finished.is_empty()
+            || !self.landed.is_empty()
+            || self.outgoing.has_work()
     }
 
     fn may_send_chunks(&self) -> bool {
@@ -796,6 +807,9 @@ impl Link for UcxLink {
         let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
         budget.bytes = budget.bytes.saturating_sub(landed_bytes);
         self.count.counters.inline_bytes_received += landed_bytes as u64;
+        if spinning && handed_up && !self.has_work() {
+            return Ok(Progress::Some);
+        }
         let mut moved = handed_up || landed_bytes > 0;
         moved |= self.report_finished(sink, None);
         if wants {

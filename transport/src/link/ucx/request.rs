@@ -8,6 +8,7 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -147,12 +148,17 @@ pub(super) unsafe extern "C" fn sent(
 ) {
     shielded(|| {
         // SAFETY: made by `Box::into_raw` when the request began; this is its one end.
-        let mut op = unsafe { Box::from_raw(user_data.cast::<SendOp>()) };
-        let Some(to) = op.to.take() else { return };
+        let op = unsafe { Box::from_raw(user_data.cast::<SendOp>()) };
+        let Some(to) = op.to.as_deref().map(NonNull::from) else { return };
+        // SAFETY: the box keeps it alive until it is dropped, which is last. (To count one more
+        // reference would cost a locked instruction for each chunk, which waits for the copy of
+        // the chunk to leave the processor.)
+        let to = unsafe { to.as_ref() };
         // SAFETY: the request is over, and nobody else frees it.
         unsafe { (to.ucx.functions.ucp_request_free)(request) };
         // SAFETY: called back, with no other reference to what the gate guards.
-        unsafe { to.finish(|inbox| inbox.finished.push((op, status))) };
+        let unwanted = unsafe { to.finish(|inbox| inbox.sent(op, status)) };
+        drop(unwanted);
     });
 }
 
