@@ -21,6 +21,8 @@ const WINDOW_BYTES: usize = 1 << 20;
 const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
 /// What that may come to in an inbox: where pieces of a message are short, so are chunks.
 pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
+/// What may land in one look of a link that spins.
+const LANDED_TURN_BYTES: usize = 256 << 10;
 /// From this size on, messages wait for each other.
 const BULK_MIN_BYTES: usize = 1 << 20;
 /// How many of those may be open at once. The next is offered when the last chunk of this one has
@@ -244,28 +246,29 @@ impl Outgoings {
     }
 
     /// Makes the next chunk, of at most `max` bytes: puts it behind the header that `header` makes
-    /// of number, class and offset. `false`: there is none.
+    /// of number, class and offset. `None`: there is none.
     pub fn next_chunk(
         &mut self,
         max: usize,
         into: &mut SendOp,
         header: impl FnOnce(u32, Class, u64) -> Header,
-    ) -> bool {
+    ) -> Option<(u32, Class)> {
         let waits = |class: &usize| !self.active[*class].is_empty();
         let turns = self.turn..self.turn + Class::COUNT;
-        let Some(class) = turns.map(|turn| turn % Class::COUNT).find(waits) else { return false };
+        let class = turns.map(|turn| turn % Class::COUNT).find(waits)?;
         self.turn = class + 1;
-        let Some(id) = self.active[class].front().copied() else { return false };
-        let Some(outgoing) = self.by_id.get_mut(id) else { return false };
+        let id = *self.active[class].front()?;
+        let outgoing = self.by_id.get_mut(id)?;
         into.class = outgoing.class;
         into.chunk_of = Some(id);
         header(id, outgoing.class, outgoing.sent as u64).append_to(&mut into.bytes);
         outgoing.in_flight += 1;
         outgoing.next_chunk(max, into);
+        let of = outgoing.class;
         if !outgoing.may_send() {
             self.active[class].pop_front();
         }
-        true
+        Some((id, of))
     }
 
     pub fn has_work(&self) -> bool {
@@ -314,6 +317,12 @@ impl Incomings {
     /// Whether the link has something to do.
     pub fn has_news(&self) -> bool {
         !self.landed.is_empty() || self.wants()
+    }
+
+    /// Whether chunks have landed, not too many, and nothing has to be done about it.
+    #[inline]
+    pub fn only_lands(&self) -> bool {
+        (1..LANDED_TURN_BYTES).contains(&self.landed_bytes) && !self.has_news()
     }
 
     /// Whether nothing came, and nothing is to be granted.

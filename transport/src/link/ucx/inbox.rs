@@ -145,6 +145,15 @@ impl Inbox {
             && !self.parked
     }
 
+    /// Whether nothing has come since the link last looked but chunks of payloads, not too many.
+    #[inline]
+    pub fn only_lands(&self) -> bool {
+        self.queue.is_empty()
+            && self.finished.is_empty()
+            && self.incoming.only_lands()
+            && self.fault.is_none()
+    }
+
     /// Whether the message of this number is the next.
     pub fn is_next(&self, seq: u32) -> bool {
         seq == self.next_seq

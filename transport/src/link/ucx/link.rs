@@ -36,7 +36,7 @@ const IN_FLIGHT_MAX: usize = 1024;
 const CONTROL_MAX: usize = 65_536;
 /// A chunk fits, with its header, into one segment of shared memory (8 KiB) or into what UCX sends
 /// at once over sockets (64 KiB), so that UCX does not put it together again.
-const CHUNK_BYTES_SHARED_MEMORY: usize = 8000;
+const CHUNK_BYTES_SHARED_MEMORY: usize = 8192;
 const CHUNK_BYTES: usize = 64_000;
 /// Payloads that may wait at the peer without having been landed.
 const OPEN_MAX: usize = 65_536;
@@ -226,8 +226,17 @@ impl UcxLink {
         let mut polled = Polled { budget, sink: &mut *sink, count: &mut self.count, result };
         let last = self.hung_up.is_some();
         let progress = |worker: &mut Locked<'_>| match spinning {
-            // Looks follow each other closely until something moves.
-            true => (0..LOOKS).any(|_| worker.progress()),
+            // Looks follow each other closely until something is to be done.
+            true => {
+                let mut moved = false;
+                for _ in 0..LOOKS {
+                    moved |= worker.progress();
+                    if moved && !mailbox.inbox(&mut worker.key).only_lands() {
+                        break;
+                    }
+                }
+                moved
+            }
             false => worker.progress_all(if last { LAST_STEPS } else { STEPS }),
         };
         let moved = if self.arrived.is_empty() && mailbox.is_empty(&mut worker.key) {
@@ -509,12 +518,14 @@ impl UcxLink {
             let made = self.outgoing.next_chunk(self.chunk_bytes, &mut sending, |id, class, at| {
                 Header { id, len: at, ..Header::new(Kind::Chunk, class, 0, seq, to) }
             });
-            if !made {
+            let Some((id, class)) = made else {
                 self.spare.push(sending);
                 return Ok(());
-            }
+            };
             self.chunks_in_flight += 1;
-            let what = Transmitted::of(&sending);
+            // Not read out of the box, where it was just written in other pieces: that would wait
+            // until the chunk before has left the processor.
+            let what = Transmitted { class, reports: false, chunk_of: Some(id) };
             // SAFETY: the driver keeps payloads until `Sink::done`; the rest lies in the box.
             let sent = unsafe { worker.send(&self.ep, sending, LONG_HEADER_BYTES) };
             self.transmitted(what, sent)?;
@@ -595,7 +606,7 @@ impl UcxLink {
 
     /// Hands a message to UCX. `true`: it has left.
     fn transmit(&mut self, sending: Box<SendOp>, header_len: usize) -> Result<bool, LinkError> {
-        let what = Transmitted::of(&sending);
+        let what = Transmitted { class: sending.class, reports: sending.reports, chunk_of: None };
         // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
         let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
         self.transmitted(what, sent)
@@ -666,12 +677,6 @@ struct Transmitted {
     class: Class,
     reports: bool,
     chunk_of: Option<u32>,
-}
-
-impl Transmitted {
-    fn of(op: &SendOp) -> Self {
-        Transmitted { class: op.class, reports: op.reports, chunk_of: op.chunk_of }
-    }
 }
 
 /// Numbers what comes, and counts it.
