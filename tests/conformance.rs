@@ -53,6 +53,7 @@ cases! {
     order_of_pipelined_messages
     sizes_of_messages
     sizes_of_tags
+    large_tags_at_once
     sizes_of_one_sided
     message_without_frames
     frames_without_bytes
@@ -251,6 +252,22 @@ async fn sizes_of_tags(way: Way) {
         let (sent, got) = tokio::join!(finish, pair.b.tag_recv(6, u64::MAX, vec![0; len]));
         sent.expect("sending");
         check_pattern(len as u64, &got.expect("receiving").buffer);
+    }
+}
+
+/// More than a link may have on its way at once, in lengths that share it out unevenly.
+async fn large_tags_at_once(way: Way) {
+    const KIB: usize = 1024;
+    let pair = pair(way).await;
+    for lens_kib in [&[1024, 1024, 1024, 512, 1024][..], &[2048; 6]] {
+        let lens = || lens_kib.iter().map(|len| len * KIB).enumerate();
+        let sends = lens().map(|(tag, len)| pair.a.tag_send(tag as u64, pattern(tag as u64, len)));
+        let receives = lens().map(|(tag, len)| pair.b.tag_recv(tag as u64, u64::MAX, vec![0; len]));
+        let (sent, got) = tokio::join!(join_all(sends), join_all(receives));
+        for (tag, (sent, got)) in sent.into_iter().zip(got).enumerate() {
+            sent.expect("sending");
+            check_pattern(tag as u64, &got.expect("receiving").buffer);
+        }
     }
 }
 

@@ -6,7 +6,7 @@ const PAGE: usize = 4096;
 /// From this size on, in bytes, the system is asked for large pages.
 const HUGE: usize = 4 << 20;
 
-/// `len` times `value`, every page of it touched. From [`HUGE`] on the pages are large ones, where
+/// `len` times `value`, every page of it touched. From 4 MiB on the pages are large ones, where
 /// the system has them, as those of numpy's arrays and of `ucx_perftest` are: copies out of small
 /// pages are slower by a third on a virtual machine, whoever makes them.
 pub fn filled<T: Copy>(len: usize, value: T) -> Result<Vec<T>> {

@@ -230,6 +230,10 @@ impl EndpointShared {
     /// Ends it now.
     pub fn fail(&self, error: Error) {
         self.core().fail(error);
+        if !self.has_ended() {
+            // A link lingers: whoever is called when it has let go has to be asked for.
+            self.pulse.enqueue();
+        }
     }
 
     pub fn add_handle(&self) {

@@ -75,7 +75,7 @@ mod tests {
     const OWN: Version = Version { major: 1, minor: 13, release: 1 };
 
     fn blob() -> Blob {
-        Blob::new(OWN, Address { slot: 7, secret: 1 << 40 }, vec![1, 2, 3])
+        Blob::new(OWN, Address { slot: 7, secret: 1 << 39 }, vec![1, 2, 3])
     }
 
     #[test]

@@ -380,7 +380,8 @@ impl Incomings {
         // by `clear`; the rest is the caller's promise.
         unsafe { incoming.take(from, len) };
         let over = incoming.is_over().then_some(incoming.op);
-        if incoming.begins_to_want(len) {
+        if incoming.begins_to_want() {
+            incoming.waits = true;
             self.wanting.push_back(id);
         }
         self.pulled_bytes -= len;
@@ -418,12 +419,14 @@ pub(super) struct Incoming {
     len: usize,
     got: usize,
     granted: usize,
+    /// It is among those that could be granted more.
+    waits: bool,
 }
 
 impl Incoming {
     /// `to` has room for exactly `len` bytes.
     pub fn new(op: OpId, to: Landing, len: usize) -> Incoming {
-        Incoming { op, to, at: (0, 0), len, got: 0, granted: 0 }
+        Incoming { op, to, at: (0, 0), len, got: 0, granted: 0, waits: true }
     }
 
     /// Grants the peer more, of at most `room` bytes. `None`: that is too little to be worth it.
@@ -434,14 +437,13 @@ impl Incoming {
         }
         let more = wanted.min(room);
         self.granted += more;
+        self.waits = false;
         Some(more)
     }
 
-    /// Whether it is the chunk just taken, of this length, after which more should be granted.
-    fn begins_to_want(&self, len: usize) -> bool {
-        let waits = self.granted - self.got;
-        let enough = WINDOW_BYTES / 2;
-        self.granted < self.len && waits <= enough && waits + len > enough
+    /// Whether more should be granted, and it is not yet among those that could be.
+    fn begins_to_want(&self) -> bool {
+        !self.waits && self.granted < self.len && self.granted - self.got <= WINDOW_BYTES / 2
     }
 
     fn is_over(&self) -> bool {
@@ -534,6 +536,55 @@ mod tests {
             }
             prop_assert_eq!(outgoing.sent, whole.len());
             prop_assert_eq!(landed, whole);
+        }
+    }
+
+    /// Sends to the end what is granted, of one payload after the other or by turns.
+    fn pull_all(lens: &[usize], chunk_bytes: usize, by_turns: bool) {
+        let mut memory: Vec<Vec<u8>> = lens.iter().map(|len| vec![0; *len]).collect();
+        let mut incomings = Incomings::default();
+        for (id, bytes) in memory.iter_mut().enumerate() {
+            let (ptr, len) = (bytes.as_mut_ptr(), bytes.len());
+            let to = [SegmentMut { ptr, len, kind: MemoryKind::Host }].into_iter().collect();
+            assert!(incomings.insert(id as u32, Incoming::new(OpId::NONE, to, len)));
+        }
+        let chunk = vec![7u8; chunk_bytes];
+        let (mut granted, mut sent) = (vec![0usize; lens.len()], vec![0usize; lens.len()]);
+        let mut turn = 0;
+        loop {
+            while let Some((id, upto)) = incomings.grant() {
+                granted[id as usize] = upto as usize;
+            }
+            let mut ids = (turn..turn + lens.len()).map(|id| id % lens.len());
+            let Some(id) = ids.find(|id| sent[*id] < granted[*id]) else { break };
+            let len = chunk_bytes.min(granted[id] - sent[id]);
+            // SAFETY: `chunk` has as many bytes, and `memory` lives to the end.
+            assert!(unsafe { incomings.land(id as u32, sent[id] as u64, chunk.as_ptr(), len) });
+            sent[id] += len;
+            turn = if by_turns { id + 1 } else { 0 };
+        }
+        assert_eq!(sent, lens, "chunks of {chunk_bytes}, by turns: {by_turns}");
+        assert_eq!(incomings.len(), 0);
+        assert_eq!(incomings.landed().len(), lens.len());
+        assert!(memory.iter().flatten().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn every_payload_is_pulled_to_its_end() {
+        const MIB: usize = 1 << 20;
+        let cases: [&[usize]; 5] = [
+            &[MIB, MIB, MIB, MIB / 2, MIB],
+            &[MIB; 5],
+            &[4 * MIB; 6],
+            &[MIB / 2; 9],
+            &[3 * MIB + 1, 1, MIB / 2 + 1, MIB / 2 - 1, 2 * MIB, MIB, 5],
+        ];
+        for lens in cases {
+            for chunk_bytes in [8192, 64_000, 1 << 19] {
+                for by_turns in [false, true] {
+                    pull_all(lens, chunk_bytes, by_turns);
+                }
+            }
         }
     }
 

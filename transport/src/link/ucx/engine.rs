@@ -108,7 +108,11 @@ impl UcxEngine {
         })
         .await
         .map_err(failure)?;
-        let lanes = self.worker.lock().lanes(&ep);
+        let mut worker = self.worker.lock();
+        let lanes = worker.lanes(&ep);
+        let waker = slot.mailbox.forget_waker(slot.mailbox.inbox(&mut worker.key));
+        drop(worker);
+        drop(waker);
         Ok(Opened { slot, ep, to: blob.to, lanes, options: self.options.clone() })
     }
 
@@ -136,7 +140,7 @@ impl UcxEngine {
         let mut worker = self.worker.lock();
         let mut more = worker.progress_all(STEPS);
         let inbox = mailbox.inbox(&mut worker.key);
-        mailbox.park(inbox, cx.waker());
+        let replaced = mailbox.park(inbox, cx.waker());
         let found = match inbox.fault {
             _ if inbox.pinged => Some(Ok(())),
             Some(Fault::Endpoint(status)) => {
@@ -145,14 +149,16 @@ impl UcxEngine {
             Some(Fault::Peer(what)) => Some(Err(format!("the peer: {what}"))),
             None => None,
         };
-        match worker.arm(None) {
-            Ok(armed) => more |= armed == Armed::Busy,
-            Err(error) => return Some(Err(error.detail)),
-        }
+        let armed = worker.arm(None);
         let wakes = worker.take_wakes();
         drop(worker);
+        drop(replaced);
         for waker in wakes {
             waker.wake();
+        }
+        match armed {
+            Ok(armed) => more |= armed == Armed::Busy,
+            Err(error) => return Some(Err(error.detail)),
         }
         if more && found.is_none() {
             cx.waker().wake_by_ref();

@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 use thalweg_ffi::ucx::{Ucx, ucs_status_t};
 
 use crate::error::LinkError;
-use crate::link::{Budget, Sink};
+use crate::link::{Budget, Class, Sink};
 
 use super::bulk::Incomings;
 use super::gate::{Gate, Guarded, Key};
@@ -124,6 +124,8 @@ pub(super) struct Inbox {
     pub flushed: u64,
     pub flush_goal: Option<u64>,
     pub flushing: bool,
+    /// One has ended, and nobody has looked since.
+    pub flush_ended: bool,
 }
 
 impl Inbox {
@@ -132,6 +134,7 @@ impl Inbox {
         !self.queue.is_empty()
             || !self.finished.is_empty()
             || self.incoming.has_news()
+            || self.flush_ended
             || self.fault.is_some()
     }
 
@@ -316,15 +319,24 @@ impl Mailbox {
         result
     }
 
-    /// The link's endpoint sleeps from now on, and is to be woken.
-    pub fn park(&self, inbox: &mut Inbox, waker: &Waker) {
-        match &inbox.waker {
-            Some(known) if known.will_wake(waker) => {}
-            _ => inbox.waker = Some(waker.clone()),
-        }
+    /// The link's endpoint sleeps from now on, and is to be woken. Whom it replaces.
+    #[must_use = "to be dropped without the gate: dropping a waker runs code of others"]
+    pub fn park(&self, inbox: &mut Inbox, waker: &Waker) -> Option<Waker> {
+        let old = match &inbox.waker {
+            Some(known) if known.will_wake(waker) => None,
+            _ => inbox.waker.replace(waker.clone()),
+        };
         if !std::mem::replace(&mut inbox.parked, true) {
             self.dispatch.parked.fetch_add(1, Ordering::AcqRel);
         }
+        old
+    }
+
+    /// Nobody sleeps any more who was to be woken.
+    #[must_use = "to be dropped without the gate: dropping a waker runs code of others"]
+    pub fn forget_waker(&self, inbox: &mut Inbox) -> Option<Waker> {
+        self.unpark(inbox);
+        inbox.waker.take()
     }
 
     pub fn unpark(&self, inbox: &mut Inbox) {
@@ -438,7 +450,9 @@ impl Delivery<'_> {
     #[inline]
     pub fn polled(&mut self, header: &Header, bytes: usize) -> Option<&mut Polled<'static>> {
         let inbox = &self.inbox;
-        let fits = header.kind == Kind::Eager && bytes <= AT_ONCE_MAX;
+        // Control may end the endpoint, which is told to a subscriber of `tracing`: code of others.
+        let fits =
+            header.kind == Kind::Eager && header.class != Class::Control && bytes <= AT_ONCE_MAX;
         if !fits || !inbox.is_next(header.seq) || !inbox.queue.is_empty() {
             return None;
         }

@@ -218,7 +218,10 @@ impl UcxLink {
         let mailbox = &self.slot.mailbox;
         let mut worker = match self.worker.try_lock() {
             Some(worker) => worker,
-            None if spinning && !mailbox.may_have_news() => return Ok(News::default()),
+            // Not if the peer has hung up: what it sent before comes first.
+            None if spinning && !mailbox.may_have_news() && self.hung_up.is_none() => {
+                return Ok(News::default());
+            }
             None => self.worker.lock(),
         };
         let before = self.count.next_payload;
@@ -444,14 +447,20 @@ impl UcxLink {
     fn pull(&mut self, id: u32, len: usize, to: Landing, op: OpId) -> Result<(), LinkError> {
         let incoming = landing(to, op, len)?;
         let mut worker = self.worker.lock();
-        let inbox = self.slot.mailbox.inbox(&mut worker.key);
-        if inbox.incoming.len() >= OPEN_MAX {
-            return Err(LinkError::protocol(LinkKind::Ucx, "too many open payloads"));
-        }
-        if !inbox.incoming.insert(id, incoming) {
-            return Err(LinkError::protocol(LinkKind::Ucx, "a payload's number is in use"));
-        }
+        let incomings = &mut self.slot.mailbox.inbox(&mut worker.key).incoming;
+        let refused = if incomings.len() >= OPEN_MAX {
+            Some("too many open payloads")
+        } else if !incomings.insert(id, incoming) {
+            Some("a payload's number is in use")
+        } else {
+            None
+        };
         drop(worker);
+        if let Some(why) = refused {
+            // It is reported with the others when the link ends.
+            self.unlanded.push(op);
+            return Err(LinkError::protocol(LinkKind::Ucx, why));
+        }
         self.grant()
     }
 
@@ -655,7 +664,7 @@ impl UcxLink {
             }
         }
         // From here on nothing is written to what the driver lent for landing.
-        self.unlanded = self.slot.mailbox.inbox(&mut worker.key).incoming.clear();
+        self.unlanded.extend(self.slot.mailbox.inbox(&mut worker.key).incoming.clear());
         self.open.clear();
         worker.close(&mut self.ep);
     }
@@ -810,7 +819,8 @@ impl Link for UcxLink {
         }
         let news = self.progress(spinning, budget, sink);
         let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
-        budget.bytes = budget.bytes.saturating_sub(landed_bytes);
+        // Something is left for what is not landed: chunks come without end for a while.
+        budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
         self.count.counters.inline_bytes_received += landed_bytes as u64;
         if spinning && handed_up && !self.has_work() {
             return Ok(Progress::Some);
@@ -850,8 +860,14 @@ impl Link for UcxLink {
     fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
         if self.killed {
             let mailbox = &self.slot.mailbox;
-            mailbox.park(mailbox.inbox(&mut self.worker.lock().key), cx.waker());
-            return Ok(Armed::Yes);
+            let mut worker = self.worker.lock();
+            let inbox = mailbox.inbox(&mut worker.key);
+            // What it lingers for may have ended since, and nobody was told.
+            let over = inbox.in_flight == 0;
+            let replaced = mailbox.park(inbox, cx.waker());
+            drop(worker);
+            drop(replaced);
+            return Ok(if over { Armed::Busy } else { Armed::Yes });
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
@@ -870,12 +886,13 @@ impl Link for UcxLink {
         if inbox.has_news() {
             return Ok(Armed::Busy);
         }
-        mailbox.park(inbox, cx.waker());
+        let replaced = mailbox.park(inbox, cx.waker());
         let armed = worker.arm(Some(cx.waker()));
         if !matches!(armed, Ok(Armed::Yes)) {
             mailbox.unpark(mailbox.inbox(&mut worker.key));
         }
         drop(worker);
+        drop(replaced);
         self.ended(armed)
     }
 
@@ -972,6 +989,7 @@ impl Link for UcxLink {
         let mut worker = self.worker.lock();
         let sent = self.messages_sent;
         let inbox = mailbox.inbox(&mut worker.key);
+        inbox.flush_ended = false;
         let goal = *inbox.flush_goal.get_or_insert(sent);
         if inbox.flushed < goal && !inbox.flushing {
             inbox.flushing = true;

@@ -182,6 +182,7 @@ pub(super) unsafe extern "C" fn flushed(
         unsafe {
             op.to.finish(|inbox| {
                 inbox.flushing = false;
+                inbox.flush_ended = true;
                 inbox.flushed = op.sent;
             });
         }
