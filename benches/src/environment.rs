@@ -23,23 +23,17 @@ impl Environment {
     /// Reads it. A name or value that the library does not understand is an error.
     pub fn read() -> Result<Environment> {
         let config = Config::from_env()?;
-        let wake = env::var("THALWEG_WAKE").ok().map(|name| name.parse()).transpose()?;
-        let links = env::var("THALWEG_TRANSPORTS").ok().map(|names| {
-            // The library has understood every one of them.
-            names.split(',').filter_map(|name| LinkKind::from_name(name.trim())).collect()
-        });
+        let said = |name| env::var_os(name).is_some();
         Ok(Environment {
-            links,
-            wake: wake.and_then(Wake::of_library),
+            links: said("THALWEG_TRANSPORTS").then(|| config.allowed_transports().to_vec()),
+            wake: said("THALWEG_WAKE").then(|| config.wake_mode()).and_then(Wake::of_library),
             max_message_bytes: config.message_limit_bytes(),
         })
     }
 }
 
-/// `on` or `off`: the default of `--single-copy`.
+/// `on` or `off`: the default of `--single-copy`. What cannot be understood is refused by
+/// [`Environment::read`].
 pub fn single_copy() -> &'static str {
-    match env::var("THALWEG_SINGLE_COPY").as_deref() {
-        Ok("0" | "false" | "no") => "off",
-        _ => "on",
-    }
+    if Config::from_env().is_ok_and(|config| !config.single_copy_allowed()) { "off" } else { "on" }
 }

@@ -330,6 +330,22 @@ impl Config {
         self.max_message_bytes
     }
 
+    /// The links that may be used, best first, as [`Config::transports`] was set.
+    pub fn allowed_transports(&self) -> &[LinkKind] {
+        &self.transports
+    }
+
+    /// How operations wait, as [`Config::wake`] was set.
+    pub fn wake_mode(&self) -> Wake {
+        self.wake
+    }
+
+    /// Whether payloads may be copied straight out of the peer's memory, as
+    /// [`Config::single_copy`] was set.
+    pub fn single_copy_allowed(&self) -> bool {
+        self.single_copy
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         let bad = |what: String| Err(Error::new(ErrorKind::InvalidInput, Phase::Setup, what));
         if self.hello.len() > crate::proto::hello::APP_BYTES_MAX {

@@ -62,6 +62,9 @@ pub(crate) struct Limits {
 #[derive(Default)]
 pub(crate) struct After {
     wakers: SmallVec<[Waker; 2]>,
+    /// Wakers that others have taken the place of: with every poll, where a runtime's wakers do
+    /// not know each other again, so without allocation.
+    stale: SmallVec<[Waker; 2]>,
     garbage: SmallVec<[Garbage; 1]>,
 }
 
@@ -77,6 +80,10 @@ enum Garbage {
 impl After {
     pub fn wake(&mut self, waker: Waker) {
         self.wakers.push(waker);
+    }
+
+    pub fn discard_waker(&mut self, waker: Waker) {
+        self.stale.push(waker);
     }
 
     pub fn discard_slot(&mut self, slot: Slot) {
@@ -100,7 +107,7 @@ impl After {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.wakers.is_empty() && self.garbage.is_empty()
+        self.wakers.is_empty() && self.stale.is_empty() && self.garbage.is_empty()
     }
 
     /// Runs it. Never under a lock.
@@ -108,6 +115,7 @@ impl After {
         for waker in self.wakers {
             waker.wake();
         }
+        drop(self.stale);
         drop(self.garbage);
     }
 }
@@ -989,7 +997,7 @@ impl State {
         slot.orphan = orphan;
         slot.abandoned = true;
         if let Some(waker) = slot.waker.take() {
-            self.after.discard_any(Box::new(waker));
+            self.after.discard_waker(waker);
         }
         if matches!(self.ops.get(id), Some(Slot { stage: Stage::Done(_), .. })) {
             self.free(id);

@@ -184,7 +184,7 @@ impl<'e, K: Kind> Op<'e, K> {
             Some(known) if known.will_wake(cx.waker()) => {}
             _ => {
                 if let Some(old) = slot.waker.replace(cx.waker().clone()) {
-                    core.state.after.discard_any(Box::new(old));
+                    core.state.after.discard_waker(old);
                 }
             }
         }
@@ -256,7 +256,7 @@ impl<'e, K: Kind> Op<'e, K> {
             if let Some(id) = self.ticket {
                 self.led = true;
                 if let Some(old) = endpoint.pulse.lead(id, cx.waker()) {
-                    core.state.after.discard_any(Box::new(old));
+                    core.state.after.discard_waker(old);
                 }
             }
             if K::ANSWERED {

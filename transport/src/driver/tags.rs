@@ -517,7 +517,7 @@ impl State {
                 slot.abandoned = true;
                 slot.orphan = Some(buffer);
                 if let Some(waker) = slot.waker.take() {
-                    self.after.discard_any(Box::new(waker));
+                    self.after.discard_waker(waker);
                 }
                 self.put_stray_back(seq, tag, Stray::Landing { slot: id, len, cost: 0 });
             }

@@ -13,7 +13,7 @@ use super::super::wire::{
 };
 use super::{CHUNK_BYTES, CHUNKS_MAX, INCOMING_MAX, OUTGOING_MAX, ShmLink, protocol};
 use crate::error::{ErrorKind, LinkError};
-use crate::link::{Budget, COPIED_MAX, Class, How, LinkKind, OpId, Post, Segment, Sink};
+use crate::link::{Budget, COPIED_MAX, Class, How, Link, LinkKind, OpId, Post, Segment, Sink};
 use crate::memory::SharedBlock;
 
 /// From this size on, messages that the peer copies wait for each other.
@@ -131,7 +131,7 @@ impl ShmLink {
         }
         // What can be refused is refused before anything is built: of a message in thousands of
         // pieces that takes a while, and it may be tried often.
-        if class != Class::Control && !self.backlog.is_empty() {
+        if class != Class::Control && !self.has_room() {
             return Ok(self.stalled());
         }
         // What is copied here may be changed at once: no part of it may go by reference.
