@@ -1,5 +1,6 @@
 //! Settings: a builder, and the same settings from `THALWEG_*` environment variables.
 
+use std::ffi::OsString;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -255,7 +256,12 @@ impl Config {
     /// [`ErrorKind::InvalidInput`] for a value that cannot be understood, or for a variable that
     /// begins with `THALWEG_` and is none of them.
     pub fn from_env() -> Result<Self> {
-        Self::from_vars(std::env::vars())
+        // What is not text is not ours to understand, and `std::env::vars` would panic over it.
+        let text = |(name, value): (OsString, OsString)| {
+            let name = name.into_string().ok()?;
+            Some((name, value.to_string_lossy().into_owned()))
+        };
+        Self::from_vars(std::env::vars_os().filter_map(text))
     }
 
     fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self> {

@@ -339,6 +339,18 @@ impl Endpoint {
         self.shared().fail(error);
     }
 
+    /// Why the endpoint has ended; `None` while it is up. Messages may still be there to receive.
+    /// Takes the endpoint's lock for a moment.
+    pub fn ended(&self) -> Option<Error> {
+        if self.shared().forked() {
+            return Some(op::forked());
+        }
+        match &self.shared().core().state.life {
+            Life::Dead(error) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
     /// Waits until the endpoint has ended, and says why. Messages may still be there to receive.
     ///
     /// **Cancel safety.** Has no effect but waiting.

@@ -234,6 +234,18 @@ impl Frame {
         }
     }
 
+    /// The memory that an [`Allocator`](crate::Allocator) gave for it; otherwise the frame.
+    ///
+    /// # Errors
+    ///
+    /// The frame itself, if it lies elsewhere (it is short, a view, or was not received).
+    pub fn into_pool_buf(self) -> Result<PoolBuf, Frame> {
+        match self.0 {
+            Repr::Pool(bytes) => Ok(bytes),
+            other => Err(Frame(other)),
+        }
+    }
+
     /// Another handle to the same bytes, where that costs no copy; a copy for the others.
     ///
     /// # Errors

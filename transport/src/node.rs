@@ -130,6 +130,15 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the host's descriptor readable, from any thread, so that the host calls
+    /// [`Node::progress`] soon. For wakers of the host's own that something on another thread
+    /// called. Does nothing on a tokio runtime.
+    pub fn wake_host(&self) {
+        if let Some(side) = &self.0.host {
+            side.host.wake();
+        }
+    }
+
     pub(crate) fn shared(&self) -> &Arc<NodeShared> {
         &self.0.shared
     }

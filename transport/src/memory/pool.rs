@@ -1,6 +1,7 @@
 //! Host memory for what is received, reused: fresh pages cost more than the copy into them (a
 //! destination allocated per 8 MiB message was measured at 0.37 of the speed of a reused one).
 
+use std::any::Any;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
@@ -111,7 +112,7 @@ impl Allocator for HostPool {
             Some(ptr) => ptr,
             None => map(class)?,
         };
-        Some(PoolBuf { ptr, len: len_bytes, class, pool: self.0.clone() })
+        Some(PoolBuf { ptr, len: len_bytes, owner: Owner::Pool { class, pool: self.0.clone() } })
     }
 }
 
@@ -124,16 +125,53 @@ impl fmt::Debug for HostPool {
     }
 }
 
-/// Bytes from a [`HostPool`]; dropping gives them back. Always initialised (what they hold is
-/// unspecified until written).
+/// Bytes from a [`HostPool`], which get them back when this is dropped, or from a buffer of an
+/// [`Allocator`]'s own. Always initialised (what they hold is unspecified until written).
 pub struct PoolBuf {
     ptr: NonNull<u8>,
     len: usize,
-    class: usize,
-    pool: Arc<Inner>,
+    owner: Owner,
 }
 
-// SAFETY: owns its memory exclusively; the pool behind it is `Sync`.
+enum Owner {
+    Pool { class: usize, pool: Arc<Inner> },
+    Buffer(Box<dyn Any + Send>),
+}
+
+impl PoolBuf {
+    /// The first `len_bytes` of a buffer, or all of it if it is shorter. The buffer is dropped with
+    /// the result, or given back by [`PoolBuf::into_buffer`].
+    pub fn from_buffer<B: BufferMut>(mut buffer: B, len_bytes: usize) -> Self {
+        let region = buffer.region_mut();
+        let ptr = NonNull::new(region.as_mut_ptr()).unwrap_or(NonNull::dangling());
+        let len = len_bytes.min(region.len_bytes());
+        PoolBuf { ptr, len, owner: Owner::Buffer(Box::new(buffer)) }
+    }
+
+    /// The buffer that this was made of.
+    ///
+    /// # Errors
+    ///
+    /// The bytes themselves, if they were made of something else.
+    pub fn into_buffer<B: BufferMut>(mut self) -> Result<B, Self> {
+        match std::mem::replace(&mut self.owner, Owner::Buffer(Box::new(()))) {
+            Owner::Buffer(buffer) => match buffer.downcast::<B>() {
+                Ok(buffer) => Ok(*buffer),
+                Err(buffer) => {
+                    self.owner = Owner::Buffer(buffer);
+                    Err(self)
+                }
+            },
+            pool => {
+                self.owner = pool;
+                Err(self)
+            }
+        }
+    }
+}
+
+// SAFETY: owns its memory exclusively, whoever found it: the pool behind it is `Sync`, a buffer is
+// `Send` and only moved or dropped.
 unsafe impl Send for PoolBuf {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for PoolBuf {}
@@ -142,7 +180,8 @@ impl Deref for PoolBuf {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `len` bytes within an owned, initialised allocation.
+        // SAFETY: `len` bytes within an owned, initialised allocation, or of a buffer that promises
+        // the same (`BufferMut`).
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }
@@ -176,17 +215,19 @@ unsafe impl BufferMut for PoolBuf {
 
 impl Drop for PoolBuf {
     fn drop(&mut self) {
-        let size = CLASS_MIN << self.class;
+        // A buffer goes with this value.
+        let Owner::Pool { class, pool } = &self.owner else { return };
+        let size = CLASS_MIN << class;
         {
-            let mut cache = self.pool.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            if cache.bytes + size <= self.pool.limit_bytes {
+            let mut cache = pool.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            if cache.bytes + size <= pool.limit_bytes {
                 cache.bytes += size;
-                cache.free[self.class].push(self.ptr);
+                cache.free[*class].push(self.ptr);
                 return;
             }
         }
         // SAFETY: mapped with this class, not in the pool, and dropped with this value.
-        unsafe { unmap(self.ptr, self.class) };
+        unsafe { unmap(self.ptr, *class) };
     }
 }
 

@@ -1,0 +1,147 @@
+//! Settings from keyword arguments, and allocators written in Python.
+
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::ThreadId;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use thalweg::{Allocator, Config, HostPool, LinkKind, PoolBuf, Wake};
+
+use crate::buffer::PyMemory;
+use crate::error;
+use crate::node::Shared;
+
+/// What a node is made from.
+pub struct Settings {
+    pub config: Config,
+    pub spin: Duration,
+    pub allocator: Option<Arc<PyAllocator>>,
+}
+
+fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Duration> {
+    let seconds: f64 = value.extract()?;
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|_| PyValueError::new_err(format!("{name}: a number of seconds, not {seconds}")))
+}
+
+fn links(value: &Bound<'_, PyAny>) -> PyResult<Vec<LinkKind>> {
+    let names: Vec<String> = match value.extract::<String>() {
+        Ok(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
+        Err(_) => value.extract()?,
+    };
+    names
+        .iter()
+        .map(|name| {
+            LinkKind::from_name(name)
+                .ok_or_else(|| PyValueError::new_err(format!("no such transport: {name:?}")))
+        })
+        .collect()
+}
+
+/// The `THALWEG_*` variables, overridden by keyword arguments that are not `None`. Operations sleep
+/// at once, unless `spin_us` says otherwise: a spinning operation holds the whole loop.
+pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
+    let mut config = Config::from_env().map_err(|e| error::raise(py, &e))?.wake(Wake::Park);
+    let mut spin = Duration::ZERO;
+    let mut allocator = None;
+    for (name, value) in given.into_iter().flatten() {
+        if value.is_none() {
+            continue;
+        }
+        let name: String = name.extract()?;
+        config = match name.as_str() {
+            "transports" => config.transports(links(&value)?),
+            "spin_us" => {
+                spin = Duration::from_micros(value.extract()?);
+                match spin.is_zero() {
+                    true => config,
+                    false => config.wake(Wake::Spin).spin_limit(spin),
+                }
+            }
+            "hello" => config.hello(value.extract::<Vec<u8>>()?),
+            "connect_timeout" => config.connect_timeout(seconds(&name, &value)?),
+            "handshake_timeout" => config.handshake_timeout(seconds(&name, &value)?),
+            "close_timeout" => config.close_timeout(seconds(&name, &value)?),
+            "keepalive" => config.keepalive(seconds(&name, &value)?),
+            "backlog" => config.backlog(value.extract()?),
+            "max_handshakes" => config.max_handshakes(value.extract()?),
+            "message_window" => config.message_window_bytes(value.extract()?),
+            "tag_window" => config.tag_window_bytes(value.extract()?),
+            "node_budget" => config.node_budget_bytes(value.extract()?),
+            "max_message" => config.max_message_bytes(value.extract()?),
+            "max_frames" => config.max_frames(value.extract()?),
+            "eager_max" => config.eager_max_bytes(value.extract()?),
+            "tcp_buffer" => config.tcp_buffer_bytes(value.extract()?),
+            "host_pool" => config.host_pool_bytes(value.extract()?),
+            "loan_pool" => config.loan_pool_bytes(value.extract()?),
+            "single_copy" => config.single_copy(value.extract()?),
+            "ptracer_any" => config.ptracer_any(value.extract()?),
+            "require_encryption" => config.require_encryption(value.extract()?),
+            "allocator" => {
+                allocator = Some(PyAllocator::new(value.unbind()));
+                config
+            }
+            _ => return Err(PyTypeError::new_err(format!("no such setting: {name}"))),
+        };
+    }
+    Ok(Settings { config, spin, allocator })
+}
+
+/// Memory for received frames, found by a callable: `callable(nbytes)` gives a writable buffer of
+/// at least that length.
+///
+/// It is called with an endpoint's lock in hand, on the loop's thread only: there nobody who holds
+/// the GIL waits for that lock. Elsewhere (Python's garbage collector may drop a receive in any
+/// thread, and then what has arrived for it is kept) memory comes from a pool.
+pub struct PyAllocator {
+    callable: Py<PyAny>,
+    elsewhere: HostPool,
+    home: OnceLock<(Weak<Shared>, ThreadId)>,
+}
+
+/// What the pool for other threads keeps.
+const ELSEWHERE_BYTES: usize = 1 << 20;
+
+impl PyAllocator {
+    fn new(callable: Py<PyAny>) -> Arc<Self> {
+        let elsewhere = HostPool::new(ELSEWHERE_BYTES);
+        Arc::new(PyAllocator { callable, elsewhere, home: OnceLock::new() })
+    }
+
+    /// The node, which is made after its allocator.
+    pub fn attach(&self, shared: &Arc<Shared>) {
+        let home = (Arc::downgrade(shared), std::thread::current().id());
+        // Set once: an allocator belongs to one node.
+        let _ = self.home.set(home);
+    }
+
+    fn ask(&self, py: Python<'_>, shared: &Arc<Shared>, len: usize) -> PyResult<PoolBuf> {
+        let object = self.callable.bind(py).call1((len,))?;
+        let memory = PyMemory::writing(shared, &object, None)?;
+        if memory.len() < len {
+            let have = memory.len();
+            return Err(PyValueError::new_err(format!(
+                "the allocator was asked for {len} bytes and gave {have}"
+            )));
+        }
+        Ok(PoolBuf::from_buffer(memory, len))
+    }
+}
+
+impl Allocator for PyAllocator {
+    fn allocate(&self, len_bytes: usize) -> Option<PoolBuf> {
+        let home = self.home.get().filter(|home| home.1 == std::thread::current().id());
+        let Some(shared) = home.and_then(|home| home.0.upgrade()) else {
+            return self.elsewhere.allocate(len_bytes);
+        };
+        Python::attach(|py| match self.ask(py, &shared, len_bytes) {
+            Ok(memory) => Some(memory),
+            Err(error) => {
+                error.write_unraisable(py, Some(self.callable.bind(py)));
+                None
+            }
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! thalweg's errors as Python's exceptions. The classes are written in Python
+//! (`thalweg/_errors.py`): they have several bases, which only Python can say.
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
+use thalweg::{Error, ErrorKind};
+
+static MAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+/// The name of a kind, as `Error.kind` in Python has it.
+fn kind(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::InvalidInput => "invalid-input",
+        ErrorKind::NameResolution => "name-resolution",
+        ErrorKind::AddressInUse => "address-in-use",
+        ErrorKind::Refused => "refused",
+        ErrorKind::TimedOut => "timed-out",
+        ErrorKind::NotThalweg => "not-thalweg",
+        ErrorKind::VersionMismatch => "version-mismatch",
+        ErrorKind::Protocol => "protocol",
+        ErrorKind::LimitExceeded => "limit-exceeded",
+        ErrorKind::Closed => "closed",
+        ErrorKind::PeerGone => "peer-gone",
+        ErrorKind::ConnectionLost => "connection-lost",
+        ErrorKind::BufferTooSmall => "buffer-too-small",
+        ErrorKind::OutOfBounds => "out-of-bounds",
+        ErrorKind::KeyRevoked => "key-revoked",
+        ErrorKind::NoRoute => "no-route",
+        ErrorKind::Resources => "resources",
+        ErrorKind::Cancelled => "cancelled",
+        ErrorKind::RuntimeGone => "runtime-gone",
+        ErrorKind::Forked => "forked",
+        ErrorKind::Unsupported => "unsupported",
+        _ => "io",
+    }
+}
+
+fn make(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    MAKE.get_or_try_init(py, || Ok(py.import("thalweg._errors")?.getattr("make")?.unbind()))
+        .map(|make| make.bind(py))
+}
+
+/// The exception, as an object.
+pub fn to_object<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
+    let fields = PyDict::new(py);
+    fields.set_item("kind", kind(error.kind()))?;
+    fields.set_item("phase", error.phase().as_str())?;
+    fields.set_item("peer", error.peer())?;
+    fields.set_item("link", error.link().map(|link| link.name()))?;
+    fields.set_item("errno", error.os_code())?;
+    fields.set_item("hint", error.hint())?;
+    fields.set_item("retryable", error.is_retryable())?;
+    let close = error.close_reason();
+    fields.set_item("close_code", close.map(|reason| reason.code))?;
+    fields.set_item("close_text", close.map(|reason| reason.text.as_str()))?;
+    fields.set_item("closed_by_peer", close.map(|reason| reason.by_peer))?;
+    make(py)?.call((error.to_string(),), Some(&fields))
+}
+
+/// The exception, to be raised.
+pub fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    match to_object(py, error) {
+        Ok(object) => PyErr::from_value(object),
+        Err(other) => other,
+    }
+}
+
+/// An error of this crate's own making.
+fn own(
+    py: Python<'_>,
+    text: String,
+    (kind, phase): (&str, &str),
+    peer: Option<&str>,
+    retryable: bool,
+) -> PyErr {
+    let made = (|| {
+        let fields = PyDict::new(py);
+        fields.set_item("kind", kind)?;
+        fields.set_item("phase", phase)?;
+        fields.set_item("peer", peer)?;
+        fields.set_item("retryable", retryable)?;
+        make(py)?.call((text,), Some(&fields))
+    })();
+    made.map_or_else(|other| other, PyErr::from_value)
+}
+
+/// An operation took longer than it was given.
+pub fn timed_out(py: Python<'_>, what: &str, peer: Option<&str>, seconds: f64) -> PyErr {
+    let with = peer.map(|peer| format!(" (peer {peer})")).unwrap_or_default();
+    let text = format!("{what} took longer than {seconds} s{with}");
+    own(py, text, ("timed-out", "transfer"), peer, true)
+}
+
+/// A listener was closed while somebody waited for it.
+pub fn listener_closed(py: Python<'_>, address: Option<&str>) -> PyErr {
+    let text = format!("the listener at {} is closed", address.unwrap_or("no address"));
+    own(py, text, ("closed", "listen"), None, false)
+}

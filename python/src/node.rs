@@ -1,0 +1,321 @@
+//! The node, and its place in the event loop.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use std::time::Duration;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyWeakrefReference};
+use thalweg::CloseReason;
+
+use crate::buffer::{PyMemory, Returns};
+use crate::local::Local;
+use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
+use crate::region::Region;
+use crate::{config, error, report};
+
+thread_local! {
+    /// The node that this thread is inside of: what becomes ready is looked at when it leaves.
+    static INSIDE: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
+}
+
+/// What all objects of a node share.
+pub struct Shared {
+    pub node: Local<thalweg::Node>,
+    /// How long an operation polls before its task is suspended.
+    pub spin: Duration,
+    pub returns: Arc<Returns>,
+    thread: ThreadId,
+    event_loop: Py<PyWeakrefReference>,
+    descriptor: RawFd,
+    watching: AtomicBool,
+    ready: Mutex<Vec<Arc<Wakeup>>>,
+    watches: Mutex<HashMap<u64, Watch>>,
+    next_watch: AtomicU64,
+    heavy: Heavy,
+}
+
+/// For as long as it lives, this thread is inside of a node.
+pub struct Inside(*const Shared);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        INSIDE.set(self.0);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The event loop that runs in this thread.
+pub fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    static GET: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let get = GET.get_or_try_init(py, || {
+        Ok::<_, PyErr>(py.import("asyncio")?.getattr("get_running_loop")?.unbind())
+    })?;
+    get.bind(py).call0()
+}
+
+impl Shared {
+    pub fn enter(&self) -> Inside {
+        Inside(INSIDE.replace(self))
+    }
+
+    fn is_inside(&self) -> bool {
+        std::ptr::eq(INSIDE.get(), self)
+    }
+
+    /// Something is ready: it is looked at when this thread leaves the node, or, from elsewhere,
+    /// by the loop.
+    pub fn ready(&self, wakeup: Arc<Wakeup>) {
+        lock(&self.ready).push(wakeup);
+        self.look_soon();
+    }
+
+    /// Sees to it that [`Shared::settle`] is called.
+    pub fn look_soon(&self) {
+        if !self.is_inside() {
+            self.node.wake_host();
+        }
+    }
+
+    /// Gives buffers back and lets the tasks go on that are ready. With no lock in hand.
+    pub fn settle(&self, py: Python<'_>, how: Resume) -> PyResult<()> {
+        let mut result = Ok(());
+        {
+            let _inside = self.enter();
+            self.returns.give_back(py);
+        }
+        let ready = std::mem::take(&mut *lock(&self.ready));
+        for wakeup in ready {
+            result = result.and(wakeup.resume(py, how));
+        }
+        result
+    }
+
+    pub fn new_watch_id(&self) -> u64 {
+        self.next_watch.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn keep_watch(&self, id: u64, watch: Watch) {
+        lock(&self.watches).insert(id, watch);
+    }
+
+    pub fn take_watch(&self, id: u64) -> Option<Watch> {
+        lock(&self.watches).remove(&id)
+    }
+
+    /// Refuses other threads and other loops than the node's own.
+    pub fn check(&self, py: Python<'_>) -> PyResult<()> {
+        if std::thread::current().id() != self.thread {
+            return Err(PyRuntimeError::new_err(
+                "this node belongs to an event loop in another thread: use it from there \
+                 (asyncio.run_coroutine_threadsafe)",
+            ));
+        }
+        let own = self.event_loop.bind(py).call0()?;
+        if !running_loop(py)?.is(&own) {
+            return Err(PyRuntimeError::new_err(
+                "this node belongs to another event loop: make one in this loop",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Runs something that may take a lock of thalweg's. On other threads than the loop's, without
+    /// the GIL (see the crate's documentation).
+    pub fn locking<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> R {
+        if std::thread::current().id() == self.thread {
+            let _inside = self.enter();
+            work()
+        } else {
+            py.detach(work)
+        }
+    }
+
+    /// After something that may have let tasks go on, from whatever thread.
+    pub fn settle_here(&self, py: Python<'_>) -> PyResult<()> {
+        if std::thread::current().id() == self.thread && running_loop(py).is_ok() {
+            self.settle(py, Resume::Soon)
+        } else {
+            self.node.wake_host();
+            Ok(())
+        }
+    }
+
+    /// The node is closed: the loop need not look at it any more.
+    pub fn closed(&self, py: Python<'_>) -> PyResult<()> {
+        if self.watching.swap(false, Ordering::AcqRel) {
+            running_loop(py)?.call_method1("remove_reader", (self.descriptor,))?;
+        }
+        Ok(())
+    }
+
+    pub fn is_closed(&self) -> bool {
+        !self.watching.load(Ordering::Acquire)
+    }
+}
+
+/// What the loop calls when the node's descriptor is readable. It keeps the node alive for as long
+/// as the loop watches it.
+#[pyclass(module = "thalweg", frozen)]
+struct Reader(Arc<Shared>);
+
+#[pymethods]
+impl Reader {
+    fn __call__(&self, py: Python<'_>) -> PyResult<()> {
+        let shared = &self.0;
+        let progress = {
+            let _inside = shared.enter();
+            shared.heavy.run(py, || shared.node.progress())
+        };
+        if let Err(error) = progress {
+            shared.closed(py)?;
+            shared.settle(py, Resume::Now)?;
+            return Err(error::raise(py, &error));
+        }
+        shared.settle(py, Resume::Now)
+    }
+}
+
+/// A process's context on the running event loop, one a loop.
+#[pyclass(module = "thalweg", frozen, weakref)]
+pub struct Node {
+    pub shared: Arc<Shared>,
+}
+
+impl Node {
+    fn operation(
+        &self,
+        what: &'static str,
+        peer: Option<&str>,
+        timeout: Option<f64>,
+        work: impl Future<Output = Result<Outcome, thalweg::Error>> + Send + 'static,
+    ) -> PyResult<Operation> {
+        Ok(Operation::new(&self.shared, Terms::new(what, peer, timeout)?, work))
+    }
+}
+
+#[pymethods]
+impl Node {
+    #[new]
+    #[pyo3(signature = (**settings))]
+    fn new(py: Python<'_>, settings: Option<&Bound<'_, pyo3::types::PyDict>>) -> PyResult<Self> {
+        let event_loop = running_loop(py)
+            .map_err(|_| PyRuntimeError::new_err("a node is made inside a running event loop"))?;
+        let config::Settings { config: settings, spin, allocator } = config::read(py, settings)?;
+        let settings = match &allocator {
+            Some(allocator) => settings.allocator(allocator.clone()),
+            None => settings,
+        };
+        let node = thalweg::Node::with_host_loop(settings).map_err(|e| error::raise(py, &e))?;
+        let descriptor = node.host_fd().map(|fd| fd.as_raw_fd()).ok_or_else(|| {
+            PyRuntimeError::new_err("a node without a descriptor cannot be watched")
+        })?;
+        let shared = Arc::new(Shared {
+            node: Local::new(node),
+            spin,
+            returns: Arc::default(),
+            thread: std::thread::current().id(),
+            event_loop: PyWeakrefReference::new(&event_loop)?.unbind(),
+            descriptor,
+            watching: AtomicBool::new(true),
+            ready: Mutex::default(),
+            watches: Mutex::default(),
+            next_watch: AtomicU64::new(0),
+            heavy: Heavy::default(),
+        });
+        if let Some(allocator) = allocator {
+            allocator.attach(&shared);
+        }
+        let reader = Bound::new(py, Reader(shared.clone()))?;
+        event_loop.call_method1("add_reader", (descriptor, reader))?;
+        Ok(Node { shared })
+    }
+
+    /// Listens at exactly this address (``thalweg://host:port``; port 0 lets the system choose).
+    fn listen(&self, address: String) -> PyResult<Operation> {
+        let node = (*self.shared.node).clone();
+        self.operation("listen", None, None, async move {
+            node.listen(address).await.map(Outcome::Listener)
+        })
+    }
+
+    /// Connects to a listener.
+    #[pyo3(signature = (address, *, timeout=None))]
+    fn connect(&self, address: String, timeout: Option<f64>) -> PyResult<Operation> {
+        let node = (*self.shared.node).clone();
+        let peer = address.clone();
+        self.operation("connect", Some(&peer), timeout, async move {
+            node.connect(address).await.map(Outcome::Endpoint)
+        })
+    }
+
+    /// Registers writable memory, so that peers with its key can put to it and get from it.
+    #[pyo3(signature = (buffer, access="readwrite"))]
+    fn register(&self, buffer: &Bound<'_, PyAny>, access: &str) -> PyResult<Region> {
+        let memory = PyMemory::writing(&self.shared, buffer, None)?;
+        Region::register(buffer.py(), &self.shared, memory, access)
+    }
+
+    /// What this node has counted, by name.
+    fn stats(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let stats = self.shared.locking(py, || self.shared.node.stats());
+        report::node_stats(py, &stats)
+    }
+
+    /// Every link that this build knows: whether it is here, why, and what would fix it.
+    fn capabilities<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        report::capabilities(py, &self.shared.node.capabilities())
+    }
+
+    /// Closes every endpoint with this reason, and then the node.
+    #[pyo3(signature = (code=0, text=String::new()))]
+    fn close(&self, code: u32, text: String) -> PyResult<Operation> {
+        let node = (*self.shared.node).clone();
+        self.operation("close", None, None, async move {
+            node.close(CloseReason::new(code, text)).await;
+            Ok(Outcome::NodeClosed)
+        })
+    }
+
+    /// Whether the node was closed.
+    #[getter]
+    fn is_closed(&self) -> bool {
+        self.shared.is_closed()
+    }
+
+    fn __aenter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
+        with_block(slf.as_any(), "enter")
+    }
+
+    fn __aexit__<'py>(
+        slf: Bound<'py, Self>,
+        _kind: &Bound<'py, PyAny>,
+        _value: &Bound<'py, PyAny>,
+        _traceback: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        with_block(slf.as_any(), "leave")
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let endpoints = self.shared.locking(py, || self.shared.node.stats().endpoints);
+        let closed = if self.is_closed() { ", closed" } else { "" };
+        format!("<thalweg.Node with {endpoints} endpoints{closed}>")
+    }
+}
+
+/// The two ends of `async with`, which are coroutines and so written in Python.
+pub fn with_block<'py>(
+    object: &Bound<'py, PyAny>,
+    end: &'static str,
+) -> PyResult<Bound<'py, PyAny>> {
+    object.py().import("thalweg._blocks")?.getattr(end)?.call1((object,))
+}

@@ -1,0 +1,631 @@
+//! Operations as awaitables, and who wakes whom.
+//!
+//! An [`Operation`] holds one of thalweg's futures and is its own iterator, as a coroutine is:
+//! each `send` polls. While the future is pending it yields a [`Waiter`], which behaves towards
+//! asyncio's tasks as an `asyncio.Future` does, with one difference: when it is woken inside the
+//! reader callback, the task goes on at once, in that callback, instead of one turn of the loop
+//! later. What is ready is taken when the task resumes and not before, so a cancelled task has
+//! taken nothing.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning, PyStopIteration, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use thalweg::{Error, Message};
+
+use crate::buffer::Lent;
+use crate::node::Shared;
+use crate::{endpoint, error, frame, listener, local};
+
+/// What an operation came to, before it is made a Python object.
+pub enum Outcome {
+    Nothing,
+    Message(Message),
+    Tagged { tag: u64, len_bytes: usize },
+    Endpoint(thalweg::Endpoint),
+    Listener(thalweg::Listener),
+    ListenerClosed,
+    Ended(Error),
+    NodeClosed,
+}
+
+/// What an operation runs.
+pub type Work = Pin<Box<dyn Future<Output = Result<Outcome, Error>> + Send>>;
+
+/// Whether polling may copy much, so that the GIL is let go of meanwhile. Kept from poll to poll,
+/// and shared by the operations of an endpoint.
+///
+/// To let go of the GIL costs little by itself, but where threads of Python's compute, getting it
+/// back takes up to their switch interval (5 ms): short messages do not pay that.
+#[derive(Default)]
+pub struct Heavy(AtomicBool);
+
+/// A poll that takes longer than this is one that copies.
+const HEAVY: Duration = Duration::from_micros(30);
+
+impl Heavy {
+    pub fn set(&self, heavy: bool) {
+        self.0.store(heavy, Ordering::Relaxed);
+    }
+
+    /// Runs something that never waits, with the GIL or without it.
+    pub fn run<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> R {
+        let began = Instant::now();
+        let result = if self.0.load(Ordering::Relaxed) { py.detach(work) } else { work() };
+        self.set(began.elapsed() > HEAVY);
+        result
+    }
+}
+
+/// A task's callback, with the context that it runs in.
+struct Callback {
+    call: Py<PyAny>,
+    context: Py<PyAny>,
+}
+
+/// How a woken task goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Resume {
+    /// Now: we are in the reader callback, and no task is running.
+    Now,
+    /// In the loop's next turn.
+    Soon,
+}
+
+/// The waker of one operation.
+pub struct Wakeup {
+    shared: Weak<Shared>,
+    woken: AtomicBool,
+    callbacks: Mutex<Vec<Callback>>,
+    /// For that of a watch.
+    watch: Option<u64>,
+}
+
+impl Wakeup {
+    fn new(shared: &Arc<Shared>, watch: Option<u64>) -> Arc<Self> {
+        Arc::new(Wakeup {
+            shared: Arc::downgrade(shared),
+            woken: AtomicBool::new(false),
+            callbacks: Mutex::new(Vec::new()),
+            watch,
+        })
+    }
+
+    fn callbacks(&self) -> MutexGuard<'_, Vec<Callback>> {
+        self.callbacks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn wake_up(self: &Arc<Self>) {
+        if !self.woken.swap(true, Ordering::AcqRel)
+            && let Some(shared) = self.shared.upgrade()
+        {
+            shared.ready(self.clone());
+        }
+    }
+
+    /// Lets whoever waits go on.
+    pub fn resume(&self, py: Python<'_>, how: Resume) -> PyResult<()> {
+        if let Some(id) = self.watch
+            && let Some(shared) = self.shared.upgrade()
+            && let Some(watch) = shared.take_watch(id)
+        {
+            return watch.look(py, &shared, id);
+        }
+        let callbacks = std::mem::take(&mut *self.callbacks());
+        let mut result = Ok(());
+        for Callback { call, context } in callbacks {
+            let called = match how {
+                Resume::Now => context.bind(py).call_method1("run", (call, py.None())).map(drop),
+                Resume::Soon => call_soon(py, call, context),
+            };
+            // Only what ends the program comes here; the others go on all the same.
+            result = result.and(called);
+        }
+        result
+    }
+}
+
+impl Wake for Wakeup {
+    fn wake(self: Arc<Self>) {
+        self.wake_up();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.wake_up();
+    }
+}
+
+fn call_soon(py: Python<'_>, call: Py<PyAny>, context: Py<PyAny>) -> PyResult<()> {
+    let keywords = pyo3::types::PyDict::new(py);
+    keywords.set_item("context", context)?;
+    crate::node::running_loop(py)?
+        .call_method("call_soon", (call, py.None()), Some(&keywords))
+        .map(drop)
+}
+
+/// Where an operation is.
+enum State {
+    /// Not awaited yet.
+    New(Work),
+    Running(Work),
+    /// Over or withdrawn; the caller's memory is still in use. Then it ends like this.
+    Settling(Result<Outcome, PyErr>),
+    Over,
+}
+
+struct Inner {
+    state: State,
+    expired: bool,
+    timer: Option<Py<PyAny>>,
+}
+
+/// How an operation is described and how long it may take.
+pub struct Terms {
+    pub what: &'static str,
+    pub peer: Option<String>,
+    pub timeout: Option<f64>,
+    pub heavy: Arc<Heavy>,
+}
+
+impl Terms {
+    pub fn new(what: &'static str, peer: Option<&str>, timeout: Option<f64>) -> PyResult<Self> {
+        if timeout.is_some_and(|seconds| seconds.is_nan() || seconds < 0.0) {
+            return Err(PyValueError::new_err("timeout: a number of seconds, or None"));
+        }
+        let peer = peer.map(str::to_owned);
+        Ok(Terms { what, peer, timeout, heavy: Arc::default() })
+    }
+
+    pub fn sharing(mut self, heavy: &Arc<Heavy>) -> Self {
+        self.heavy = heavy.clone();
+        self
+    }
+}
+
+/// An operation in flight. Nothing happens before it is awaited; it is awaited once.
+///
+/// A cancelled one is withdrawn: ``CancelledError`` is raised once nothing can write to memory of
+/// the caller's any more. What had arrived for a receive by then is there for the next receive.
+#[pyclass(module = "thalweg", frozen)]
+pub struct Operation {
+    shared: Arc<Shared>,
+    inner: Mutex<Inner>,
+    wakeup: Arc<Wakeup>,
+    waker: Waker,
+    lent: Option<Arc<Lent>>,
+    terms: Terms,
+}
+
+impl Operation {
+    /// An operation that owns nothing of the caller's that is written to.
+    pub fn new(
+        shared: &Arc<Shared>,
+        terms: Terms,
+        work: impl Future<Output = Result<Outcome, Error>> + Send + 'static,
+    ) -> Self {
+        let wakeup = Wakeup::new(shared, None);
+        Operation::with(shared, terms, wakeup, None, Box::pin(work))
+    }
+
+    /// An operation that writes to memory of the caller's.
+    pub fn lending<B>(
+        shared: &Arc<Shared>,
+        terms: Terms,
+        lend: impl FnOnce(&Arc<Lent>) -> PyResult<B>,
+        work: impl FnOnce(B) -> Work,
+    ) -> PyResult<Self> {
+        let wakeup = Wakeup::new(shared, None);
+        let lent = Lent::new(&wakeup);
+        let work = work(lend(&lent)?);
+        Ok(Operation::with(shared, terms, wakeup, Some(lent), work))
+    }
+
+    fn with(
+        shared: &Arc<Shared>,
+        terms: Terms,
+        wakeup: Arc<Wakeup>,
+        lent: Option<Arc<Lent>>,
+        work: Work,
+    ) -> Self {
+        let waker = Waker::from(wakeup.clone());
+        let inner = Inner { state: State::New(work), expired: false, timer: None };
+        let inner = Mutex::new(inner);
+        Operation { shared: shared.clone(), inner, wakeup, waker, lent, terms }
+    }
+
+    /// Only one thread gets here (`Shared::check`), so it is taken only by somebody who is called
+    /// back from inside.
+    fn inner(&self) -> PyResult<MutexGuard<'_, Inner>> {
+        self.inner
+            .try_lock()
+            .map_err(|_| PyRuntimeError::new_err("this operation is being used already"))
+    }
+
+    fn nothing_lent(&self) -> bool {
+        self.lent.as_ref().is_none_or(|lent| lent.is_none())
+    }
+
+    /// Polls until the future is ready, pending, or has spun for long enough.
+    fn poll(&self, py: Python<'_>, work: &mut Work) -> Poll<Result<Outcome, Error>> {
+        let spin = self.shared.spin;
+        let mut since = None;
+        loop {
+            self.wakeup.woken.store(false, Ordering::Release);
+            let polled = {
+                let _inside = self.shared.enter();
+                let waker = &self.waker;
+                self.terms.heavy.run(py, || work.as_mut().poll(&mut Context::from_waker(waker)))
+            };
+            if polled.is_ready() || spin.is_zero() || !self.wakeup.woken.load(Ordering::Acquire) {
+                return polled;
+            }
+            if since.get_or_insert_with(Instant::now).elapsed() >= spin {
+                return polled;
+            }
+        }
+    }
+
+    /// One step: `Some` is how it ended.
+    fn step(&self, py: Python<'_>, op: &Bound<'_, Self>) -> PyResult<Option<PyResult<Outcome>>> {
+        let mut inner = self.inner()?;
+        let state = std::mem::replace(&mut inner.state, State::Over);
+        let mut work = match state {
+            State::Over => {
+                return Err(PyRuntimeError::new_err("an operation can be awaited only once"));
+            }
+            State::Settling(result) => return Ok(self.settled(py, inner, result)),
+            State::New(work) => {
+                if let Some(seconds) = self.terms.timeout {
+                    let expire = op.getattr("_expire")?;
+                    let timer = crate::node::running_loop(py)?
+                        .call_method1("call_later", (seconds, expire))?;
+                    inner.timer = Some(timer.unbind());
+                }
+                work
+            }
+            State::Running(work) => work,
+        };
+        let result = match self.poll(py, &mut work) {
+            Poll::Ready(result) => {
+                local::release(work);
+                result.map_err(|error| error::raise(py, &error))
+            }
+            Poll::Pending if inner.expired => {
+                let (what, peer) = (self.terms.what, self.terms.peer.as_deref());
+                let seconds = self.terms.timeout.unwrap_or_default();
+                self.withdraw(py, work);
+                Err(error::timed_out(py, what, peer, seconds))
+            }
+            Poll::Pending => {
+                inner.state = State::Running(work);
+                return Ok(None);
+            }
+        };
+        // What thalweg has let go of is given back before anything is said.
+        drop(inner);
+        self.shared.settle(py, Resume::Soon)?;
+        let inner = self.inner()?;
+        Ok(self.settled(py, inner, result))
+    }
+
+    fn settled(
+        &self,
+        py: Python<'_>,
+        mut inner: MutexGuard<'_, Inner>,
+        result: PyResult<Outcome>,
+    ) -> Option<PyResult<Outcome>> {
+        if !self.nothing_lent() {
+            self.wakeup.woken.store(false, Ordering::Release);
+            if !self.nothing_lent() {
+                inner.state = State::Settling(result);
+                return None;
+            }
+        }
+        let timer = inner.timer.take();
+        drop(inner);
+        if let Some(timer) = timer {
+            // Fails for a timer that has run, which does no harm.
+            let _ = timer.call_method0(py, "cancel");
+        }
+        Some(result)
+    }
+
+    fn withdraw(&self, py: Python<'_>, work: Work) {
+        let _inside = self.shared.enter();
+        py.detach(|| drop(work));
+    }
+
+    /// Withdraws it; it ends with `error` once nothing writes to the caller's memory.
+    fn stop(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
+        let mut inner = self.inner()?;
+        match std::mem::replace(&mut inner.state, State::Over) {
+            State::New(work) | State::Running(work) => {
+                self.withdraw(py, work);
+                inner.state = State::Settling(Err(error));
+            }
+            State::Settling(_) => inner.state = State::Settling(Err(error)),
+            State::Over => {}
+        }
+        drop(inner);
+        self.shared.settle(py, Resume::Soon)
+    }
+
+    fn go_on<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.shared.check(py)?;
+        let ended = this.step(py, slf);
+        this.shared.settle(py, Resume::Soon)?;
+        match ended? {
+            Some(result) => {
+                let value = this.to_object(py, result?)?;
+                let value = PyTuple::new(py, [value])?;
+                Err(PyStopIteration::new_err(value.unbind()))
+            }
+            None => {
+                let waiter = Waiter { operation: slf.clone().unbind(), blocking: true.into() };
+                Ok(Bound::new(py, waiter)?.into_any())
+            }
+        }
+    }
+
+    fn to_object(&self, py: Python<'_>, outcome: Outcome) -> PyResult<Py<PyAny>> {
+        match outcome {
+            Outcome::Nothing => Ok(py.None()),
+            Outcome::Message(message) => {
+                self.terms.heavy.set(message.len_bytes() >= endpoint::LARGE_BYTES);
+                frame::views(py, message)
+            }
+            Outcome::Tagged { tag, len_bytes } => {
+                Ok((tag, len_bytes).into_pyobject(py)?.into_any().unbind())
+            }
+            Outcome::Endpoint(endpoint) => endpoint::Endpoint::make(py, &self.shared, endpoint),
+            Outcome::Listener(listener) => listener::Listener::make(py, &self.shared, listener),
+            Outcome::Ended(error) => Ok(error::to_object(py, &error)?.unbind()),
+            Outcome::ListenerClosed => Err(error::listener_closed(py, self.terms.peer.as_deref())),
+            Outcome::NodeClosed => {
+                self.shared.closed(py)?;
+                Ok(py.None())
+            }
+        }
+    }
+}
+
+#[pymethods]
+impl Operation {
+    fn __await__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
+        slf.get().shared.check(slf.py())?;
+        Ok(slf)
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Operation::go_on(&slf)
+    }
+
+    #[pyo3(signature = (_value=None))]
+    fn send<'py>(
+        slf: Bound<'py, Self>,
+        _value: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        Operation::go_on(&slf)
+    }
+
+    /// What a task does to a coroutine that is to be cancelled.
+    #[pyo3(signature = (kind, value=None, _traceback=None))]
+    fn throw<'py>(
+        slf: Bound<'py, Self>,
+        kind: Bound<'py, PyAny>,
+        value: Option<Bound<'py, PyAny>>,
+        _traceback: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let this = slf.get();
+        this.shared.check(slf.py())?;
+        let error = match value {
+            Some(value) if !value.is_none() => PyErr::from_value(value),
+            _ if kind.is_instance_of::<pyo3::exceptions::PyBaseException>() => {
+                PyErr::from_value(kind)
+            }
+            _ => PyErr::from_value(kind.call0()?),
+        };
+        if matches!(this.inner()?.state, State::Over) {
+            return Err(error);
+        }
+        this.stop(slf.py(), error)?;
+        Operation::go_on(&slf)
+    }
+
+    /// The coroutine that awaits it is being destroyed.
+    fn close(&self, py: Python<'_>) {
+        if self.shared.check(py).is_ok()
+            && let Ok(mut inner) = self.inner()
+            && let State::New(work) | State::Running(work) =
+                std::mem::replace(&mut inner.state, State::Over)
+        {
+            drop(inner);
+            self.withdraw(py, work);
+        }
+    }
+
+    /// Its time is over.
+    fn _expire(&self, py: Python<'_>) -> PyResult<()> {
+        let mut inner = self.inner()?;
+        inner.expired = true;
+        drop(inner);
+        {
+            let _inside = self.shared.enter();
+            self.wakeup.wake_up();
+        }
+        self.shared.settle(py, Resume::Soon)
+    }
+
+    fn __repr__(&self) -> String {
+        let peer = self.terms.peer.as_deref().unwrap_or("nobody yet");
+        format!("<thalweg.Operation {} with {peer}>", self.terms.what)
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let state = std::mem::replace(&mut inner.state, State::Over);
+        if matches!(state, State::New(_)) {
+            Python::try_attach(|py| {
+                let text = format!("thalweg: operation {:?} was never awaited", self.terms.what);
+                let text = std::ffi::CString::new(text).unwrap_or_default();
+                let kind = py.get_type::<PyRuntimeWarning>();
+                if let Err(error) = PyErr::warn(py, &kind, &text, 1) {
+                    error.write_unraisable(py, None);
+                }
+            });
+        }
+        if let State::New(work) | State::Running(work) = state {
+            local::release(work);
+        }
+    }
+}
+
+/// What a pending operation yields to its task: as much of an `asyncio.Future` as a task needs.
+#[pyclass(module = "thalweg", frozen)]
+struct Waiter {
+    operation: Py<Operation>,
+    blocking: AtomicBool,
+}
+
+#[pymethods]
+impl Waiter {
+    #[getter(_asyncio_future_blocking)]
+    fn blocking(&self) -> bool {
+        self.blocking.load(Ordering::Relaxed)
+    }
+
+    #[setter(_asyncio_future_blocking)]
+    fn set_blocking(&self, blocking: bool) {
+        self.blocking.store(blocking, Ordering::Relaxed);
+    }
+
+    fn get_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        crate::node::running_loop(py)
+    }
+
+    #[pyo3(signature = (call, *, context=None))]
+    fn add_done_callback(
+        &self,
+        py: Python<'_>,
+        call: Py<PyAny>,
+        context: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let context = match context {
+            Some(context) => context,
+            None => py.import("contextvars")?.getattr("copy_context")?.call0()?.unbind(),
+        };
+        let wakeup = &self.operation.get().wakeup;
+        if wakeup.woken.load(Ordering::Acquire) {
+            return call_soon(py, call, context);
+        }
+        wakeup.callbacks().push(Callback { call, context });
+        Ok(())
+    }
+
+    fn remove_done_callback(&self, call: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let mut removed = Vec::new();
+        self.operation.get().wakeup.callbacks().retain_mut(|known| {
+            let same = known.call.bind(call.py()).is(call);
+            if same {
+                removed.push(known.call.clone_ref(call.py()));
+            }
+            !same
+        });
+        Ok(removed.len())
+    }
+
+    fn result(&self) {}
+
+    fn exception(&self) {}
+
+    fn done(&self) -> bool {
+        self.operation.get().wakeup.woken.load(Ordering::Acquire)
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+
+    /// Called by `Task.cancel`. `False`: it is woken already, and the task is to be told when it
+    /// goes on.
+    #[pyo3(signature = (msg=None))]
+    fn cancel(&self, py: Python<'_>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
+        let operation = self.operation.get();
+        operation.shared.check(py)?;
+        if operation.wakeup.woken.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        let class = py.import("asyncio")?.getattr("CancelledError")?;
+        let error = match msg {
+            Some(msg) if !msg.is_none(py) => class.call1((msg,))?,
+            _ => class.call0()?,
+        };
+        operation.stop(py, PyErr::from_value(error))?;
+        if operation.nothing_lent() {
+            let _inside = operation.shared.enter();
+            operation.wakeup.wake_up();
+        }
+        operation.shared.settle(py, Resume::Soon)?;
+        Ok(true)
+    }
+}
+
+/// A future that no task awaits: it runs in the node, and a callback is told what came of it.
+pub struct Watch {
+    waker: Waker,
+    wakeup: Arc<Wakeup>,
+    work: Work,
+    callback: Py<PyAny>,
+}
+
+impl Watch {
+    /// Begins to watch: `callback(outcome)` is called once, in a turn of the loop of its own.
+    pub fn begin(
+        py: Python<'_>,
+        shared: &Arc<Shared>,
+        work: Work,
+        callback: Py<PyAny>,
+    ) -> PyResult<()> {
+        let id = shared.new_watch_id();
+        let wakeup = Wakeup::new(shared, Some(id));
+        let watch = Watch { waker: Waker::from(wakeup.clone()), wakeup, work, callback };
+        watch.look(py, shared, id)?;
+        shared.settle(py, Resume::Soon)
+    }
+
+    fn look(mut self, py: Python<'_>, shared: &Arc<Shared>, id: u64) -> PyResult<()> {
+        self.wakeup.woken.store(false, Ordering::Release);
+        let polled = {
+            let _inside = shared.enter();
+            self.work.as_mut().poll(&mut Context::from_waker(&self.waker))
+        };
+        let outcome = match polled {
+            Poll::Pending => {
+                // Only this thread looks at watches, and it does so after this.
+                shared.keep_watch(id, self);
+                return Ok(());
+            }
+            Poll::Ready(outcome) => outcome,
+        };
+        let Watch { work, callback, .. } = self;
+        local::release(work);
+        let object = match outcome {
+            Ok(Outcome::Ended(error)) | Err(error) => error::to_object(py, &error)?.unbind(),
+            Ok(_) => py.None(),
+        };
+        crate::node::running_loop(py)?.call_method1("call_soon", (callback, object)).map(drop)
+    }
+}
