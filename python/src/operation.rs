@@ -15,12 +15,14 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning, PyStopIteration, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple};
 use thalweg::{Error, Message};
 
 use crate::buffer::Lent;
-use crate::node::Shared;
+use crate::node::{Shared, running_loop};
 use crate::{endpoint, error, frame, listener, local};
 
 /// What an operation came to, before it is made a Python object.
@@ -102,10 +104,13 @@ impl Wakeup {
     }
 
     pub fn wake_up(self: &Arc<Self>) {
-        if !self.woken.swap(true, Ordering::AcqRel)
-            && let Some(shared) = self.shared.upgrade()
-        {
-            shared.ready(self.clone());
+        if self.woken.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        match self.shared.upgrade() {
+            Some(shared) => shared.ready(self.clone()),
+            // The loop has ended, and nobody goes on. The tasks that waited hold this operation.
+            None => self.callbacks().clear(),
         }
     }
 
@@ -121,7 +126,10 @@ impl Wakeup {
         let mut result = Ok(());
         for Callback { call, context } in callbacks {
             let called = match how {
-                Resume::Now => context.bind(py).call_method1("run", (call, py.None())).map(drop),
+                Resume::Now => context
+                    .bind(py)
+                    .call_method1(intern!(py, "run"), (call, woken(py)?))
+                    .map(drop),
                 Resume::Soon => call_soon(py, call, context),
             };
             // Only what ends the program comes here; the others go on all the same.
@@ -141,11 +149,26 @@ impl Wake for Wakeup {
     }
 }
 
+/// What a task's callback is given as the future that is done: all it asks of it is whether that
+/// failed, and no operation tells before it is polled.
+#[pyclass(module = "thalweg", frozen)]
+struct Woken;
+
+#[pymethods]
+impl Woken {
+    fn result(&self) {}
+}
+
+fn woken(py: Python<'_>) -> PyResult<&Bound<'_, Woken>> {
+    static WOKEN: PyOnceLock<Py<Woken>> = PyOnceLock::new();
+    WOKEN.get_or_try_init(py, || Py::new(py, Woken)).map(|woken| woken.bind(py))
+}
+
 fn call_soon(py: Python<'_>, call: Py<PyAny>, context: Py<PyAny>) -> PyResult<()> {
-    let keywords = pyo3::types::PyDict::new(py);
-    keywords.set_item("context", context)?;
-    crate::node::running_loop(py)?
-        .call_method("call_soon", (call, py.None()), Some(&keywords))
+    let keywords = PyDict::new(py);
+    keywords.set_item(intern!(py, "context"), context)?;
+    running_loop(py)?
+        .call_method(intern!(py, "call_soon"), (call, woken(py)?), Some(&keywords))
         .map(drop)
 }
 
@@ -283,7 +306,7 @@ impl Operation {
             State::New(work) => {
                 if let Some(seconds) = self.terms.timeout {
                     let expire = op.getattr("_expire")?;
-                    let timer = crate::node::running_loop(py)?
+                    let timer = running_loop(py)?
                         .call_method1("call_later", (seconds, expire))?;
                     inner.timer = Some(timer.unbind());
                 }
@@ -513,7 +536,7 @@ impl Waiter {
     }
 
     fn get_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        crate::node::running_loop(py)
+        running_loop(py)
     }
 
     #[pyo3(signature = (call, *, context=None))]
@@ -626,6 +649,6 @@ impl Watch {
             Ok(Outcome::Ended(error)) | Err(error) => error::to_object(py, &error)?.unbind(),
             Ok(_) => py.None(),
         };
-        crate::node::running_loop(py)?.call_method1("call_soon", (callback, object)).map(drop)
+        running_loop(py)?.call_method1("call_soon", (callback, object)).map(drop)
     }
 }

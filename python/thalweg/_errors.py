@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 
 class Error(Exception):
@@ -56,8 +57,15 @@ class ConnectionLostError(Error, ConnectionResetError):
     """The connection failed although the peer may live."""
 
 
-class TimedOutError(Error, TimeoutError, asyncio.TimeoutError):
-    """A deadline passed."""
+if sys.version_info >= (3, 11):
+
+    class TimedOutError(Error, TimeoutError):
+        """A deadline passed."""
+
+else:
+    # Before 3.11 asyncio has a class of its own.
+    class TimedOutError(Error, TimeoutError, asyncio.TimeoutError):
+        """A deadline passed."""
 
 
 class AddressError(Error, OSError):
