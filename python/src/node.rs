@@ -20,6 +20,9 @@ use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
 use crate::region::Region;
 use crate::{config, error, report};
 
+/// A closed node is through with everything in one or two turns.
+const WIND_UP_TURNS: u32 = 8;
+
 thread_local! {
     /// The node that this thread is inside of: what becomes ready is looked at when it leaves.
     static INSIDE: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
@@ -35,6 +38,7 @@ pub struct Shared {
     event_loop: Py<PyWeakrefReference>,
     descriptor: RawFd,
     watching: AtomicBool,
+    is_closed: AtomicBool,
     ready: Mutex<Vec<Arc<Wakeup>>>,
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
@@ -150,8 +154,24 @@ impl Shared {
         }
     }
 
-    /// The node is closed: the loop need not look at it any more.
-    pub fn closed(&self, py: Python<'_>) -> PyResult<()> {
+    /// The node has been closed: what is left to do is done now, as far as it goes.
+    pub fn wind_up(&self, py: Python<'_>) -> PyResult<()> {
+        self.is_closed.store(true, Ordering::Release);
+        for _ in 0..WIND_UP_TURNS {
+            let progress = {
+                let _inside = self.enter();
+                self.node.progress()
+            };
+            if progress.is_err() || self.node.is_wound_up() {
+                return self.unwatch(py);
+            }
+        }
+        Ok(())
+    }
+
+    /// The loop need not look at it any more.
+    fn unwatch(&self, py: Python<'_>) -> PyResult<()> {
+        self.is_closed.store(true, Ordering::Release);
         if self.watching.swap(false, Ordering::AcqRel) {
             running_loop(py)?.call_method1("remove_reader", (self.descriptor,))?;
         }
@@ -159,7 +179,7 @@ impl Shared {
     }
 
     pub fn is_closed(&self) -> bool {
-        !self.watching.load(Ordering::Acquire)
+        self.is_closed.load(Ordering::Acquire)
     }
 }
 
@@ -176,12 +196,11 @@ impl Reader {
             let _inside = shared.enter();
             shared.heavy.run(py, || shared.node.progress())
         };
-        if let Err(error) = progress {
-            shared.closed(py)?;
-            shared.settle(py, Resume::Now)?;
-            return Err(error::raise(py, &error));
+        if progress.is_err() || shared.node.is_wound_up() {
+            shared.unwatch(py)?;
         }
-        shared.settle(py, Resume::Now)
+        shared.settle(py, Resume::Now)?;
+        progress.map_err(|error| error::raise(py, &error))
     }
 }
 
@@ -227,6 +246,7 @@ impl Node {
             event_loop: PyWeakrefReference::new(&event_loop)?.unbind(),
             descriptor,
             watching: AtomicBool::new(true),
+            is_closed: AtomicBool::new(false),
             ready: Mutex::default(),
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),

@@ -412,7 +412,7 @@ impl Operation {
             Outcome::Ended(error) => Ok(error::to_object(py, &error)?.unbind()),
             Outcome::ListenerClosed => Err(error::listener_closed(py, self.terms.peer.as_deref())),
             Outcome::NodeClosed => {
-                self.shared.closed(py)?;
+                self.shared.wind_up(py)?;
                 Ok(py.None())
             }
         }

@@ -130,6 +130,13 @@ impl Node {
         Ok(())
     }
 
+    /// Whether the node has wound up after it was closed: [`Node::progress`] has nothing left to do
+    /// and the descriptor need not be watched. Always `false` on a tokio runtime.
+    pub fn is_wound_up(&self) -> bool {
+        let resident = self.0.host.as_ref().and_then(|side| side.resident.try_lock().ok());
+        resident.is_some_and(|resident| resident.is_none())
+    }
+
     /// Makes the host's descriptor readable, from any thread, so that the host calls
     /// [`Node::progress`] soon. For wakers of the host's own that something on another thread
     /// called. Does nothing on a tokio runtime.
