@@ -237,7 +237,7 @@ impl Endpoint {
     /// `callback(endpoint, error)` is called once, from the loop, when the endpoint has ended.
     fn add_close_callback(slf: &Bound<'_, Self>, callback: Py<PyAny>) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        this.shared.check(py)?;
+        this.shared.check()?;
         let endpoint = (*this.endpoint).clone();
         let work = Box::pin(async move { Ok(Outcome::Ended(endpoint.closed().await)) });
         let call = py.import("functools")?.getattr("partial")?.call1((callback, slf))?;

@@ -97,3 +97,8 @@ pub fn listener_closed(py: Python<'_>, address: Option<&str>) -> PyErr {
     let text = format!("the listener at {} is closed", address.unwrap_or("no address"));
     own(py, text, ("closed", "listen"), None, false)
 }
+
+/// A node was closed while somebody waited for it.
+pub fn node_closed(py: Python<'_>) -> PyErr {
+    own(py, "the node is closed".into(), ("closed", "close"), None, false)
+}

@@ -95,7 +95,8 @@ impl Listener {
         };
         waiting.into_iter().for_each(Waker::wake);
         local::release(listener);
-        self.shared.settle_here(py)
+        // It is the node's task that closes the socket.
+        self.shared.progress_here(py)
     }
 
     /// Whether it was closed.

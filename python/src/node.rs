@@ -2,20 +2,22 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::os::fd::{AsRawFd, RawFd};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 use std::thread::ThreadId;
 use std::time::Duration;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyList, PyWeakrefReference};
+use pyo3::types::{PyList, PyWeakrefMethods, PyWeakrefReference};
 use thalweg::CloseReason;
 
 use crate::buffer::{PyMemory, Returns};
-use crate::local::Local;
+use crate::local::{self, Local};
 use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
 use crate::region::Region;
 use crate::{config, error, report};
@@ -39,7 +41,11 @@ pub struct Shared {
     descriptor: RawFd,
     watching: AtomicBool,
     is_closed: AtomicBool,
+    /// The loop does not watch it any more: nobody who waits will go on.
+    ended: AtomicBool,
     ready: Mutex<Vec<Arc<Wakeup>>>,
+    /// Who wants to know of the node's closing.
+    closing: Mutex<Vec<Waker>>,
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
     heavy: Heavy,
@@ -59,12 +65,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The event loop that runs in this thread.
-pub fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-    static GET: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let get = GET.get_or_try_init(py, || {
-        Ok::<_, PyErr>(py.import("asyncio")?.getattr("get_running_loop")?.unbind())
-    })?;
-    get.bind(py).call0()
+fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    py.import("asyncio")?.getattr("get_running_loop")?.call0()
 }
 
 impl Shared {
@@ -91,7 +93,7 @@ impl Shared {
     }
 
     /// Gives buffers back and lets the tasks go on that are ready. With no lock in hand.
-    pub fn settle(&self, py: Python<'_>, how: Resume) -> PyResult<()> {
+    pub fn settle(self: &Arc<Self>, py: Python<'_>, how: Resume) -> PyResult<()> {
         let mut result = Ok(());
         {
             let _inside = self.enter();
@@ -99,7 +101,7 @@ impl Shared {
         }
         let ready = std::mem::take(&mut *lock(&self.ready));
         for wakeup in ready {
-            result = result.and(wakeup.resume(py, how));
+            result = result.and(wakeup.resume(py, self, how));
         }
         result
     }
@@ -116,27 +118,30 @@ impl Shared {
         lock(&self.watches).remove(&id)
     }
 
-    /// Refuses other threads and other loops than the node's own.
-    pub fn check(&self, py: Python<'_>) -> PyResult<()> {
-        if std::thread::current().id() != self.thread {
-            return Err(PyRuntimeError::new_err(
-                "this node belongs to an event loop in another thread: use it from there \
-                 (asyncio.run_coroutine_threadsafe)",
-            ));
+    /// Refuses other threads than the node's own. (That a task of another loop does not wait here
+    /// is seen to by the task, which asks the waiter for its loop.)
+    pub fn check(&self) -> PyResult<()> {
+        if std::thread::current().id() == self.thread {
+            return Ok(());
         }
-        let own = self.event_loop.bind(py).call0()?;
-        if !running_loop(py)?.is(&own) {
-            return Err(PyRuntimeError::new_err(
-                "this node belongs to another event loop: make one in this loop",
-            ));
-        }
-        Ok(())
+        Err(PyRuntimeError::new_err(
+            "this node belongs to an event loop in another thread: use it from there \
+             (asyncio.run_coroutine_threadsafe)",
+        ))
+    }
+
+    /// The node's own loop.
+    pub fn event_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let event_loop = self.event_loop.bind(py).upgrade();
+        event_loop.ok_or_else(|| {
+            PyRuntimeError::new_err("the event loop that this node belongs to has ended")
+        })
     }
 
     /// Runs something that may take a lock of thalweg's. On other threads than the loop's, without
     /// the GIL (see the crate's documentation).
     pub fn locking<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> R {
-        if std::thread::current().id() == self.thread {
+        if self.check().is_ok() {
             let _inside = self.enter();
             work()
         } else {
@@ -145,8 +150,8 @@ impl Shared {
     }
 
     /// After something that may have let tasks go on, from whatever thread.
-    pub fn settle_here(&self, py: Python<'_>) -> PyResult<()> {
-        if std::thread::current().id() == self.thread && running_loop(py).is_ok() {
+    pub fn settle_here(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        if self.check().is_ok() {
             self.settle(py, Resume::Soon)
         } else {
             self.node.wake_host();
@@ -154,8 +159,18 @@ impl Shared {
         }
     }
 
+    /// As [`Shared::settle_here`], and lets the node do what is to be done at once.
+    pub fn progress_here(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        if self.check().is_ok() {
+            let _inside = self.enter();
+            // What it says, the loop's next turn says too.
+            let _ = self.node.progress();
+        }
+        self.settle_here(py)
+    }
+
     /// The node has been closed: what is left to do is done now, as far as it goes.
-    pub fn wind_up(&self, py: Python<'_>) -> PyResult<()> {
+    pub fn wind_up(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
         self.is_closed.store(true, Ordering::Release);
         for _ in 0..WIND_UP_TURNS {
             let progress = {
@@ -163,19 +178,53 @@ impl Shared {
                 self.node.progress()
             };
             if progress.is_err() || self.node.is_wound_up() {
-                return self.unwatch(py);
+                self.unwatch(py)?;
+                break;
             }
         }
-        Ok(())
+        self.settle(py, Resume::Soon)
     }
 
     /// The loop need not look at it any more.
     fn unwatch(&self, py: Python<'_>) -> PyResult<()> {
         self.is_closed.store(true, Ordering::Release);
-        if self.watching.swap(false, Ordering::AcqRel) {
-            running_loop(py)?.call_method1("remove_reader", (self.descriptor,))?;
+        if !self.watching.swap(false, Ordering::AcqRel) {
+            return Ok(());
         }
-        Ok(())
+        {
+            // Whoever still waits is told now: nobody would look at the descriptor later.
+            let _inside = self.enter();
+            self.node.host_ended();
+            let closing = std::mem::take(&mut *lock(&self.closing));
+            closing.into_iter().for_each(Waker::wake);
+        }
+        self.event_loop(py)?.call_method1("remove_reader", (self.descriptor,)).map(drop)
+    }
+
+    /// The future, or [`Outcome::NodeClosed`] if the node is closed before it is ready: for those
+    /// that wait for more than an endpoint.
+    pub async fn unless_closed(
+        self: Arc<Self>,
+        work: impl Future<Output = Result<Outcome, thalweg::Error>>,
+    ) -> Result<Outcome, thalweg::Error> {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            let polled = work.as_mut().poll(cx);
+            let mut closing = lock(&self.closing);
+            closing.retain(|known| !known.will_wake(cx.waker()));
+            if polled.is_pending() {
+                if self.is_closed() {
+                    return Poll::Ready(Ok(Outcome::NodeGone));
+                }
+                closing.push(cx.waker().clone());
+            }
+            polled
+        })
+        .await
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     pub fn is_closed(&self) -> bool {
@@ -187,6 +236,31 @@ impl Shared {
 /// as the loop watches it.
 #[pyclass(module = "thalweg", frozen)]
 struct Reader(Arc<Shared>);
+
+/// The loop has let go of the node: it was closed, or the loop was.
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let shared = &self.0;
+        if !shared.watching.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        shared.is_closed.store(true, Ordering::Release);
+        shared.ended.store(true, Ordering::Release);
+        // They hold endpoints, which hold the node.
+        let watches = std::mem::take(&mut *lock(&shared.watches));
+        drop(watches);
+        local::release(Ending(shared.clone()));
+    }
+}
+
+/// Ends the node when it is dropped.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.node.host_ended();
+    }
+}
 
 #[pymethods]
 impl Reader {
@@ -247,7 +321,9 @@ impl Node {
             descriptor,
             watching: AtomicBool::new(true),
             is_closed: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             ready: Mutex::default(),
+            closing: Mutex::default(),
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),
             heavy: Heavy::default(),
@@ -263,9 +339,8 @@ impl Node {
     /// Listens at exactly this address (``thalweg://host:port``; port 0 lets the system choose).
     fn listen(&self, address: String) -> PyResult<Operation> {
         let node = (*self.shared.node).clone();
-        self.operation("listen", None, None, async move {
-            node.listen(address).await.map(Outcome::Listener)
-        })
+        let work = async move { node.listen(address).await.map(Outcome::Listener) };
+        self.operation("listen", None, None, self.shared.clone().unless_closed(work))
     }
 
     /// Connects to a listener.
@@ -273,9 +348,8 @@ impl Node {
     fn connect(&self, address: String, timeout: Option<f64>) -> PyResult<Operation> {
         let node = (*self.shared.node).clone();
         let peer = address.clone();
-        self.operation("connect", Some(&peer), timeout, async move {
-            node.connect(address).await.map(Outcome::Endpoint)
-        })
+        let work = async move { node.connect(address).await.map(Outcome::Endpoint) };
+        self.operation("connect", Some(&peer), timeout, self.shared.clone().unless_closed(work))
     }
 
     /// Registers writable memory, so that peers with its key can put to it and get from it.

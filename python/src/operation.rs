@@ -22,7 +22,7 @@ use pyo3::types::{PyDict, PyTuple};
 use thalweg::{Error, Message};
 
 use crate::buffer::Lent;
-use crate::node::{Shared, running_loop};
+use crate::node::Shared;
 use crate::{endpoint, error, frame, listener, local};
 
 /// What an operation came to, before it is made a Python object.
@@ -35,6 +35,7 @@ pub enum Outcome {
     ListenerClosed,
     Ended(Error),
     NodeClosed,
+    NodeGone,
 }
 
 /// What an operation runs.
@@ -107,30 +108,30 @@ impl Wakeup {
         if self.woken.swap(true, Ordering::AcqRel) {
             return;
         }
-        match self.shared.upgrade() {
+        match self.shared.upgrade().filter(|shared| !shared.has_ended()) {
             Some(shared) => shared.ready(self.clone()),
             // The loop has ended, and nobody goes on. The tasks that waited hold this operation.
-            None => self.callbacks().clear(),
+            None => drop(std::mem::take(&mut *self.callbacks())),
         }
     }
 
     /// Lets whoever waits go on.
-    pub fn resume(&self, py: Python<'_>, how: Resume) -> PyResult<()> {
+    pub fn resume(&self, py: Python<'_>, shared: &Arc<Shared>, how: Resume) -> PyResult<()> {
         if let Some(id) = self.watch
-            && let Some(shared) = self.shared.upgrade()
             && let Some(watch) = shared.take_watch(id)
         {
-            return watch.look(py, &shared, id);
+            return watch.look(py, shared, id);
         }
         let callbacks = std::mem::take(&mut *self.callbacks());
         let mut result = Ok(());
-        for Callback { call, context } in callbacks {
+        for callback in callbacks {
             let called = match how {
-                Resume::Now => context
+                Resume::Now => callback
+                    .context
                     .bind(py)
-                    .call_method1(intern!(py, "run"), (call, woken(py)?))
+                    .call_method1(intern!(py, "run"), (callback.call, woken(py)?))
                     .map(drop),
-                Resume::Soon => call_soon(py, call, context),
+                Resume::Soon => call_soon(py, shared, callback),
             };
             // Only what ends the program comes here; the others go on all the same.
             result = result.and(called);
@@ -164,10 +165,12 @@ fn woken(py: Python<'_>) -> PyResult<&Bound<'_, Woken>> {
     WOKEN.get_or_try_init(py, || Py::new(py, Woken)).map(|woken| woken.bind(py))
 }
 
-fn call_soon(py: Python<'_>, call: Py<PyAny>, context: Py<PyAny>) -> PyResult<()> {
+fn call_soon(py: Python<'_>, shared: &Shared, callback: Callback) -> PyResult<()> {
+    let Callback { call, context } = callback;
     let keywords = PyDict::new(py);
     keywords.set_item(intern!(py, "context"), context)?;
-    running_loop(py)?
+    shared
+        .event_loop(py)?
         .call_method(intern!(py, "call_soon"), (call, woken(py)?), Some(&keywords))
         .map(drop)
 }
@@ -306,8 +309,8 @@ impl Operation {
             State::New(work) => {
                 if let Some(seconds) = self.terms.timeout {
                     let expire = op.getattr("_expire")?;
-                    let timer = running_loop(py)?
-                        .call_method1("call_later", (seconds, expire))?;
+                    let event_loop = self.shared.event_loop(py)?;
+                    let timer = event_loop.call_method1("call_later", (seconds, expire))?;
                     inner.timer = Some(timer.unbind());
                 }
                 work
@@ -381,7 +384,7 @@ impl Operation {
 
     fn go_on<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
-        this.shared.check(py)?;
+        this.shared.check()?;
         let ended = this.step(py, slf);
         this.shared.settle(py, Resume::Soon)?;
         match ended? {
@@ -391,7 +394,10 @@ impl Operation {
                 Err(PyStopIteration::new_err(value.unbind()))
             }
             None => {
-                let waiter = Waiter { operation: slf.clone().unbind(), blocking: true.into() };
+                // A waiter that cannot tell its loop would leave the task waiting for ever.
+                let event_loop = this.shared.event_loop(py).inspect_err(|_| this.close(py))?;
+                let (event_loop, operation) = (event_loop.unbind(), slf.clone().unbind());
+                let waiter = Waiter { operation, event_loop, blocking: true.into() };
                 Ok(Bound::new(py, waiter)?.into_any())
             }
         }
@@ -411,6 +417,7 @@ impl Operation {
             Outcome::Listener(listener) => listener::Listener::make(py, &self.shared, listener),
             Outcome::Ended(error) => Ok(error::to_object(py, &error)?.unbind()),
             Outcome::ListenerClosed => Err(error::listener_closed(py, self.terms.peer.as_deref())),
+            Outcome::NodeGone => Err(error::node_closed(py)),
             Outcome::NodeClosed => {
                 self.shared.wind_up(py)?;
                 Ok(py.None())
@@ -422,7 +429,7 @@ impl Operation {
 #[pymethods]
 impl Operation {
     fn __await__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
-        slf.get().shared.check(slf.py())?;
+        slf.get().shared.check()?;
         Ok(slf)
     }
 
@@ -451,7 +458,7 @@ impl Operation {
         _traceback: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let this = slf.get();
-        this.shared.check(slf.py())?;
+        this.shared.check()?;
         let error = match value {
             Some(value) if !value.is_none() => PyErr::from_value(value),
             _ if kind.is_instance_of::<pyo3::exceptions::PyBaseException>() => {
@@ -468,7 +475,7 @@ impl Operation {
 
     /// The coroutine that awaits it is being destroyed.
     fn close(&self, py: Python<'_>) {
-        if self.shared.check(py).is_ok()
+        if self.shared.check().is_ok()
             && let Ok(mut inner) = self.inner()
             && let State::New(work) | State::Running(work) =
                 std::mem::replace(&mut inner.state, State::Over)
@@ -502,11 +509,16 @@ impl Drop for Operation {
         let state = std::mem::replace(&mut inner.state, State::Over);
         if matches!(state, State::New(_)) {
             Python::try_attach(|py| {
+                // It may be dropped while an exception is on its way.
+                let raised = PyErr::take(py);
                 let text = format!("thalweg: operation {:?} was never awaited", self.terms.what);
                 let text = std::ffi::CString::new(text).unwrap_or_default();
                 let kind = py.get_type::<PyRuntimeWarning>();
                 if let Err(error) = PyErr::warn(py, &kind, &text, 1) {
                     error.write_unraisable(py, None);
+                }
+                if let Some(raised) = raised {
+                    raised.restore(py);
                 }
             });
         }
@@ -520,6 +532,7 @@ impl Drop for Operation {
 #[pyclass(module = "thalweg", frozen)]
 struct Waiter {
     operation: Py<Operation>,
+    event_loop: Py<PyAny>,
     blocking: AtomicBool,
 }
 
@@ -535,8 +548,8 @@ impl Waiter {
         self.blocking.store(blocking, Ordering::Relaxed);
     }
 
-    fn get_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        running_loop(py)
+    fn get_loop(&self, py: Python<'_>) -> Py<PyAny> {
+        self.event_loop.clone_ref(py)
     }
 
     #[pyo3(signature = (call, *, context=None))]
@@ -550,11 +563,12 @@ impl Waiter {
             Some(context) => context,
             None => py.import("contextvars")?.getattr("copy_context")?.call0()?.unbind(),
         };
-        let wakeup = &self.operation.get().wakeup;
-        if wakeup.woken.load(Ordering::Acquire) {
-            return call_soon(py, call, context);
+        let operation = self.operation.get();
+        let callback = Callback { call, context };
+        if operation.wakeup.woken.load(Ordering::Acquire) {
+            return call_soon(py, &operation.shared, callback);
         }
-        wakeup.callbacks().push(Callback { call, context });
+        operation.wakeup.callbacks().push(callback);
         Ok(())
     }
 
@@ -587,8 +601,9 @@ impl Waiter {
     #[pyo3(signature = (msg=None))]
     fn cancel(&self, py: Python<'_>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
         let operation = self.operation.get();
-        operation.shared.check(py)?;
+        operation.shared.check()?;
         if operation.wakeup.woken.load(Ordering::Acquire) {
+            operation.wakeup.resume(py, &operation.shared, Resume::Soon)?;
             return Ok(false);
         }
         let class = py.import("asyncio")?.getattr("CancelledError")?;
@@ -649,6 +664,6 @@ impl Watch {
             Ok(Outcome::Ended(error)) | Err(error) => error::to_object(py, &error)?.unbind(),
             Ok(_) => py.None(),
         };
-        running_loop(py)?.call_method1("call_soon", (callback, object)).map(drop)
+        shared.event_loop(py)?.call_method1("call_soon", (callback, object)).map(drop)
     }
 }

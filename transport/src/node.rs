@@ -5,12 +5,13 @@ use std::future::{Future, poll_fn};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use crate::address::Address;
 use crate::config::Config;
-use crate::driver::Mutex;
+use crate::driver::{Mutex, lock};
 use crate::driver::bootstrap;
 use crate::driver::node::NodeShared;
 use crate::driver::resident::Resident;
@@ -41,19 +42,53 @@ struct Handle {
 struct HostSide {
     host: Arc<HostLoop>,
     resident: Mutex<Option<Resident>>,
+    wakeup: Arc<WakeHost>,
     waker: Waker,
 }
 
-/// Makes the host's descriptor readable.
-struct WakeHost(Arc<HostLoop>);
+/// Wakes the resident task: makes the host's descriptor readable, unless the host is on its way to
+/// the task already. (Readiness calls wakers from inside of `progress`: a write for each made a
+/// parked message of 8 B take two turns of the host's loop.)
+struct WakeHost {
+    host: Arc<HostLoop>,
+    state: AtomicU8,
+}
+
+/// The resident task has to be polled.
+const WOKEN: u8 = 1;
+/// Somebody is inside of `progress`, and looks at [`WOKEN`] before they leave.
+const AT_WORK: u8 = 2;
+
+impl WakeHost {
+    fn signal(&self) {
+        if self.state.fetch_or(WOKEN, Ordering::AcqRel) == 0 {
+            self.host.wake();
+        }
+    }
+
+    /// Whether the task was woken since the last call.
+    fn take(&self) -> bool {
+        self.state.fetch_and(!WOKEN, Ordering::AcqRel) & WOKEN != 0
+    }
+
+    fn begin(&self) {
+        self.state.fetch_or(AT_WORK, Ordering::AcqRel);
+    }
+
+    fn end(&self) {
+        if self.state.fetch_and(!AT_WORK, Ordering::AcqRel) & WOKEN != 0 {
+            self.host.wake();
+        }
+    }
+}
 
 impl Wake for WakeHost {
     fn wake(self: Arc<Self>) {
-        self.0.wake();
+        self.signal();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.0.wake();
+        self.signal();
     }
 }
 
@@ -91,9 +126,10 @@ impl Node {
         let host = HostLoop::new().map_err(failed)?;
         let shared = NodeShared::new(config, Reactor::Host(host.clone()))?;
         let resident = Resident::new(shared.clone()).map_err(failed)?;
-        let waker = Waker::from(Arc::new(WakeHost(host.clone())));
-        host.wake();
-        let host = Some(HostSide { host, resident: Mutex::new(Some(resident)), waker });
+        let wakeup = Arc::new(WakeHost { host: host.clone(), state: AtomicU8::new(0) });
+        let waker = Waker::from(wakeup.clone());
+        wakeup.signal();
+        let host = Some(HostSide { host, resident: Mutex::new(Some(resident)), wakeup, waker });
         Ok(Node(Arc::new(Handle { shared, host })))
     }
 
@@ -113,21 +149,35 @@ impl Node {
         if self.0.shared.fork.forked() {
             return Err(crate::driver::op::forked());
         }
-        side.host
-            .drain()
-            .map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))?;
         // Another thread, or a waker called from here, may be at it.
         let Ok(mut resident) = side.resident.try_lock() else {
             side.host.wake();
             return Ok(());
         };
-        if let Some(running) = &mut *resident {
+        side.wakeup.begin();
+        let drained = side.host.drain();
+        if side.wakeup.take()
+            && let Some(running) = &mut *resident
+        {
             let mut cx = Context::from_waker(&side.waker);
             if Pin::new(running).poll(&mut cx).is_ready() {
                 *resident = None;
             }
         }
-        Ok(())
+        drop(resident);
+        side.wakeup.end();
+        drained.map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))
+    }
+
+    /// The host's loop has ended and will not call [`Node::progress`] again: everything fails with
+    /// [`ErrorKind::RuntimeGone`], as when a tokio runtime ends. Peers see the connections end. Does
+    /// nothing on a tokio runtime.
+    pub fn host_ended(&self) {
+        if let Some(side) = &self.0.host {
+            // Dropped without the lock: wakers are called.
+            let resident = lock(&side.resident).take();
+            drop(resident);
+        }
     }
 
     /// Whether the node has wound up after it was closed: [`Node::progress`] has nothing left to do
