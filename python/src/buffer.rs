@@ -65,7 +65,8 @@ fn refused(object: &Bound<'_, PyAny>, flags: c_int) -> PyErr {
     let error = if !exports {
         PyTypeError::new_err(format!("{name} does not have the buffer protocol"))
     } else {
-        let must = if flags & ffi::PyBUF_WRITABLE != 0 { "writable and contiguous" } else { "contiguous" };
+        let must =
+            if flags & ffi::PyBUF_WRITABLE != 0 { "writable and contiguous" } else { "contiguous" };
         let why = cause.as_ref().map(|cause| cause.value(py).to_string()).unwrap_or_default();
         PyBufferError::new_err(format!("the memory of this {name} must be {must}: {why}"))
     };
@@ -80,10 +81,7 @@ pub fn is_buffer(object: &Bound<'_, PyAny>) -> bool {
 }
 
 /// Calls `use_bytes` with the bytes of a buffer, which is given back before this returns.
-pub fn with_bytes<R>(
-    object: &Bound<'_, PyAny>,
-    use_bytes: impl FnOnce(&[u8]) -> R,
-) -> PyResult<R> {
+pub fn with_bytes<R>(object: &Bound<'_, PyAny>, use_bytes: impl FnOnce(&[u8]) -> R) -> PyResult<R> {
     let view = View::get(object, ffi::PyBUF_SIMPLE)?;
     // SAFETY: filled, `len` readable bytes; the GIL is held throughout, so no Python code writes.
     let result = use_bytes(unsafe { std::slice::from_raw_parts(view.ptr(), view.len()) });
@@ -140,7 +138,8 @@ impl Returns {
 
 impl Drop for Returns {
     fn drop(&mut self) {
-        let mut slot = Some(std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner)));
+        let mut slot =
+            Some(std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner)));
         let done = Python::try_attach(|py| {
             for (view, _) in slot.take().unwrap_or_default() {
                 view.release(py);

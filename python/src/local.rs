@@ -3,8 +3,8 @@
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 
-use pyo3::prelude::*;
 use pyo3::marker::Ungil;
+use pyo3::prelude::*;
 
 /// A value whose drop may take a lock of thalweg's: the GIL is let go of meanwhile, because
 /// Python's garbage collector runs in whatever thread it likes.

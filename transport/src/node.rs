@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use crate::address::Address;
 use crate::config::Config;
-use crate::driver::{Mutex, lock};
 use crate::driver::bootstrap;
 use crate::driver::node::NodeShared;
 use crate::driver::resident::Resident;
+use crate::driver::{Mutex, lock};
 use crate::endpoint::Endpoint;
 use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
 use crate::listener::Listener;

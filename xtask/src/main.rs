@@ -4,6 +4,7 @@
 
 mod deny;
 mod licence;
+mod python;
 mod run;
 mod setup;
 mod soak;
@@ -21,6 +22,7 @@ const HELP: &str = "\
 cargo xtask test [--no-install]   every test; installs what they need where it may (Debian, root)
 cargo xtask lint                  format, clippy, documentation, licences and sources
 cargo xtask deny                  licences and sources of the dependencies alone
+cargo xtask python                the tests of the Python package alone
 cargo xtask ucx                   the tests over UCX alone: each library, each choice of lanes
 cargo xtask soak                  the tests in their long forms; writes tests/SOAK.md
 ";
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
             summary.add(deny::check(&root()));
             summary
         }
+        ["python"] => python::tests(&root(), true),
         ["ucx"] => ucx::tests(&root(), true, false),
         ["soak"] => soak::run(&root()),
         [] | ["help" | "--help" | "-h"] => {
@@ -85,6 +88,7 @@ fn test(install: bool) -> Summary {
     let tests = cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES);
     summary.extend(run::tests(tests, minutes(6), minutes(20)));
     summary.extend(ucx::tests(&root(), install, false).into_rows());
+    summary.extend(python::tests(&root(), install).into_rows());
     for (name, arguments) in PROGRAMS {
         let command = Command::new(built_programs().join(name)).with(arguments);
         summary.add(Step::new(name, minutes(3)).checks_leftovers().run(command));

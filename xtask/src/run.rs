@@ -75,6 +75,78 @@ fn describe(status: &std::io::Result<ExitStatus>) -> String {
     }
 }
 
+/// Runs pytest and gives one row.
+pub fn pytest(name: &str, limit: Duration, command: Command) -> Row {
+    println!("\n== {name}");
+    let start = Instant::now();
+    let mut row = Row {
+        name: name.to_owned(),
+        counts: Counts::default(),
+        notes: Vec::new(),
+        took: start.elapsed(),
+    };
+    match Running::start(command) {
+        Err(error) => row.notes.push(format!("cannot be started: {error}")),
+        Ok(mut running) => {
+            let mut late = false;
+            while let Some(event) = running.next() {
+                match event {
+                    Event::Line(line) => pytest_line(&line, &mut row),
+                    Event::Tick if start.elapsed() > limit && !late => {
+                        late = true;
+                        row.notes.push(format!("stopped after {} s", limit.as_secs()));
+                        running.kill_all();
+                    }
+                    Event::Tick => {}
+                }
+            }
+            let status = running.finish();
+            if !status.as_ref().is_ok_and(ExitStatus::success) && row.counts.failed == 0 {
+                row.notes.push(describe(&status));
+                row.counts.failed += 1;
+            }
+            if let Some(left) = running.leftovers() {
+                row.notes.push(left);
+                row.counts.failed += 1;
+            }
+        }
+    }
+    if row.counts == Counts::default() {
+        row.counts = Counts::FAILED;
+    }
+    row.took = start.elapsed();
+    row
+}
+
+/// The summary that pytest ends with (`1 failed, 2 passed, 1 skipped in 3.21s`), what failed, and
+/// what was left out and why.
+fn pytest_line(line: &str, row: &mut Row) {
+    if let Some(what) = line.strip_prefix("FAILED ").or_else(|| line.strip_prefix("ERROR ")) {
+        row.notes.push(format!("FAILED {what}"));
+    } else if let Some(why) = line.strip_prefix("SKIPPED ") {
+        row.notes.push(format!("skipped {why}"));
+    } else if let Some(counts) = pytest_counts(line) {
+        row.counts = counts;
+    }
+}
+
+fn pytest_counts(line: &str) -> Option<Counts> {
+    let (list, took) = line.trim_matches(['=', ' ']).rsplit_once(" in ")?;
+    took.split_once('s')?.0.parse::<f64>().ok()?;
+    let count = |words: &[&str]| -> u64 {
+        let parts = list.split(", ").filter_map(|part| part.split_once(' '));
+        parts
+            .filter(|(_, word)| words.contains(word))
+            .filter_map(|(n, _)| n.parse::<u64>().ok())
+            .sum()
+    };
+    Some(Counts {
+        passed: count(&["passed", "xfailed"]),
+        failed: count(&["failed", "error", "errors", "xpassed"]),
+        skipped: count(&["skipped"]),
+    })
+}
+
 /// Runs `cargo test` and gives a row for each test program. One that takes longer than `each` is
 /// ended, and the next one follows; all together may take `all`.
 pub fn tests(command: Command, each: Duration, all: Duration) -> Vec<Row> {
@@ -394,6 +466,23 @@ mod tests {
 
     fn step(limit_ms: u64, script: &str) -> Row {
         Step::new("step", Duration::from_millis(limit_ms)).checks_leftovers().run(shell(script))
+    }
+
+    #[test]
+    fn what_pytest_prints() {
+        let all = |failed, passed, skipped| Some(Counts { passed, failed, skipped });
+        assert_eq!(pytest_counts("59 passed in 12.04s"), all(0, 59, 0));
+        let line = "==== 1 failed, 2 passed, 3 skipped, 4 errors in 61.20s (0:01:01) ====";
+        assert_eq!(pytest_counts(line), all(5, 2, 3));
+        assert_eq!(pytest_counts("no tests ran in 0.01s"), all(0, 0, 0));
+        assert_eq!(pytest_counts("tests passed in a row"), None);
+        let row =
+            pytest("x", Duration::from_secs(9), shell("echo FAILED a::b; echo 1 passed in 1s"));
+        assert_eq!((row.counts.failed, row.notes.len()), (0, 1));
+        let row = pytest("x", Duration::from_secs(9), shell("echo 1 passed in 1s; exit 1"));
+        assert_eq!(row.counts.failed, 1);
+        let row = pytest("x", Duration::from_secs(9), shell("echo no tests ran in 1s"));
+        assert_eq!(row.counts.failed, 1);
     }
 
     #[test]
