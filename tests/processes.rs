@@ -817,6 +817,18 @@ fn host_loop(name: &str, way: Way) {
         assert_eq!(waiting.await.expect("receiving").len_bytes(), 7);
         a.close(thalweg::CloseReason::new(1, "done")).await.expect("closing");
         assert_eq!(b.closed().await.kind(), ErrorKind::Closed);
+        assert_eq!(b.ended().map(|why| why.kind()), Some(ErrorKind::Closed));
+        // A closed node has nothing left to do; one whose loop has ended fails what waits.
+        let (c, d) = thalweg_tests::connect(&one.node, &listener).await;
+        assert!(c.ended().is_none() && !one.node.is_wound_up());
+        one.node.host_ended();
+        assert!(one.node.is_wound_up());
+        assert_eq!(c.ended().map(|why| why.kind()), Some(ErrorKind::RuntimeGone));
+        let refused = one.node.connect("thalweg://127.0.0.1:1").await;
+        assert_eq!(refused.map(drop).map_err(|why| why.kind()), Err(ErrorKind::RuntimeGone));
+        d.closed().await;
+        two.node.close(thalweg::CloseReason::new(2, "done")).await;
+        until("wound up", || two.node.is_wound_up()).await;
     });
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -60,25 +61,29 @@ const WOKEN: u8 = 1;
 const AT_WORK: u8 = 2;
 
 impl WakeHost {
+    fn new(host: Arc<HostLoop>) -> Self {
+        WakeHost { host, state: AtomicU8::new(0) }
+    }
+
     fn signal(&self) {
         if self.state.fetch_or(WOKEN, Ordering::AcqRel) == 0 {
             self.host.wake();
         }
     }
 
-    /// Whether the task was woken since the last call.
-    fn take(&self) -> bool {
-        self.state.fetch_and(!WOKEN, Ordering::AcqRel) & WOKEN != 0
-    }
-
-    fn begin(&self) {
+    /// Collects what is ready, and calls `poll` if the task was woken by that or before. One caller
+    /// at a time.
+    fn turn(&self, poll: impl FnOnce()) -> io::Result<()> {
         self.state.fetch_or(AT_WORK, Ordering::AcqRel);
-    }
-
-    fn end(&self) {
+        let drained = self.host.drain();
+        // What the waker of before wrote is seen by the poll: both are read-modify-writes.
+        if self.state.fetch_and(!WOKEN, Ordering::AcqRel) & WOKEN != 0 {
+            poll();
+        }
         if self.state.fetch_and(!AT_WORK, Ordering::AcqRel) & WOKEN != 0 {
             self.host.wake();
         }
+        drained
     }
 }
 
@@ -126,7 +131,7 @@ impl Node {
         let host = HostLoop::new().map_err(failed)?;
         let shared = NodeShared::new(config, Reactor::Host(host.clone()))?;
         let resident = Resident::new(shared.clone()).map_err(failed)?;
-        let wakeup = Arc::new(WakeHost { host: host.clone(), state: AtomicU8::new(0) });
+        let wakeup = Arc::new(WakeHost::new(host.clone()));
         let waker = Waker::from(wakeup.clone());
         wakeup.signal();
         let host = Some(HostSide { host, resident: Mutex::new(Some(resident)), wakeup, waker });
@@ -154,18 +159,13 @@ impl Node {
             side.host.wake();
             return Ok(());
         };
-        side.wakeup.begin();
-        let drained = side.host.drain();
-        if side.wakeup.take()
-            && let Some(running) = &mut *resident
-        {
-            let mut cx = Context::from_waker(&side.waker);
-            if Pin::new(running).poll(&mut cx).is_ready() {
+        let drained = side.wakeup.turn(|| {
+            if let Some(running) = &mut *resident
+                && Pin::new(running).poll(&mut Context::from_waker(&side.waker)).is_ready()
+            {
                 *resident = None;
             }
-        }
-        drop(resident);
-        side.wakeup.end();
+        });
         drained.map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))
     }
 
@@ -366,4 +366,61 @@ impl Future for RecvAny<'_> {
 /// Waits until `over` says so, looking whenever the waker it is given is called.
 pub(crate) async fn until(mut over: impl FnMut(&Waker) -> bool) {
     poll_fn(|cx| if over(cx.waker()) { Poll::Ready(()) } else { Poll::Pending }).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    fn readable(host: &HostLoop, timeout_ms: i32) -> bool {
+        let mut watched =
+            libc::pollfd { fd: host.fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one element, a local.
+        unsafe { libc::poll(&mut watched, 1, timeout_ms) > 0 }
+    }
+
+    #[test]
+    fn a_wake_from_inside_of_a_turn_costs_no_turn_of_its_own() {
+        let host = HostLoop::new().expect("epoll");
+        let wakeup = WakeHost::new(host.clone());
+        assert!(!readable(&host, 0));
+        wakeup.signal();
+        wakeup.signal();
+        assert!(readable(&host, 0));
+        let mut polls = 0;
+        wakeup.turn(|| polls += 1).expect("a turn");
+        assert!(polls == 1 && !readable(&host, 0));
+        wakeup.turn(|| polls += 1).expect("a turn");
+        assert_eq!(polls, 1, "nobody woke it");
+        // A task that wakes itself is polled in the next turn.
+        wakeup.signal();
+        wakeup.turn(|| wakeup.signal()).expect("a turn");
+        assert!(readable(&host, 0));
+        wakeup.turn(|| polls += 1).expect("a turn");
+        assert!(polls == 2 && !readable(&host, 0));
+    }
+
+    #[test]
+    fn no_wake_from_another_thread_is_lost() {
+        const ROUNDS: u64 = 20_000;
+        let host = HostLoop::new().expect("epoll");
+        let (wakeup, work) = (WakeHost::new(host.clone()), AtomicU64::new(0));
+        let (wakeup, work) = (&wakeup, &work);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for _ in 0..ROUNDS {
+                    work.fetch_add(1, Ordering::Relaxed);
+                    wakeup.signal();
+                }
+            });
+            let mut seen = 0;
+            while seen < ROUNDS {
+                assert!(readable(&host, 10_000), "a wake was lost after {seen}");
+                wakeup.turn(|| seen = work.load(Ordering::Relaxed)).expect("a turn");
+            }
+        });
+    }
 }

@@ -255,6 +255,19 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_of_the_allocators_own_comes_back() {
+        let mut bytes = PoolBuf::from_buffer(vec![0u8; 10], 8);
+        bytes.copy_from_slice(b"12345678");
+        let Err(bytes) = bytes.into_buffer::<Box<[u8]>>() else { panic!("it is no box") };
+        assert_eq!(bytes.into_buffer::<Vec<u8>>().expect("the same"), b"12345678\0\0");
+        assert_eq!(PoolBuf::from_buffer(vec![1u8], 8).len(), 1, "no more than there is");
+        let pool = HostPool::new(1 << 20);
+        let pooled = pool.allocate(8192).expect("memory").into_buffer::<Vec<u8>>();
+        drop(pooled.expect_err("the pool's own"));
+        assert_eq!(pool.cached_bytes(), 8192, "the pool has it back");
+    }
+
+    #[test]
     fn absurd_sizes_are_refused() {
         assert!(HostPool::new(0).allocate(usize::MAX).is_none());
         assert!(HostPool::new(0).allocate(1 << 60).is_none());
