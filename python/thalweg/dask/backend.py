@@ -82,17 +82,16 @@ class ThalwegListener(BaseListener):
         allow_offload: bool = True,
         default_host: str | None = None,
         default_port: int = 0,
-        handshake_overrides: dict[str, Any] | None = None,
         **connection_args: Any,
     ):
         super().__init__()
+        # As for tcp, nothing else is looked at: neither ssl_context nor handshake_overrides.
         _check_encryption(address, connection_args)
         self.ip, self.port = parse_host_port(address, default_port)
         self.default_host = default_host
         self.comm_handler = comm_handler
         self.deserialize = deserialize
         self.allow_offload = allow_offload
-        self.handshake_overrides = handshake_overrides
         # Dask's servers listen with a method of theirs.
         self.server = getattr(comm_handler, "__self__", None)
         self.bound_address: tuple[str, int] | None = None
@@ -161,7 +160,7 @@ class ThalwegListener(BaseListener):
         )
         comm.allow_offload = self.allow_offload
         try:
-            await self.on_connection(comm, self.handshake_overrides)
+            await self.on_connection(comm)
         except CommClosedError:
             logger.info("Connection from %s closed before handshake completed", address)
             return
