@@ -920,7 +920,7 @@ async def test_an_address_of_another_machine(protocol):
     import errno
 
     with pytest.raises(OSError) as caught:
-        await listen(f"{protocol}://192.0.2.1:0", lambda comm: None)
+        await listen(f"{protocol}://203.0.113.77:0", lambda comm: None)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
