@@ -44,7 +44,7 @@ _ended: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], Counts]] = (
 class Traffic:
     """What a comm has to say about its connection."""
 
-    __slots__ = ("endpoint", "incoming", "link", "owner", "peer")
+    __slots__ = ("_why", "endpoint", "incoming", "link", "owner", "peer")
 
     def __init__(self, endpoint: thalweg.Endpoint, peer: str, incoming: bool, owner: Any):
         self.endpoint = endpoint
@@ -53,6 +53,14 @@ class Traffic:
         self.incoming = incoming
         # Of who was connected to. Of who connects Dask says it when the comm is there.
         self.owner = None if owner is None else weakref.ref(owner)
+        self._why: str | None = None
+
+    @property
+    def why(self) -> str:
+        """Why this link, and what spoke against those before it."""
+        if self._why is None:
+            self._why = explained(self.endpoint.route()["candidates"])
+        return self._why
 
 
 def started(comm: ThalwegComm) -> None:
@@ -99,11 +107,11 @@ def metric(server: Any) -> dict[str, Any]:
     ``peers`` has, for each address and each link that was used to it, the number of open
     ``connections``, and ``bytes_sent``, ``bytes_received``, ``messages_sent`` and
     ``messages_received`` since the server began. ``incoming`` has the number of open connections
-    that others have opened, by link. ``routes`` says for each peer why the link was chosen.
+    that others have opened, by link. ``routes`` says why a link was chosen, and for which peers.
     """
     table = {key: dict(counts) for key, counts in _ended.get(server, {}).items()}
     incoming: dict[str, int] = {}
-    routes: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for comm in list(_live):
         if owner_of(comm) is not server:
             continue
@@ -112,16 +120,17 @@ def metric(server: Any) -> dict[str, Any]:
             incoming[link] = incoming.get(link, 0) + 1
             continue
         _add(table, comm, open_now=1)
-        routes.setdefault(comm.traffic.peer, why(comm.traffic.endpoint))
+        if comm.traffic.peer not in reasons:
+            reasons[comm.traffic.peer] = comm.traffic.why
     table = _bounded(table)
     peers: dict[str, dict[str, Counts]] = {}
     for (peer, link), counts in table.items():
         peers.setdefault(peer, {})[link] = counts
-    return {
-        "peers": peers,
-        "incoming": incoming,
-        "routes": {peer: text for peer, text in routes.items() if peer in peers},
-    }
+    routes: dict[str, list[str]] = {}
+    for peer, text in reasons.items():
+        if peer in peers:
+            routes.setdefault(text, []).append(peer)
+    return {"peers": peers, "incoming": incoming, "routes": routes}
 
 
 def _bounded(table: dict[tuple[str, str], Counts]) -> dict[tuple[str, str], Counts]:
@@ -138,14 +147,14 @@ def _bounded(table: dict[tuple[str, str], Counts]) -> dict[tuple[str, str], Coun
     return named
 
 
-def why(endpoint: thalweg.Endpoint) -> str:
-    """Why this link, and what spoke against those before it, in one line."""
+def explained(candidates: list[dict[str, Any]]) -> str:
+    """The candidates of a route up to the one that was chosen, in one line."""
     reasons = []
-    for candidate in endpoint.route()["candidates"]:
-        if candidate["verdict"] == "usable":
-            continue
+    for candidate in candidates:
         text = f"{candidate['link']} {candidate['verdict']}: {candidate['reason']}"
-        if candidate.get("fix"):
+        if candidate["verdict"] == "rejected" and candidate.get("fix"):
             text += f" (to change that: {candidate['fix']})"
         reasons.append(text)
+        if candidate["verdict"] == "chosen":
+            break
     return "; ".join(reasons)
