@@ -26,6 +26,7 @@ NOISY_LOGGERS = ("asyncio", "tornado.application", "distributed.comm.thalweg", "
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "noisy: the test provokes errors in the log")
+    config.addinivalue_line("markers", "limit(seconds): how long a test with a cluster may take")
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from tornado.ioloop import IOLoop
 
 from . import errors, install
 from .comm import ThalwegComm
-from .node import node_here
+from .node import LoopNode, node_here
 
 logger = logging.getLogger("distributed.comm.thalweg")
 
@@ -52,14 +53,20 @@ class ThalwegConnector(Connector):
         _check_encryption(address, connection_args)
         host, port = parse_host_port(address)
         target = PREFIX + unparse_host_port(host or "localhost", port)
+        node = node_here()
+        node.enter()
         try:
-            endpoint = await node_here().connect(target)
+            endpoint = await node.node.connect(target)
+            if endpoint.is_closed:
+                raise CommClosedError(f"in {self}: {target} hung up")
+            local = _local_address(endpoint, host)
+            return self.comm_class(
+                endpoint, local, self.prefix + address, deserialize, node=node
+            )
         except thalweg.Error as error:
             raise errors.closed(self, error) from error
-        if endpoint.is_closed:
-            raise CommClosedError(f"in {self}: {target} hung up")
-        local = _local_address(endpoint, host)
-        return self.comm_class(endpoint, local, self.prefix + address, deserialize)
+        finally:
+            node.leave()
 
 
 def _local_address(endpoint: thalweg.Endpoint, peer_host: str) -> str:
@@ -96,17 +103,17 @@ class ThalwegListener(BaseListener):
         self.server = getattr(comm_handler, "__self__", None)
         self.bound_address: tuple[str, int] | None = None
         self._listeners: list[thalweg.Listener] = []
+        self._node: LoopNode | None = None
 
     async def start(self) -> None:
-        for attempt in range(PORT_ATTEMPTS):
-            try:
-                self._listeners = await self._bind()
-                break
-            except OSError as error:
-                # The port that the system chose for one family may be taken in the other.
-                last = self.port != 0 or attempt == PORT_ATTEMPTS - 1
-                if last or error.errno != errno.EADDRINUSE:
-                    raise
+        node = node_here()
+        node.enter()
+        try:
+            self._listeners = await self._bind_any(node.node)
+        except BaseException:
+            node.leave()
+            raise
+        self._node = node
         self.bound_address = parse_host_port(self._listeners[0].address)
         if self.server is not None:
             install.for_server(self.server)
@@ -115,7 +122,21 @@ class ThalwegListener(BaseListener):
                 asyncio.ensure_future(self._accept(listener)), lambda task: task.result()
             )
 
-    async def _bind(self) -> list[thalweg.Listener]:
+    async def _bind_any(self, node: thalweg.Node) -> list[thalweg.Listener]:
+        for attempt in itertools.count(1):
+            try:
+                return await self._bind(node)
+            except OSError as error:
+                # The port that the system chose for one family may be taken in the other.
+                if (
+                    self.port != 0
+                    or attempt == PORT_ATTEMPTS
+                    or error.errno != errno.EADDRINUSE
+                ):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _bind(self, node: thalweg.Node) -> list[thalweg.Listener]:
         """One listener for each address that the host means; all on the same port."""
         hosts = await _addresses_to_bind(self.ip, self.port)
         listeners: list[thalweg.Listener] = []
@@ -123,7 +144,7 @@ class ThalwegListener(BaseListener):
         for host in hosts:
             address = PREFIX + unparse_host_port(host, port)
             try:
-                listeners.append(await node_here().listen(address))
+                listeners.append(await node.listen(address))
             except thalweg.Error as error:
                 if listeners and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     # A name may stand for addresses that this machine does not have.
@@ -148,7 +169,8 @@ class ThalwegListener(BaseListener):
             )
 
     async def _handle_endpoint(self, endpoint: thalweg.Endpoint) -> None:
-        if not self._listeners:
+        node = self._node
+        if node is None:
             endpoint.abort()
             return
         address = _with_prefix(endpoint.peer_address)
@@ -156,7 +178,13 @@ class ThalwegListener(BaseListener):
         known = getattr(endpoint, "local_address", None)
         local = self.contact_address if known is None else _with_prefix(known)
         comm = self.comm_class(
-            endpoint, local, address, self.deserialize, incoming=True, owner=self.server
+            endpoint,
+            local,
+            address,
+            self.deserialize,
+            node=node,
+            incoming=True,
+            owner=self.server,
         )
         comm.allow_offload = self.allow_offload
         try:
@@ -173,6 +201,9 @@ class ThalwegListener(BaseListener):
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.close()
+        node, self._node = self._node, None
+        if node is not None:
+            node.leave()
 
     def _check_started(self) -> None:
         if not self._listeners:

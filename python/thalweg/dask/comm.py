@@ -22,6 +22,7 @@ from distributed.utils import ensure_memoryview, nbytes
 from tornado import gen
 
 from . import config, errors, traffic
+from .node import LoopNode, begin
 
 # Below the loggers that Dask's configuration sets levels for.
 logger = logging.getLogger("distributed.comm.thalweg")
@@ -49,6 +50,7 @@ class ThalwegComm(Comm):
         peer_addr: str,
         deserialize: bool = True,
         *,
+        node: LoopNode,
         incoming: bool = False,
         owner: Any = None,
     ):
@@ -59,11 +61,13 @@ class ThalwegComm(Comm):
         self._endpoint: thalweg.Endpoint | None = endpoint
         self._loop = asyncio.get_running_loop()
         self._writing = 0
+        self._why_ended: thalweg.Error | None = None
         self.traffic = traffic.Traffic(endpoint, peer_addr, incoming, owner)
         self._finalizer = weakref.finalize(self, _finalize, endpoint, repr(self))
         self._finalizer.atexit = False
         traffic.started(self)
-        endpoint.add_close_callback(functools.partial(_ended, weakref.ref(self)))
+        node.enter()
+        endpoint.add_close_callback(functools.partial(_ended, weakref.ref(self), node))
 
     @property
     def local_address(self) -> str:
@@ -83,9 +87,7 @@ class ThalwegComm(Comm):
         return {"link": self.traffic.link}
 
     async def read(self, deserializers: Any = None) -> Any:
-        endpoint = self._endpoint
-        if endpoint is None:
-            raise CommClosedError()
+        endpoint = self._open_endpoint()
         try:
             frames = await endpoint.recv()
         except thalweg.Error as error:
@@ -108,9 +110,7 @@ class ThalwegComm(Comm):
             raise CommClosedError("aborted stream on truncated data")
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
-        endpoint = self._endpoint
-        if endpoint is None:
-            raise CommClosedError()
+        endpoint = self._open_endpoint()
         compressed = self.handshake_options.get("compression")
         frames = await to_frames(
             msg,
@@ -160,7 +160,7 @@ class ThalwegComm(Comm):
         timeout = config.close_timeout()
         last_resort = self._loop.call_later(timeout, endpoint.abort)
         endpoint.add_close_callback(functools.partial(_over, ended, last_resort))
-        _begin(endpoint.close())
+        begin(endpoint.close())
         wait = timeout if self._writing else min(timeout, CLOSE_WAIT_S)
         patience = self._loop.call_later(wait, _tell, ended)
         try:
@@ -177,6 +177,13 @@ class ThalwegComm(Comm):
     def closed(self) -> bool:
         return self._closed
 
+    def _open_endpoint(self) -> thalweg.Endpoint:
+        if self._endpoint is not None:
+            return self._endpoint
+        if self._why_ended is not None:
+            raise errors.closed(self, self._why_ended) from self._why_ended
+        raise CommClosedError()
+
     def _forget(self) -> None:
         self._endpoint = None
         self._closed = True
@@ -184,12 +191,18 @@ class ThalwegComm(Comm):
         traffic.ended(self)
 
 
-def _ended(ref: weakref.ref[ThalwegComm], _endpoint: thalweg.Endpoint, _why: Any) -> None:
+def _ended(
+    ref: weakref.ref[ThalwegComm], node: LoopNode, endpoint: thalweg.Endpoint, why: thalweg.Error
+) -> None:
     """The endpoint has ended. What had arrived by then can still be read."""
     comm = ref()
     if comm is not None:
         comm._closed = True
         traffic.ended(comm)
+        if comm._endpoint is not None and not endpoint.stats()["inbox_messages"]:
+            comm._forget()
+            comm._why_ended = why
+    node.leave()
 
 
 def _over(
@@ -205,14 +218,6 @@ def _over(
 def _tell(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _begin(operation: Any) -> None:
-    """Starts an operation that goes on by itself."""
-    try:
-        operation.__await__().send(None)
-    except (StopIteration, thalweg.Error):
-        pass
 
 
 def _put_together(frames: list[Any], size: int) -> list[Any]:

@@ -44,10 +44,10 @@ _ended: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], Counts]] = (
 class Traffic:
     """What a comm has to say about its connection."""
 
-    __slots__ = ("_why", "endpoint", "incoming", "link", "owner", "peer")
+    __slots__ = ("_endpoint", "_why", "incoming", "link", "owner", "peer")
 
     def __init__(self, endpoint: thalweg.Endpoint, peer: str, incoming: bool, owner: Any):
-        self.endpoint = endpoint
+        self._endpoint: thalweg.Endpoint | None = endpoint
         self.link: str = endpoint.link
         self.peer = peer
         self.incoming = incoming
@@ -58,9 +58,20 @@ class Traffic:
     @property
     def why(self) -> str:
         """Why this link, and what spoke against those before it."""
-        if self._why is None:
-            self._why = explained(self.endpoint.route()["candidates"])
-        return self._why
+        if self._why is None and self._endpoint is not None:
+            self._why = explained(self._endpoint.route()["candidates"])
+        return self._why or ""
+
+    def counts(self) -> Counts:
+        """What has gone over the connection so far."""
+        if self._endpoint is None:
+            return {}
+        stats = self._endpoint.stats()
+        return {name: stats[source] for name, source in _COUNTED.items()}
+
+    def let_go(self) -> None:
+        """Dask keeps comms that are closed; an endpoint would keep the whole node."""
+        self._endpoint = None
 
 
 def started(comm: ThalwegComm) -> None:
@@ -76,6 +87,7 @@ def ended(comm: ThalwegComm) -> None:
     owner = owner_of(comm)
     if owner is not None and not comm.traffic.incoming:
         _add(_ended.setdefault(owner, {}), comm, open_now=0)
+    comm.traffic.let_go()
 
 
 def owner_of(comm: ThalwegComm) -> Any:
@@ -90,9 +102,8 @@ def owner_of(comm: ThalwegComm) -> Any:
 
 def _add(table: dict[tuple[str, str], Counts], comm: ThalwegComm, open_now: int) -> None:
     traffic = comm.traffic
-    stats = traffic.endpoint.stats()
-    counts = {name: stats[source] for name, source in _COUNTED.items()}
-    _sum(table, (traffic.peer, traffic.link), {"connections": open_now, **counts})
+    counts = {"connections": open_now, **traffic.counts()}
+    _sum(table, (traffic.peer, traffic.link), counts)
 
 
 def _sum(table: dict[tuple[str, str], Counts], key: tuple[str, str], counts: Counts) -> None:
