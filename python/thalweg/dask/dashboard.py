@@ -122,11 +122,11 @@ class Pairs(DashboardComponent):
 
     def _chart(self) -> Any:
         chart = figure(
-            title="Traffic by pair (colour: link; strength: bytes, both ways)",
+            title="Traffic between who connected (from) and whom to (colour: link; strength: bytes, both ways)",
             x_range=FactorRange(),
             y_range=FactorRange(),
             x_axis_label="to",
-            y_axis_label="from, who opened the connection",
+            y_axis_label="from",
             height=320,
             sizing_mode="stretch_width",
             tools="",
