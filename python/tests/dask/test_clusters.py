@@ -22,7 +22,7 @@ from cluster_support import (
     wait_for,
     worker_program,
 )
-from conftest import in_loop, until
+from dask_support import in_loop, until
 from distributed import Client, LocalCluster, Nanny, Scheduler, Security, Worker, wait
 from distributed.comm import get_address_host
 from test_contract import needs_ipv6

@@ -7,7 +7,7 @@ import browser
 import numpy as np
 import pytest
 from cluster_support import bounded, no_processes_left
-from conftest import in_loop, until
+from dask_support import in_loop, until
 
 pytest.importorskip("bokeh")
 

@@ -67,7 +67,9 @@ class ThalwegComm(Comm):
         self._finalizer.atexit = False
         traffic.started(self)
         node.enter()
-        endpoint.add_close_callback(functools.partial(_ended, weakref.ref(self), node))
+        # Weakly: a callback that is never called, since its loop has ended, keeps nothing.
+        known = (weakref.ref(self), weakref.ref(node))
+        endpoint.add_close_callback(functools.partial(_ended, *known))
 
     @property
     def local_address(self) -> str:
@@ -98,6 +100,8 @@ class ThalwegComm(Comm):
             # their answers: the next read would get that of the one which was given up.
             self.abort()
             raise
+        # An exception that is kept somewhere keeps this frame.
+        del endpoint
         try:
             return await from_frames(
                 _taken_apart(frames),
@@ -110,7 +114,7 @@ class ThalwegComm(Comm):
             raise CommClosedError("aborted stream on truncated data")
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
-        endpoint = self._open_endpoint()
+        self._open_endpoint()
         compressed = self.handshake_options.get("compression")
         frames = await to_frames(
             msg,
@@ -124,6 +128,7 @@ class ThalwegComm(Comm):
             },
             frame_split_size=self.max_shard_size if compressed else sys.maxsize,
         )
+        endpoint = self._open_endpoint()
         size = sum(map(nbytes, frames))
         # From here to where the endpoint has taken the message nothing is awaited: messages keep
         # the order in which they were serialised.
@@ -192,17 +197,22 @@ class ThalwegComm(Comm):
 
 
 def _ended(
-    ref: weakref.ref[ThalwegComm], node: LoopNode, endpoint: thalweg.Endpoint, why: thalweg.Error
+    comm_ref: weakref.ref[ThalwegComm],
+    node_ref: weakref.ref[LoopNode],
+    endpoint: thalweg.Endpoint,
+    why: thalweg.Error,
 ) -> None:
     """The endpoint has ended. What had arrived by then can still be read."""
-    comm = ref()
+    comm = comm_ref()
     if comm is not None:
         comm._closed = True
         traffic.ended(comm)
         if comm._endpoint is not None and not endpoint.stats()["inbox_messages"]:
             comm._forget()
             comm._why_ended = why
-    node.leave()
+    node = node_ref()
+    if node is not None:
+        node.leave()
 
 
 def _over(

@@ -19,8 +19,18 @@ class LoopNode:
     """A node and the number of its users."""
 
     def __init__(self) -> None:
-        self.node = thalweg.Node(**config.node_arguments())
+        self._node: thalweg.Node | None = thalweg.Node(**config.node_arguments())
         self._users = 0
+
+    @property
+    def node(self) -> thalweg.Node:
+        """The node, which those who have entered may use."""
+        assert self._node is not None
+        return self._node
+
+    @property
+    def is_closed(self) -> bool:
+        return self._node is None or self._node.is_closed
 
     def enter(self) -> None:
         self._users += 1
@@ -33,8 +43,10 @@ class LoopNode:
         for loop, known in list(_nodes.items()):
             if known is self:
                 del _nodes[loop]
-        if not self.node.is_closed:
-            begin(self.node.close())
+        # Those who left may be kept by somebody, and this with them; not so what it holds.
+        node, self._node = self._node, None
+        if node is not None and not node.is_closed:
+            begin(node.close())
 
 
 _nodes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopNode] = (
@@ -49,7 +61,7 @@ def node_here() -> LoopNode:
     """
     loop = asyncio.get_running_loop()
     known = _nodes.get(loop)
-    if known is None or known.node.is_closed:
+    if known is None or known.is_closed:
         # Loops that ended while something was open, and that somebody still holds.
         for ended in [other for other in list(_nodes) if other.is_closed()]:
             _nodes.pop(ended, None)
