@@ -1,6 +1,7 @@
 """What the tests with whole clusters share: limits of time, and processes that are cleaned up."""
 
 import contextlib
+import copy
 import os
 import pathlib
 import queue
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 
+import dask.config
 import psutil
 import pytest
 
@@ -45,6 +47,15 @@ def is_helper(process):
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
     return "resource_tracker" in words or "forkserver" in words
+
+
+@contextlib.contextmanager
+def settings_as_before():
+    """A client that could not connect leaves itself in Dask's configuration."""
+    before = copy.deepcopy(dask.config.config)
+    yield
+    dask.config.config.clear()
+    dask.config.config.update(before)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from cluster_support import (
     no_processes_left,
     only_thalweg,
     scheduler_program,
+    settings_as_before,
     wait_for,
     worker_program,
 )
@@ -31,7 +32,7 @@ from test_contract import needs_ipv6
 @pytest.fixture(autouse=True)
 def tidy(request):
     marker = request.node.get_closest_marker("limit")
-    with no_processes_left(), bounded(marker.args[0] if marker else 60):
+    with settings_as_before(), no_processes_left(), bounded(marker.args[0] if marker else 60):
         yield
 
 

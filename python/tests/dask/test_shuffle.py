@@ -5,14 +5,18 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import dask
 import dask.config
 import numpy as np
-import psutil
 import pytest
-from cluster_support import PROTOCOL, bounded, no_processes_left, wait_for
+from cluster_support import (
+    PROTOCOL,
+    bounded,
+    no_processes_left,
+    settings_as_before,
+    wait_for,
+)
 from distributed import Client
 from test_clusters import local_cluster, pid_of, workers_of
 
@@ -25,6 +29,7 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 @pytest.fixture(autouse=True)
 def tidy(tmp_path):
     with (
+        settings_as_before(),
         dask.config.set({"temporary-directory": str(tmp_path)}),
         no_processes_left(),
         bounded(100),
