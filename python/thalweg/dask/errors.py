@@ -1,0 +1,33 @@
+"""thalweg's errors as those that Dask expects."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, NoReturn
+
+import thalweg
+from distributed.comm.core import CommClosedError, FatalCommClosedError
+
+#: What trying again does not change: ``distributed.comm.connect`` gives up at once.
+FATAL_KINDS = frozenset({"version-mismatch", "no-route", "invalid-input", "unsupported", "forked"})
+
+
+def closed(where: Any, error: BaseException) -> CommClosedError:
+    """What Dask calls this error of a comm, a connector or a listener."""
+    text = f"in {where}: {type(error).__name__}: {error}"
+    if isinstance(error, thalweg.Error) and error.kind in FATAL_KINDS:
+        return FatalCommClosedError(text)
+    return CommClosedError(text)
+
+
+def raise_from_listening(address: str, error: thalweg.Error) -> NoReturn:
+    """Binding fails with what a socket would say: callers look at ``errno``."""
+    if error.kind == "name-resolution":
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
+    if error.errno is not None:
+        text = f"{os.strerror(error.errno)} ({address})"
+        raise OSError(error.errno, text) from error
+    if isinstance(error, (OSError, ValueError, RuntimeError)):
+        raise error
+    raise OSError(str(error)) from error
