@@ -12,8 +12,10 @@ use crate::{With, minutes};
 /// What the tests need, pinned.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
 /// The groups of tests: a name, where they are, and how many minutes they may take.
-const GROUPS: [(&str, &[&str], u64); 1] =
-    [("python: the package", &["test_messages.py", "test_operations.py", "test_lifecycle.py"], 4)];
+const GROUPS: [(&str, &[&str], u64); 2] = [
+    ("python: the package", &["test_messages.py", "test_operations.py", "test_lifecycle.py"], 4),
+    ("python: the backend for Dask", &["dask"], 12),
+];
 
 pub fn tests(root: &Path, install: bool) -> Summary {
     let mut summary = Summary::new();

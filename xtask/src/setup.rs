@@ -23,7 +23,9 @@ const NETWORKS: &str = "tests over network namespaces";
 const BASELINE: &str = "tests over ucx, the baseline ucx of pingpong and bandwidth";
 const GUEST: &str = "tests of loss and delay in a virtual machine";
 
-const TOOLS: [Tool; 9] = [
+const BROWSER: &str = "the test that looks at the page for Dask's dashboard";
+
+const TOOLS: [Tool; 10] = [
     tool("ip", "iproute2", NETWORKS),
     tool("tc", "iproute2", NETWORKS),
     tool("ucx_perftest", "ucx-utils", BASELINE),
@@ -33,6 +35,7 @@ const TOOLS: [Tool; 9] = [
     tool("cpio", "cpio", GUEST),
     tool("xz", "xz-utils", GUEST),
     tool("zstd", "zstd", GUEST),
+    tool("chromium", "chromium", BROWSER),
 ];
 
 fn missing() -> Vec<&'static Tool> {
