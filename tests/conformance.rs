@@ -1343,6 +1343,8 @@ async fn hello_both_ways(way: Way) {
     assert_eq!(pair.a.peer().hello, vec![7; 16 * 1024]);
     assert_eq!(pair.a.peer().version.0, 1);
     assert_eq!(pair.a.peer().address, pair.listener.address().to_string());
+    assert_eq!(pair.b.peer().local_address, pair.a.peer().address);
+    assert_eq!(pair.a.peer().local_address, pair.b.peer().address);
     assert_ne!(pair.a.peer().node_id, pair.b.peer().node_id);
     let long = way.config().hello(vec![0; 16 * 1024 + 1]);
     assert_eq!(Node::new(long).expect_err("too long").kind(), ErrorKind::InvalidInput);

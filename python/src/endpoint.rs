@@ -266,6 +266,12 @@ impl Endpoint {
         &self.endpoint.peer().address
     }
 
+    /// Under which of its addresses, and from which port, this host reached the peer at first.
+    #[getter]
+    fn local_address(&self) -> &str {
+        &self.endpoint.peer().local_address
+    }
+
     /// What the peer's application said of itself.
     #[getter]
     fn peer_hello<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {

@@ -76,6 +76,8 @@ async def test_encryption_is_refused() -> None:
 async def test_close_says_why(link: str) -> None:
     async with pair(transports=link, hello=b"who I am") as (there, here):
         assert there.peer_hello == b"who I am"
+        assert there.local_address == here.peer_address
+        assert here.local_address == there.peer_address
         told: list[tuple[object, thalweg.Error]] = []
         for endpoint in (there, here):
             endpoint.add_close_callback(lambda endpoint, why: told.append((endpoint, why)))

@@ -12,6 +12,7 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -134,9 +135,7 @@ async fn dial(node: &NodeShared, address: &Address, shown: &str) -> Result<Strea
 
 /// Turns an accepted connection into an endpoint.
 pub(crate) async fn accept(node: Arc<NodeShared>, stream: Stream) -> Result<Arc<EndpointShared>> {
-    let shown = stream
-        .peer_address()
-        .map_or_else(|| "an unknown address".to_owned(), |from| Address::from(from).to_string());
+    let shown = show(stream.peer_address());
     let limit = node.config.handshake_timeout;
     let deadline = Instant::now() + limit;
     let counted = Counted::new(&node);
@@ -147,6 +146,10 @@ pub(crate) async fn accept(node: Arc<NodeShared>, stream: Stream) -> Result<Arc<
     .await;
     counted.done(&made);
     made
+}
+
+fn show(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "an unknown address".to_owned(), |at| Address::from(at).to_string())
 }
 
 /// Counts a handshake for as long as it lasts, also when it is dropped.
@@ -197,6 +200,7 @@ async fn establish(
     deadline: Instant,
 ) -> Result<Arc<EndpointShared>> {
     let config = &node.config;
+    let local_address = show(stream.local_address());
     let keepalive = Keepalive::within(config.keepalive);
     configure_socket(&stream, keepalive, None)
         .map_err(|error| lost(&shown, "setting the socket up", &error))?;
@@ -255,6 +259,7 @@ async fn establish(
     };
     let peer = Peer {
         address: shown,
+        local_address,
         node_id: theirs.node_id,
         hello: Bytes::from(theirs.app),
         version: (VERSION_MAJOR, minor),

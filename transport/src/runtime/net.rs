@@ -107,6 +107,10 @@ impl Stream {
         SockRef::from(&self.source.fd()).peer_addr().ok()?.as_socket()
     }
 
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        SockRef::from(&self.source.fd()).local_addr().ok()?.as_socket()
+    }
+
     pub fn into_source(self) -> Source {
         self.source
     }
