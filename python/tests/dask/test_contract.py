@@ -564,6 +564,22 @@ async def test_what_was_written_before_close_arrives(protocol):
 
 
 @in_loop
+async def test_what_was_not_read_is_there_after_the_peer_has_closed(protocol):
+    """A comm that its peer has closed is closed when everything has been read."""
+    async with pair(protocol) as (a, b):
+        await a.write("one")
+        await a.write("two")
+        await a.close()
+        await asyncio.sleep(0.1)
+        assert not b.closed()
+        assert await b.read() == "one"
+        assert await b.read() == "two"
+        await until(b.closed)
+        with pytest.raises(CommClosedError):
+            await b.read()
+
+
+@in_loop
 async def test_close_flushes_what_is_large(protocol):
     async with pair(protocol) as (a, b):
         read = asyncio.ensure_future(b.read())

@@ -100,6 +100,8 @@ class ThalwegComm(Comm):
             # their answers: the next read would get that of the one which was given up.
             self.abort()
             raise
+        if self._why_ended is not None:
+            self._look_for_more(endpoint)
         # An exception that is kept somewhere keeps this frame.
         del endpoint
         try:
@@ -189,6 +191,11 @@ class ThalwegComm(Comm):
             raise errors.closed(self, self._why_ended) from self._why_ended
         raise CommClosedError()
 
+    def _look_for_more(self, endpoint: thalweg.Endpoint) -> None:
+        """A comm whose peer has gone is closed once everything has been read, as with TCP."""
+        if not endpoint.stats()["inbox_messages"]:
+            self._forget()
+
     def _forget(self) -> None:
         self._endpoint = None
         self._closed = True
@@ -205,11 +212,10 @@ def _ended(
     """The endpoint has ended. What had arrived by then can still be read."""
     comm = comm_ref()
     if comm is not None:
-        comm._closed = True
         traffic.ended(comm)
-        if comm._endpoint is not None and not endpoint.stats()["inbox_messages"]:
-            comm._forget()
+        if comm._endpoint is not None:
             comm._why_ended = why
+            comm._look_for_more(endpoint)
     node = node_ref()
     if node is not None:
         node.leave()
