@@ -21,6 +21,7 @@ PROTOCOL = os.environ.get("THALWEG_TEST_PROTOCOL", "thalweg")
 
 only_thalweg = pytest.mark.skipif(PROTOCOL != "thalweg", reason="is about thalweg itself")
 
+HERE = str(pathlib.Path(__file__).parent)
 PACKAGE = pathlib.Path(__file__).parents[2]
 
 
@@ -98,7 +99,8 @@ class Program:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            # What a task is made of is looked up by the module's name.
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": HERE, **(env or {})},
         )
         self.lines = []
         self._new = queue.Queue()
