@@ -14,6 +14,9 @@ use crate::memory::Allocator;
 /// The kernel counts in seconds, and needs one for each of silence, probe and answer.
 const KEEPALIVE_MIN: Duration = Duration::from_secs(3);
 
+/// Points in time beyond this may not be representable.
+const TIME_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
+
 /// How an operation waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -372,6 +375,10 @@ impl Config {
         }
         if self.max_frames == 0 {
             return bad("no frame at all is allowed (THALWEG_MAX_FRAMES)".into());
+        }
+        let times = [self.connect_timeout, self.handshake_timeout, self.close_timeout];
+        if times.into_iter().chain([self.keepalive, self.spin_limit]).any(|time| time > TIME_MAX) {
+            return bad("a time of more than 10 years".into());
         }
         if self.connect_timeout.is_zero() {
             return bad("no time to connect in (THALWEG_CONNECT_TIMEOUT_MS)".into());

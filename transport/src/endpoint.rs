@@ -2,19 +2,20 @@
 
 use std::fmt;
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use crate::driver::core::Life;
 use crate::driver::endpoint::EndpointShared;
 use crate::driver::messages::Sent;
 use crate::driver::op::{self, Fence, Get, Op, Put, Recv, Send, TagRecv, TagSend};
+use crate::driver::waiters::Place;
 use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
 use crate::memory::{Buffer, BufferMut};
 use crate::message::Message;
-use crate::node::{Node, until};
+use crate::node::Node;
 use crate::peer::Peer;
 use crate::region::RemoteKey;
 use crate::route::Route;
@@ -352,28 +353,51 @@ impl Endpoint {
     }
 
     /// Waits until the endpoint has ended, and says why. Messages may still be there to receive.
+    /// The future is no handle: the endpoint closes when the last handle is dropped all the same.
     ///
     /// **Cancel safety.** Has no effect but waiting.
-    pub async fn closed(&self) -> Error {
-        if self.shared().forked() {
-            return op::forked();
+    pub fn closed(&self) -> Closed {
+        Closed { shared: self.shared().clone(), place: Place::default() }
+    }
+}
+
+/// See [`Endpoint::closed`].
+#[must_use = "nothing happens until it is awaited"]
+pub struct Closed {
+    shared: Arc<EndpointShared>,
+    place: Place,
+}
+
+impl Future for Closed {
+    type Output = Error;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Error> {
+        let this = &mut *self;
+        if this.shared.forked() {
+            return Poll::Ready(op::forked());
         }
-        let mut why = None;
-        until(|waker| {
-            let mut core = self.shared().core();
-            if core.ended()
-                && let Life::Dead(error) = &core.state.life
-            {
-                why = Some(error.clone());
-                return true;
-            }
-            if !core.state.end_waiters.iter().any(|known| known.will_wake(waker)) {
-                core.state.end_waiters.push(waker.clone());
-            }
-            false
-        })
-        .await;
-        why.unwrap_or_else(|| Error::new(ErrorKind::Closed, Phase::Close, ""))
+        let mut core = this.shared.core();
+        if core.ended()
+            && let Life::Dead(error) = &core.state.life
+        {
+            return Poll::Ready(error.clone());
+        }
+        if let Some(old) = core.state.end_waiters.wait(&mut this.place, cx.waker()) {
+            core.state.after.discard_waker(old);
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        if self.place.is_none() || self.shared.forked() {
+            return;
+        }
+        let mut core = self.shared.core();
+        if let Some(old) = core.state.end_waiters.leave(&mut self.place) {
+            core.state.after.discard_waker(old);
+        }
     }
 }
 

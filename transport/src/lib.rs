@@ -53,7 +53,7 @@ pub use config::{Config, Wake};
 pub use driver::op::{
     Cancel, Cancelling, Fence, Get, Kind, Op, Put, Recv, Send, TagRecv, TagSend, Tagged, Timed,
 };
-pub use endpoint::{Endpoint, TrySendError};
+pub use endpoint::{Closed, Endpoint, TrySendError};
 pub use error::{CloseReason, Error, ErrorKind, Failed, Phase, Result};
 pub use link::{LinkCounters, LinkKind};
 pub use listener::Listener;

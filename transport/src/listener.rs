@@ -16,6 +16,7 @@ use crate::address::Address;
 use crate::driver::bootstrap;
 use crate::driver::endpoint::EndpointShared;
 use crate::driver::node::NodeShared;
+use crate::driver::waiters::{Place, Waiters};
 use crate::driver::{Mutex, lock};
 use crate::endpoint::Endpoint;
 use crate::error::{Error, Phase, Result};
@@ -31,7 +32,7 @@ const ACCEPTED_MAX: usize = 4096;
 #[derive(Default)]
 struct Queue {
     accepted: VecDeque<Arc<EndpointShared>>,
-    waiters: Vec<Waker>,
+    waiters: Waiters,
     /// The listener is gone: what still comes up is closed.
     closed: bool,
     /// Why there will be no more.
@@ -63,13 +64,15 @@ impl Listener {
         let named = |doing: &str, error: &std::io::Error| {
             Error::from_io(Phase::Listen, format!("{doing} {address}"), error)
         };
-        let addresses = resolve(address.host(), address.port()).await.map_err(|error| {
-            Error::new(
-                crate::ErrorKind::NameResolution,
-                Phase::Listen,
-                format!("{}: {error}", address.host()),
-            )
-        })?;
+        let resolving = async {
+            resolve(address.host(), address.port()).await.map_err(|error| {
+                let what = format!("{}: {error}", address.host());
+                Error::new(crate::ErrorKind::NameResolution, Phase::Listen, what)
+            })
+        };
+        let (limit, shown) = (config.connect_timeout, address.to_string());
+        let addresses =
+            bootstrap::within(shared_node, limit, &shown, "resolving", resolving).await?;
         let Some(&first) = addresses.first() else {
             return Err(Error::new(
                 crate::ErrorKind::NameResolution,
@@ -110,6 +113,7 @@ impl Listener {
     ///
     /// **Cancel safety.** Dropping the future loses no endpoint.
     pub async fn accept(&self) -> Result<Endpoint> {
+        let mut waiting = Waiting { shared: &self.shared, place: Place::default() };
         let shared = poll_fn(|cx| {
             if let Err(error) = self.node.shared().usable() {
                 return Poll::Ready(Err(error));
@@ -118,7 +122,7 @@ impl Listener {
             if let Some(endpoint) = queue.accepted.pop_front() {
                 let looper = queue.looper.take();
                 // Others may wait for what is left.
-                let waiters = std::mem::take(&mut queue.waiters);
+                let waiters = queue.waiters.take();
                 drop(queue);
                 looper.into_iter().chain(waiters).for_each(Waker::wake);
                 return Poll::Ready(Ok(endpoint));
@@ -126,9 +130,9 @@ impl Listener {
             if let Some(error) = &queue.ended {
                 return Poll::Ready(Err(error.clone()));
             }
-            if !queue.waiters.iter().any(|known| known.will_wake(cx.waker())) {
-                queue.waiters.push(cx.waker().clone());
-            }
+            let old = queue.waiters.wait(&mut waiting.place, cx.waker());
+            drop(queue);
+            drop(old);
             Poll::Pending
         })
         .await?;
@@ -136,20 +140,48 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+/// Somebody who waits to accept.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    place: Place,
+}
+
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        if !self.place.is_none() {
+            let old = lock(&self.shared.queue).waiters.leave(&mut self.place);
+            drop(old);
+        }
+    }
+}
+
+impl Listener {
+    /// Stops listening. Whoever waits in [`Listener::accept`] gets [`crate::ErrorKind::Closed`];
+    /// the socket is closed as soon as the node's task runs. As when the listener is dropped.
+    pub fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
-        self.shared.looper.wake();
         if self.node.shared().fork.forked() {
             return;
         }
+        self.shared.looper.wake();
         let mut queue = lock(&self.shared.queue);
         queue.closed = true;
+        queue.ended.get_or_insert_with(|| {
+            Error::new(crate::ErrorKind::Closed, Phase::Listen, "the listener is closed")
+        });
         let accepted = std::mem::take(&mut queue.accepted);
+        let waiters = queue.waiters.take();
         drop(queue);
+        waiters.for_each(Waker::wake);
         for endpoint in accepted {
             drop(Endpoint::first(endpoint, self.node.clone()));
         }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 
@@ -168,9 +200,9 @@ impl Drop for Ender {
         queue.ended.get_or_insert_with(|| {
             Error::new(crate::ErrorKind::Closed, Phase::Listen, "the listener's node is closed")
         });
-        let waiters = std::mem::take(&mut queue.waiters);
+        let waiters = queue.waiters.take();
         drop(queue);
-        waiters.into_iter().for_each(Waker::wake);
+        waiters.for_each(Waker::wake);
     }
 }
 
@@ -253,7 +285,7 @@ fn deliver(shared: &Shared, endpoint: Arc<EndpointShared>) {
         return;
     }
     queue.accepted.push_back(endpoint);
-    let waiters = std::mem::take(&mut queue.waiters);
+    let waiters = queue.waiters.take();
     drop(queue);
-    waiters.into_iter().for_each(Waker::wake);
+    waiters.for_each(Waker::wake);
 }

@@ -1,12 +1,12 @@
 //! A process's context.
 
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::driver::bootstrap;
 use crate::driver::node::NodeShared;
 use crate::driver::resident::Resident;
+use crate::driver::waiters::Place;
 use crate::driver::{Mutex, lock};
 use crate::endpoint::Endpoint;
 use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
@@ -75,15 +76,25 @@ impl WakeHost {
     /// at a time.
     fn turn(&self, poll: impl FnOnce()) -> io::Result<()> {
         self.state.fetch_or(AT_WORK, Ordering::AcqRel);
+        let _leaving = Leaving(self);
         let drained = self.host.drain();
         // What the waker of before wrote is seen by the poll: both are read-modify-writes.
         if self.state.fetch_and(!WOKEN, Ordering::AcqRel) & WOKEN != 0 {
             poll();
         }
-        if self.state.fetch_and(!AT_WORK, Ordering::AcqRel) & WOKEN != 0 {
-            self.host.wake();
-        }
         drained
+    }
+}
+
+/// The end of a turn. After a panic there is another one, which finds what is left of the task.
+struct Leaving<'a>(&'a WakeHost);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let woken = self.0.state.fetch_and(!AT_WORK, Ordering::AcqRel) & WOKEN != 0;
+        if woken || std::thread::panicking() {
+            self.0.host.wake();
+        }
     }
 }
 
@@ -154,10 +165,19 @@ impl Node {
         if self.0.shared.fork.forked() {
             return Err(crate::driver::op::forked());
         }
-        // Another thread, or a waker called from here, may be at it.
-        let Ok(mut resident) = side.resident.try_lock() else {
-            side.host.wake();
-            return Ok(());
+        let mut resident = match side.resident.try_lock() {
+            Ok(resident) => resident,
+            // Another thread, or a waker called from here, is at it.
+            Err(TryLockError::WouldBlock) => {
+                side.host.wake();
+                return Ok(());
+            }
+            // It panicked: nothing will move any more, and everybody is told.
+            Err(TryLockError::Poisoned(_)) => {
+                self.host_ended();
+                let text = "the node's task panicked";
+                return Err(Error::new(ErrorKind::RuntimeGone, Phase::Transfer, text));
+            }
         };
         let drained = side.wakeup.turn(|| {
             if let Some(running) = &mut *resident
@@ -166,6 +186,7 @@ impl Node {
                 *resident = None;
             }
         });
+        drop(resident);
         drained.map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))
     }
 
@@ -183,8 +204,12 @@ impl Node {
     /// Whether the node has wound up after it was closed: [`Node::progress`] has nothing left to do
     /// and the descriptor need not be watched. Always `false` on a tokio runtime.
     pub fn is_wound_up(&self) -> bool {
-        let resident = self.0.host.as_ref().and_then(|side| side.resident.try_lock().ok());
-        resident.is_some_and(|resident| resident.is_none())
+        let resident = self.0.host.as_ref().map(|side| side.resident.try_lock());
+        match resident {
+            Some(Ok(resident)) => resident.is_none(),
+            Some(Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner().is_none(),
+            _ => false,
+        }
     }
 
     /// Makes the host's descriptor readable, from any thread, so that the host calls
@@ -247,7 +272,7 @@ impl Node {
     ///
     /// **Cancel safety.** Dropping the future loses no message.
     pub fn recv_any(&self) -> RecvAny<'_> {
-        RecvAny { node: self }
+        RecvAny { node: self, place: Place::default() }
     }
 
     /// Writable memory that a link on the same host can hand over without a copy.
@@ -335,24 +360,34 @@ impl fmt::Debug for Node {
 #[must_use = "nothing happens until it is awaited"]
 pub struct RecvAny<'n> {
     node: &'n Node,
+    place: Place,
+}
+
+impl Drop for RecvAny<'_> {
+    fn drop(&mut self) {
+        if !self.place.is_none() && !self.node.shared().fork.forked() {
+            self.node.shared().leave_announced(&mut self.place);
+        }
+    }
 }
 
 impl Future for RecvAny<'_> {
     type Output = Result<(Endpoint, Message)>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let shared = self.node.shared();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let shared = this.node.shared();
         if let Err(error) = shared.usable() {
             return Poll::Ready(Err(error));
         }
-        while let Some(endpoint) = shared.next_announced(cx.waker()) {
+        while let Some(endpoint) = shared.next_announced(&mut this.place, cx.waker()) {
             let mut core = endpoint.core();
             let message = core.take_message();
             core.announce_again();
             endpoint.pulse.watch();
             drop(core);
             if let Some(message) = message {
-                return Poll::Ready(Ok((Endpoint::new(endpoint, self.node.clone()), message)));
+                return Poll::Ready(Ok((Endpoint::new(endpoint, this.node.clone()), message)));
             }
         }
         // The node may have ended before the waker was in place.
@@ -361,11 +396,6 @@ impl Future for RecvAny<'_> {
         }
         Poll::Pending
     }
-}
-
-/// Waits until `over` says so, looking whenever the waker it is given is called.
-pub(crate) async fn until(mut over: impl FnMut(&Waker) -> bool) {
-    poll_fn(|cx| if over(cx.waker()) { Poll::Ready(()) } else { Poll::Pending }).await;
 }
 
 #[cfg(test)]
@@ -401,6 +431,19 @@ mod tests {
         assert!(readable(&host, 0));
         wakeup.turn(|| polls += 1).expect("a turn");
         assert!(polls == 2 && !readable(&host, 0));
+    }
+
+    #[test]
+    fn after_a_panic_there_is_another_turn() {
+        let host = HostLoop::new().expect("epoll");
+        let wakeup = WakeHost::new(host.clone());
+        wakeup.signal();
+        let turn = std::panic::AssertUnwindSafe(|| wakeup.turn(|| panic!("on purpose")));
+        assert!(std::panic::catch_unwind(turn).is_err());
+        assert!(readable(&host, 0));
+        wakeup.turn(|| {}).expect("a turn");
+        wakeup.signal();
+        assert!(readable(&host, 0));
     }
 
     #[test]

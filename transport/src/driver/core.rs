@@ -17,6 +17,7 @@ use super::messages::{Boxes, Tables};
 use super::table::{Slot, Stage, Table, What};
 use super::tags::Stray;
 use super::view::Views;
+use super::waiters::Waiters;
 use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::link::{
     Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters, OpId,
@@ -222,7 +223,7 @@ pub(crate) struct State {
     pub(super) outbox: VecDeque<Control>,
     /// The peer asked for credit: report what there is at the next flush.
     pub(super) credit_due: bool,
-    pub end_waiters: Vec<Waker>,
+    pub end_waiters: Waiters,
     pub spin: SpinTracker,
     /// Open for as long as the endpoint lives. Entered when it ends, never for a message.
     pub span: tracing::Span,
@@ -313,7 +314,7 @@ impl State {
             put_errors: Vec::new(),
             outbox: VecDeque::new(),
             credit_due: false,
-            end_waiters: Vec::new(),
+            end_waiters: Waiters::default(),
             spin: SpinTracker::default(),
             span: tracing::Span::none(),
         }
@@ -697,7 +698,7 @@ impl Core {
             return;
         }
         self.state.fail_unanswered(&error);
-        for waker in self.state.end_waiters.drain(..) {
+        for waker in self.state.end_waiters.take() {
             self.state.after.wake(waker);
         }
         // A subscriber's code runs when it closes: not under the lock.

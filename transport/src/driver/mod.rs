@@ -31,5 +31,6 @@ mod sync;
 pub(crate) mod table;
 mod tags;
 pub(crate) mod view;
+pub(crate) mod waiters;
 
 pub(crate) use sync::{Mutex, lock};

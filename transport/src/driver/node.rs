@@ -11,6 +11,7 @@ use super::board::{Board, EndpointId, Pulse};
 use super::endpoint::EndpointShared;
 use super::keys::Keys;
 use super::sync::{Mutex, lock};
+use super::waiters::{Place, Waiters};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{ShmEngine, ShmOptions};
@@ -38,7 +39,7 @@ struct Any {
     /// The length at which entries of endpoints that are gone are taken out.
     prune_at: usize,
     /// Emptied at every announcement.
-    waiters: Vec<Waker>,
+    waiters: Waiters,
 }
 
 #[derive(Default)]
@@ -235,7 +236,7 @@ impl NodeShared {
             any.prune_at = (2 * any.ready.len()).max(ANNOUNCED_MIN);
         }
         any.ready.push_back(endpoint);
-        let waiters = std::mem::take(&mut any.waiters);
+        let waiters = any.waiters.take();
         drop(any);
         for waker in waiters {
             waker.wake();
@@ -243,16 +244,16 @@ impl NodeShared {
     }
 
     /// The next endpoint that announced itself, or a promise to wake `waker`.
-    pub fn next_announced(&self, waker: &Waker) -> Option<Arc<EndpointShared>> {
+    pub fn next_announced(&self, place: &mut Place, waker: &Waker) -> Option<Arc<EndpointShared>> {
         let mut any = lock(&self.any);
         while let Some(endpoint) = any.ready.pop_front() {
             if let Some(endpoint) = endpoint.upgrade() {
                 return Some(endpoint);
             }
         }
-        if !any.waiters.iter().any(|known| known.will_wake(waker)) {
-            any.waiters.push(waker.clone());
-        }
+        let old = any.waiters.wait(place, waker);
+        drop(any);
+        drop(old);
         None
     }
 
@@ -268,10 +269,16 @@ impl NodeShared {
     }
 
     fn wake_all_waiters(&self) {
-        let waiters = std::mem::take(&mut lock(&self.any).waiters);
-        for waker in waiters {
-            waker.wake();
-        }
+        let waiters = lock(&self.any).waiters.take();
+        waiters.for_each(Waker::wake);
+        // Those who connect look whether the node is still there.
+        self.timers.wake_all();
+    }
+
+    /// Nobody waits at this place for a message any more.
+    pub fn leave_announced(&self, place: &mut Place) {
+        let old = lock(&self.any).waiters.leave(place);
+        drop(old);
     }
 
     /// The resident task has ended: nothing will progress any more.

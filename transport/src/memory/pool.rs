@@ -139,12 +139,13 @@ enum Owner {
 }
 
 impl PoolBuf {
-    /// The first `len_bytes` of a buffer, or all of it if it is shorter. The buffer is dropped with
+    /// The first `len_bytes` of a buffer, or all of it if it is shorter (none of a device's). The buffer is dropped with
     /// the result, or given back by [`PoolBuf::into_buffer`].
     pub fn from_buffer<B: BufferMut>(mut buffer: B, len_bytes: usize) -> Self {
         let region = buffer.region_mut();
         let ptr = NonNull::new(region.as_mut_ptr()).unwrap_or(NonNull::dangling());
-        let len = len_bytes.min(region.len_bytes());
+        let reachable = if region.kind().cpu_accessible() { region.len_bytes() } else { 0 };
+        let len = len_bytes.min(reachable);
         PoolBuf { ptr, len, owner: Owner::Buffer(Box::new(buffer)) }
     }
 

@@ -54,6 +54,14 @@ impl Fd {
     }
 }
 
+impl Fd {
+    /// Whether the number is this process's: in a forked child it was closed, and may be somebody
+    /// else's by now.
+    pub fn is_ours(&self) -> bool {
+        self.forks == FORKS.load(Ordering::Relaxed)
+    }
+}
+
 impl From<OwnedFd> for Fd {
     fn from(owned: OwnedFd) -> Self {
         Fd::new(owned)
@@ -76,7 +84,7 @@ impl AsRawFd for Fd {
 
 impl Drop for Fd {
     fn drop(&mut self) {
-        if self.forks != FORKS.load(Ordering::Relaxed) {
+        if !self.is_ours() {
             return;
         }
         if let Some(word) = OPEN.get(self.raw as usize / 64) {

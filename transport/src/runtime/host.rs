@@ -71,8 +71,12 @@ impl HostLoop {
         self.epoll.as_fd()
     }
 
-    /// Makes the descriptor readable, from any thread.
+    /// Makes the descriptor readable, from any thread. Nothing in a forked child, where wakers may
+    /// still be dropped and called.
     pub fn wake(&self) {
+        if !self.wake.is_ours() {
+            return;
+        }
         // A full counter is readable already; nothing else can fail here.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -185,6 +189,9 @@ impl HostSource {
 
 impl Drop for HostSource {
     fn drop(&mut self) {
+        if !self.fd.is_ours() {
+            return;
+        }
         lock(&self.host.sources).remove(&self.token);
         // Fails only when the descriptor is gone already.
         let _ = epoll::delete(&self.host.epoll, &self.fd);

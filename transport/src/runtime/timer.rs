@@ -100,6 +100,13 @@ impl Timers {
         let _ = timerfd_settime(self.source.fd(), TimerfdTimerFlags::empty(), &spec);
     }
 
+    /// Wakes all who sleep before their time: something else has happened that they look at.
+    pub fn wake_all(&self) {
+        // A sleep that is polled again takes its place again.
+        let waiting = std::mem::take(&mut self.table().waiting);
+        waiting.into_values().for_each(Waker::wake);
+    }
+
     /// A future that ends at `deadline`. Allocates one entry of the table while it waits.
     pub fn sleep_until(self: &Arc<Self>, deadline: Instant) -> Sleep {
         Sleep { timers: self.clone(), deadline, key: None }
