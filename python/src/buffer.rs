@@ -2,14 +2,14 @@
 //!
 //! thalweg may drop such memory anywhere: with the GIL or without it, on any thread, under a lock.
 //! To give a buffer back to Python is only allowed with the GIL and runs Python code. So dropping
-//! puts it on a list ([`Returns`]), and the loop's thread gives it back when it is next in Python
+//! puts it on a list ([`RETURNS`]), and the loop's thread gives it back when it is next in Python
 //! with no lock in hand.
 
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
@@ -114,40 +114,26 @@ impl Lent {
     }
 }
 
-/// Buffers that thalweg has let go of, to be given back to Python.
-#[derive(Default)]
-pub struct Returns(Mutex<Vec<(View, Option<Arc<Lent>>)>>);
+/// Buffers that thalweg has let go of, to be given back to Python. Of all nodes: whoever is in
+/// Python, with no lock in hand, gives them all back.
+static RETURNS: Mutex<Vec<(View, Option<Arc<Lent>>)>> = Mutex::new(Vec::new());
 
-impl Returns {
-    /// With the GIL and no lock in hand: releasing runs Python code.
-    pub fn give_back(&self, py: Python<'_>) {
-        loop {
-            let views = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-            if views.is_empty() {
-                return;
-            }
-            for (view, lent) in views {
-                view.release(py);
-                if let Some(lent) = lent {
-                    lent.returned();
-                }
-            }
-        }
-    }
+fn returns() -> MutexGuard<'static, Vec<(View, Option<Arc<Lent>>)>> {
+    RETURNS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for Returns {
-    fn drop(&mut self) {
-        let mut slot =
-            Some(std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner)));
-        let done = Python::try_attach(|py| {
-            for (view, _) in slot.take().unwrap_or_default() {
-                view.release(py);
+/// Gives back what there is. With no lock in hand: releasing runs Python code.
+pub fn give_back(py: Python<'_>) {
+    loop {
+        let views = std::mem::take(&mut *returns());
+        if views.is_empty() {
+            return;
+        }
+        for (view, lent) in views {
+            view.release(py);
+            if let Some(lent) = lent {
+                lent.returned();
             }
-        });
-        if done.is_none() {
-            // The interpreter has ended, and its objects with it.
-            std::mem::forget(slot);
         }
     }
 }
@@ -156,7 +142,6 @@ impl Drop for Returns {
 pub struct PyMemory {
     view: ManuallyDrop<View>,
     lent: Option<Arc<Lent>>,
-    returns: Arc<Returns>,
     shared: Weak<Shared>,
 }
 
@@ -181,12 +166,7 @@ impl PyMemory {
     }
 
     fn new(shared: &Arc<Shared>, view: View, lent: Option<Arc<Lent>>) -> Self {
-        PyMemory {
-            view: ManuallyDrop::new(view),
-            lent,
-            returns: shared.returns.clone(),
-            shared: Arc::downgrade(shared),
-        }
+        PyMemory { view: ManuallyDrop::new(view), lent, shared: Arc::downgrade(shared) }
     }
 
     pub fn len(&self) -> usize {
@@ -231,7 +211,7 @@ impl Drop for PyMemory {
         // SAFETY: taken once, here.
         let view = unsafe { ManuallyDrop::take(&mut self.view) };
         let entry = (view, self.lent.take());
-        self.returns.0.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        returns().push(entry);
         if let Some(shared) = self.shared.upgrade() {
             shared.look_soon();
         }

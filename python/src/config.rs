@@ -1,16 +1,17 @@
 //! Settings from keyword arguments, and allocators written in Python.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::ThreadId;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyMemoryView, PySlice};
 use thalweg::{Allocator, Config, HostPool, LinkKind, PoolBuf, Wake};
 
 use crate::buffer::PyMemory;
 use crate::error;
+use crate::local;
 use crate::node::Shared;
 
 /// What a node is made from.
@@ -19,6 +20,9 @@ pub struct Settings {
     pub spin: Duration,
     pub allocator: Option<Arc<PyAllocator>>,
 }
+
+/// It holds the loop, and a timeout cannot come meanwhile.
+const SPIN_MAX: Duration = Duration::from_millis(10);
 
 fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Duration> {
     let seconds: f64 = value.extract()?;
@@ -55,6 +59,10 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
             "transports" => config.transports(links(&value)?),
             "spin_us" => {
                 spin = Duration::from_micros(value.extract()?);
+                if spin > SPIN_MAX {
+                    let most = SPIN_MAX.as_micros();
+                    return Err(PyValueError::new_err(format!("spin_us: at most {most}")));
+                }
                 match spin.is_zero() {
                     true => config,
                     false => config.wake(Wake::Spin).spin_limit(spin),
@@ -92,11 +100,13 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
 /// Memory for received frames, found by a callable: `callable(nbytes)` gives a writable buffer of
 /// at least that length.
 ///
-/// It is called with an endpoint's lock in hand, on the loop's thread only: there nobody who holds
-/// the GIL waits for that lock. Elsewhere (Python's garbage collector may drop a receive in any
+/// It is called with an endpoint's lock in hand, on the loop's thread only: nobody who holds the GIL
+/// waits for that lock there. What it calls of this package refuses (`Shared::check`), and what
+/// Python's garbage collector drops meanwhile is dropped later (`local::release`). Elsewhere (Python's garbage collector may drop a receive in any
 /// thread, and then what has arrived for it is kept) memory comes from a pool.
 pub struct PyAllocator {
-    callable: Py<PyAny>,
+    /// Until the node ends: it may hold the node.
+    callable: Mutex<Option<Py<PyAny>>>,
     elsewhere: HostPool,
     home: OnceLock<(Weak<Shared>, ThreadId)>,
 }
@@ -107,6 +117,7 @@ const ELSEWHERE_BYTES: usize = 1 << 20;
 impl PyAllocator {
     fn new(callable: Py<PyAny>) -> Arc<Self> {
         let elsewhere = HostPool::new(ELSEWHERE_BYTES);
+        let callable = Mutex::new(Some(callable));
         Arc::new(PyAllocator { callable, elsewhere, home: OnceLock::new() })
     }
 
@@ -117,16 +128,29 @@ impl PyAllocator {
         let _ = self.home.set(home);
     }
 
+    /// The node has ended: nothing is received any more.
+    pub fn end(&self) {
+        drop(self.callable().take());
+    }
+
+    fn callable(&self) -> MutexGuard<'_, Option<Py<PyAny>>> {
+        self.callable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn ask(&self, py: Python<'_>, shared: &Arc<Shared>, len: usize) -> PyResult<PoolBuf> {
-        let object = self.callable.bind(py).call1((len,))?;
-        let memory = PyMemory::writing(shared, &object, None)?;
-        if memory.len() < len {
-            let have = memory.len();
+        let callable = self.callable().as_ref().map(|callable| callable.clone_ref(py));
+        let callable = callable.ok_or_else(|| PyValueError::new_err("the node has ended"))?;
+        let object = callable.bind(py).call1((len,))?;
+        // What `recv` gives is made here: a refusal loses nothing yet.
+        let bytes = PyMemoryView::from(&object)?.call_method1("cast", ("B",))?;
+        let have = bytes.len()?;
+        if have < len {
             return Err(PyValueError::new_err(format!(
                 "the allocator was asked for {len} bytes and gave {have}"
             )));
         }
-        Ok(PoolBuf::from_buffer(memory, len))
+        let bytes = bytes.get_item(PySlice::new(py, 0, len as isize, 1))?;
+        Ok(PoolBuf::from_buffer(PyMemory::writing(shared, &bytes, None)?, len))
     }
 }
 
@@ -136,12 +160,14 @@ impl Allocator for PyAllocator {
         let Some(shared) = home.and_then(|home| home.0.upgrade()) else {
             return self.elsewhere.allocate(len_bytes);
         };
-        Python::attach(|py| match self.ask(py, &shared, len_bytes) {
-            Ok(memory) => Some(memory),
-            Err(error) => {
-                error.write_unraisable(py, Some(self.callable.bind(py)));
-                None
-            }
+        local::allocating(|| {
+            Python::attach(|py| match self.ask(py, &shared, len_bytes) {
+                Ok(memory) => Some(memory),
+                Err(error) => {
+                    error.write_unraisable(py, None);
+                    None
+                }
+            })
         })
     }
 }

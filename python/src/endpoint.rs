@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple, PyWeakrefReference};
 use thalweg::{CloseReason, Error, Failed, Frame, Message, RemoteKey as Key};
 
 use crate::buffer::{self, PyMemory};
@@ -223,7 +223,7 @@ impl Endpoint {
 
     /// Ends the endpoint at once, without flushing or telling the peer. From any thread.
     fn abort(&self, py: Python<'_>) -> PyResult<()> {
-        self.shared.locking(py, || self.endpoint.abort());
+        self.shared.locking(py, || self.endpoint.abort())?;
         self.shared.settle_here(py)
     }
 
@@ -234,13 +234,16 @@ impl Endpoint {
         })
     }
 
-    /// `callback(endpoint, error)` is called once, from the loop, when the endpoint has ended.
+    /// `callback(endpoint, error)` is called once, from the loop, when the endpoint has ended. It
+    /// does not keep the endpoint open: where nobody else holds it any more, `endpoint` is `None`.
     fn add_close_callback(slf: &Bound<'_, Self>, callback: Py<PyAny>) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
         this.shared.check()?;
-        let endpoint = (*this.endpoint).clone();
-        let work = Box::pin(async move { Ok(Outcome::Ended(endpoint.closed().await)) });
-        let call = py.import("functools")?.getattr("partial")?.call1((callback, slf))?;
+        // Neither holds the endpoint: it closes when nobody else does.
+        let closed = this.endpoint.closed();
+        let work = Box::pin(async move { Ok(Outcome::Ended(closed.await)) });
+        let slf = PyWeakrefReference::new(slf)?;
+        let call = with_block(slf.as_any(), "close_callback")?.call1((callback,))?;
         Watch::begin(py, &this.shared, work, call.unbind())
     }
 
@@ -251,7 +254,7 @@ impl Endpoint {
 
     /// What this endpoint has counted, by name. From any thread.
     fn stats(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let stats = self.shared.locking(py, || self.endpoint.stats());
+        let stats = self.shared.locking(py, || self.endpoint.stats())?;
         report::stats(py, &stats)
     }
 
@@ -280,14 +283,14 @@ impl Endpoint {
 
     /// Whether the endpoint has ended. From any thread.
     #[getter]
-    fn is_closed(&self, py: Python<'_>) -> bool {
+    fn is_closed(&self, py: Python<'_>) -> PyResult<bool> {
         self.shared.locking(py, || self.endpoint.ended().is_some())
     }
 
     /// Why the endpoint has ended; `None` while it is up. From any thread.
     #[getter]
     fn close_error(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        let ended = self.shared.locking(py, || self.endpoint.ended());
+        let ended = self.shared.locking(py, || self.endpoint.ended())?;
         ended.map(|why| error::to_object(py, &why).map(Bound::unbind)).transpose()
     }
 

@@ -91,14 +91,3 @@ pub fn timed_out(py: Python<'_>, what: &str, peer: Option<&str>, seconds: f64) -
     let text = format!("{what} took longer than {seconds} s{with}");
     own(py, text, ("timed-out", "transfer"), peer, true)
 }
-
-/// A listener was closed while somebody waited for it.
-pub fn listener_closed(py: Python<'_>, address: Option<&str>) -> PyErr {
-    let text = format!("the listener at {} is closed", address.unwrap_or("no address"));
-    own(py, text, ("closed", "listen"), None, false)
-}
-
-/// A node was closed while somebody waited for it.
-pub fn node_closed(py: Python<'_>) -> PyErr {
-    own(py, "the node is closed".into(), ("closed", "close"), None, false)
-}

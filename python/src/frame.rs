@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyMemoryView, PySlice};
+use pyo3::types::{PyList, PyMemoryView};
 use thalweg::{INLINE_MAX, Message, PoolBuf};
 
 use crate::buffer::{self, PyMemory};
@@ -68,9 +68,9 @@ pub fn views(py: Python<'_>, message: Message) -> PyResult<Py<PyAny>> {
 }
 
 fn view<'py>(py: Python<'py>, frame: thalweg::Frame) -> PyResult<Bound<'py, PyAny>> {
-    let len = frame.len();
     let mut frame = match frame.into_pool_buf().map(PoolBuf::into_buffer::<PyMemory>) {
-        Ok(Ok(memory)) => return allocated(py, &memory, len),
+        // The memoryview that was made of what the user's allocator gave.
+        Ok(Ok(memory)) => return Ok(memory.object(py)),
         Ok(Err(bytes)) => thalweg::Frame::from(bytes),
         Err(frame) => frame,
     };
@@ -86,11 +86,4 @@ fn view<'py>(py: Python<'py>, frame: thalweg::Frame) -> PyResult<Bound<'py, PyAn
     };
     let frame = Bound::new(py, Frame { ptr, len, memory })?;
     Ok(PyMemoryView::from(frame.as_any())?.into_any())
-}
-
-/// What the user's allocator gave, as bytes, without what is left over.
-fn allocated<'py>(py: Python<'py>, memory: &PyMemory, len: usize) -> PyResult<Bound<'py, PyAny>> {
-    let view = PyMemoryView::from(&memory.object(py))?;
-    let view = view.call_method1("cast", ("B",))?;
-    view.get_item(PySlice::new(py, 0, len as isize, 1))
 }

@@ -2,12 +2,9 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::os::fd::{AsRawFd, RawFd};
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Poll, Waker};
 use std::thread::ThreadId;
 use std::time::Duration;
 
@@ -16,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefMethods, PyWeakrefReference};
 use thalweg::CloseReason;
 
-use crate::buffer::{PyMemory, Returns};
+use crate::buffer::{self, PyMemory};
 use crate::local::{self, Local};
 use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
 use crate::region::Region;
@@ -35,7 +32,6 @@ pub struct Shared {
     pub node: Local<thalweg::Node>,
     /// How long an operation polls before its task is suspended.
     pub spin: Duration,
-    pub returns: Arc<Returns>,
     thread: ThreadId,
     event_loop: Py<PyWeakrefReference>,
     descriptor: RawFd,
@@ -44,11 +40,10 @@ pub struct Shared {
     /// The loop does not watch it any more: nobody who waits will go on.
     ended: AtomicBool,
     ready: Mutex<Vec<Arc<Wakeup>>>,
-    /// Who wants to know of the node's closing.
-    closing: Mutex<Vec<Waker>>,
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
     heavy: Heavy,
+    allocator: Option<Arc<config::PyAllocator>>,
 }
 
 /// For as long as it lives, this thread is inside of a node.
@@ -97,7 +92,8 @@ impl Shared {
         let mut result = Ok(());
         {
             let _inside = self.enter();
-            self.returns.give_back(py);
+            local::drop_postponed(py);
+            buffer::give_back(py);
         }
         let ready = std::mem::take(&mut *lock(&self.ready));
         for wakeup in ready {
@@ -118,10 +114,17 @@ impl Shared {
         lock(&self.watches).remove(&id)
     }
 
-    /// Refuses other threads than the node's own. (That a task of another loop does not wait here
+    fn is_home(&self) -> bool {
+        std::thread::current().id() == self.thread
+    }
+
+    /// Refuses other threads than the node's own, and what an allocator calls. (That a task of another loop does not wait here
     /// is seen to by the task, which asks the waiter for its loop.)
     pub fn check(&self) -> PyResult<()> {
-        if std::thread::current().id() == self.thread {
+        if local::is_allocating() {
+            return Err(PyRuntimeError::new_err("an allocator must not use thalweg"));
+        }
+        if self.is_home() {
             return Ok(());
         }
         Err(PyRuntimeError::new_err(
@@ -140,12 +143,13 @@ impl Shared {
 
     /// Runs something that may take a lock of thalweg's. On other threads than the loop's, without
     /// the GIL (see the crate's documentation).
-    pub fn locking<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> R {
-        if self.check().is_ok() {
+    pub fn locking<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> PyResult<R> {
+        if self.is_home() {
+            self.check()?;
             let _inside = self.enter();
-            work()
+            Ok(work())
         } else {
-            py.detach(work)
+            Ok(py.detach(work))
         }
     }
 
@@ -185,6 +189,13 @@ impl Shared {
         self.settle(py, Resume::Soon)
     }
 
+    /// What the user's allocator holds may hold the node.
+    fn end_allocator(&self) {
+        if let Some(allocator) = &self.allocator {
+            allocator.end();
+        }
+    }
+
     /// The loop need not look at it any more.
     fn unwatch(&self, py: Python<'_>) -> PyResult<()> {
         self.is_closed.store(true, Ordering::Release);
@@ -195,32 +206,9 @@ impl Shared {
             // Whoever still waits is told now: nobody would look at the descriptor later.
             let _inside = self.enter();
             self.node.host_ended();
-            let closing = std::mem::take(&mut *lock(&self.closing));
-            closing.into_iter().for_each(Waker::wake);
         }
+        self.end_allocator();
         self.event_loop(py)?.call_method1("remove_reader", (self.descriptor,)).map(drop)
-    }
-
-    /// The future, or [`Outcome::NodeClosed`] if the node is closed before it is ready: for those
-    /// that wait for more than an endpoint.
-    pub async fn unless_closed(
-        self: Arc<Self>,
-        work: impl Future<Output = Result<Outcome, thalweg::Error>>,
-    ) -> Result<Outcome, thalweg::Error> {
-        let mut work = pin!(work);
-        poll_fn(|cx| {
-            let polled = work.as_mut().poll(cx);
-            let mut closing = lock(&self.closing);
-            closing.retain(|known| !known.will_wake(cx.waker()));
-            if polled.is_pending() {
-                if self.is_closed() {
-                    return Poll::Ready(Ok(Outcome::NodeGone));
-                }
-                closing.push(cx.waker().clone());
-            }
-            polled
-        })
-        .await
     }
 
     pub fn has_ended(&self) -> bool {
@@ -246,9 +234,12 @@ impl Drop for Reader {
         }
         shared.is_closed.store(true, Ordering::Release);
         shared.ended.store(true, Ordering::Release);
-        // They hold endpoints, which hold the node.
-        let watches = std::mem::take(&mut *lock(&shared.watches));
-        drop(watches);
+        shared.end_allocator();
+        // What waits holds objects that hold the node.
+        for wakeup in std::mem::take(&mut *lock(&shared.ready)) {
+            wakeup.forget();
+        }
+        local::release(std::mem::take(&mut *lock(&shared.watches)));
         local::release(Ending(shared.clone()));
     }
 }
@@ -266,14 +257,17 @@ impl Drop for Ending {
 impl Reader {
     fn __call__(&self, py: Python<'_>) -> PyResult<()> {
         let shared = &self.0;
+        shared.check()?;
         let progress = {
             let _inside = shared.enter();
             shared.heavy.run(py, || shared.node.progress())
         };
-        if progress.is_err() || shared.node.is_wound_up() {
-            shared.unwatch(py)?;
-        }
+        let unwatched = match progress.is_err() || shared.node.is_wound_up() {
+            true => shared.unwatch(py),
+            false => Ok(()),
+        };
         shared.settle(py, Resume::Now)?;
+        unwatched?;
         progress.map_err(|error| error::raise(py, &error))
     }
 }
@@ -315,7 +309,6 @@ impl Node {
         let shared = Arc::new(Shared {
             node: Local::new(node),
             spin,
-            returns: Arc::default(),
             thread: std::thread::current().id(),
             event_loop: PyWeakrefReference::new(&event_loop)?.unbind(),
             descriptor,
@@ -323,12 +316,12 @@ impl Node {
             is_closed: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             ready: Mutex::default(),
-            closing: Mutex::default(),
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),
             heavy: Heavy::default(),
+            allocator,
         });
-        if let Some(allocator) = allocator {
+        if let Some(allocator) = &shared.allocator {
             allocator.attach(&shared);
         }
         let reader = Bound::new(py, Reader(shared.clone()))?;
@@ -340,7 +333,7 @@ impl Node {
     fn listen(&self, address: String) -> PyResult<Operation> {
         let node = (*self.shared.node).clone();
         let work = async move { node.listen(address).await.map(Outcome::Listener) };
-        self.operation("listen", None, None, self.shared.clone().unless_closed(work))
+        self.operation("listen", None, None, work)
     }
 
     /// Connects to a listener.
@@ -349,7 +342,7 @@ impl Node {
         let node = (*self.shared.node).clone();
         let peer = address.clone();
         let work = async move { node.connect(address).await.map(Outcome::Endpoint) };
-        self.operation("connect", Some(&peer), timeout, self.shared.clone().unless_closed(work))
+        self.operation("connect", Some(&peer), timeout, work)
     }
 
     /// Registers writable memory, so that peers with its key can put to it and get from it.
@@ -361,7 +354,7 @@ impl Node {
 
     /// What this node has counted, by name.
     fn stats(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let stats = self.shared.locking(py, || self.shared.node.stats());
+        let stats = self.shared.locking(py, || self.shared.node.stats())?;
         report::node_stats(py, &stats)
     }
 
@@ -399,10 +392,8 @@ impl Node {
         with_block(slf.as_any(), "leave")
     }
 
-    fn __repr__(&self, py: Python<'_>) -> String {
-        let endpoints = self.shared.locking(py, || self.shared.node.stats().endpoints);
-        let closed = if self.is_closed() { ", closed" } else { "" };
-        format!("<thalweg.Node with {endpoints} endpoints{closed}>")
+    fn __repr__(&self) -> &'static str {
+        if self.is_closed() { "<thalweg.Node, closed>" } else { "<thalweg.Node>" }
     }
 }
 

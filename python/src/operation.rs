@@ -23,7 +23,7 @@ use thalweg::{Error, Message};
 
 use crate::buffer::Lent;
 use crate::node::Shared;
-use crate::{endpoint, error, frame, listener, local};
+use crate::{buffer, endpoint, error, frame, listener, local};
 
 /// What an operation came to, before it is made a Python object.
 pub enum Outcome {
@@ -32,10 +32,8 @@ pub enum Outcome {
     Tagged { tag: u64, len_bytes: usize },
     Endpoint(thalweg::Endpoint),
     Listener(thalweg::Listener),
-    ListenerClosed,
     Ended(Error),
     NodeClosed,
-    NodeGone,
 }
 
 /// What an operation runs.
@@ -85,6 +83,8 @@ pub enum Resume {
 pub struct Wakeup {
     shared: Weak<Shared>,
     woken: AtomicBool,
+    /// Its operation is being polled, and looks at `woken` afterwards.
+    polling: AtomicBool,
     callbacks: Mutex<Vec<Callback>>,
     /// For that of a watch.
     watch: Option<u64>,
@@ -95,6 +95,7 @@ impl Wakeup {
         Arc::new(Wakeup {
             shared: Arc::downgrade(shared),
             woken: AtomicBool::new(false),
+            polling: AtomicBool::new(false),
             callbacks: Mutex::new(Vec::new()),
             watch,
         })
@@ -105,14 +106,22 @@ impl Wakeup {
     }
 
     pub fn wake_up(self: &Arc<Self>) {
-        if self.woken.swap(true, Ordering::AcqRel) {
+        // Sequentially consistent, as in `Operation::poll` and `Waiter::add_done_callback`: whoever
+        // is woken during a poll sees it when it asks to be called back.
+        if self.woken.swap(true, Ordering::SeqCst) || self.polling.load(Ordering::SeqCst) {
             return;
         }
         match self.shared.upgrade().filter(|shared| !shared.has_ended()) {
             Some(shared) => shared.ready(self.clone()),
             // The loop has ended, and nobody goes on. The tasks that waited hold this operation.
-            None => drop(std::mem::take(&mut *self.callbacks())),
+            None => self.forget(),
         }
+    }
+
+    /// Nobody goes on.
+    pub fn forget(&self) {
+        let callbacks = std::mem::take(&mut *self.callbacks());
+        drop(callbacks);
     }
 
     /// Lets whoever waits go on.
@@ -281,41 +290,39 @@ impl Operation {
     fn poll(&self, py: Python<'_>, work: &mut Work) -> Poll<Result<Outcome, Error>> {
         let spin = self.shared.spin;
         let mut since = None;
-        loop {
-            self.wakeup.woken.store(false, Ordering::Release);
+        self.wakeup.polling.store(true, Ordering::SeqCst);
+        let polled = loop {
+            self.wakeup.woken.store(false, Ordering::SeqCst);
             let polled = {
                 let _inside = self.shared.enter();
                 let waker = &self.waker;
                 self.terms.heavy.run(py, || work.as_mut().poll(&mut Context::from_waker(waker)))
             };
-            if polled.is_ready() || spin.is_zero() || !self.wakeup.woken.load(Ordering::Acquire) {
-                return polled;
+            if polled.is_ready() || spin.is_zero() || !self.wakeup.woken.load(Ordering::SeqCst) {
+                break polled;
             }
             if since.get_or_insert_with(Instant::now).elapsed() >= spin {
-                return polled;
+                break polled;
             }
-        }
+        };
+        self.wakeup.polling.store(false, Ordering::SeqCst);
+        polled
     }
 
     /// One step: `Some` is how it ended.
     fn step(&self, py: Python<'_>, op: &Bound<'_, Self>) -> PyResult<Option<PyResult<Outcome>>> {
         let mut inner = self.inner()?;
-        let state = std::mem::replace(&mut inner.state, State::Over);
-        let mut work = match state {
+        if let (State::New(_), Some(seconds)) = (&inner.state, self.terms.timeout) {
+            let (event_loop, expire) = (self.shared.event_loop(py)?, op.getattr("_expire")?);
+            let timer = event_loop.call_method1("call_later", (seconds, expire))?;
+            inner.timer = Some(timer.unbind());
+        }
+        let mut work = match std::mem::replace(&mut inner.state, State::Over) {
             State::Over => {
                 return Err(PyRuntimeError::new_err("an operation can be awaited only once"));
             }
             State::Settling(result) => return Ok(self.settled(py, inner, result)),
-            State::New(work) => {
-                if let Some(seconds) = self.terms.timeout {
-                    let expire = op.getattr("_expire")?;
-                    let event_loop = self.shared.event_loop(py)?;
-                    let timer = event_loop.call_method1("call_later", (seconds, expire))?;
-                    inner.timer = Some(timer.unbind());
-                }
-                work
-            }
-            State::Running(work) => work,
+            State::New(work) | State::Running(work) => work,
         };
         let result = match self.poll(py, &mut work) {
             Poll::Ready(result) => {
@@ -325,7 +332,7 @@ impl Operation {
             Poll::Pending if inner.expired => {
                 let (what, peer) = (self.terms.what, self.terms.peer.as_deref());
                 let seconds = self.terms.timeout.unwrap_or_default();
-                self.withdraw(py, work);
+                self.withdraw(work);
                 Err(error::timed_out(py, what, peer, seconds))
             }
             Poll::Pending => {
@@ -334,9 +341,10 @@ impl Operation {
             }
         };
         // What thalweg has let go of is given back before anything is said.
-        drop(inner);
-        self.shared.settle(py, Resume::Soon)?;
-        let inner = self.inner()?;
+        {
+            let _inside = self.shared.enter();
+            buffer::give_back(py);
+        }
         Ok(self.settled(py, inner, result))
     }
 
@@ -347,7 +355,7 @@ impl Operation {
         result: PyResult<Outcome>,
     ) -> Option<PyResult<Outcome>> {
         if !self.nothing_lent() {
-            self.wakeup.woken.store(false, Ordering::Release);
+            self.wakeup.woken.store(false, Ordering::SeqCst);
             if !self.nothing_lent() {
                 inner.state = State::Settling(result);
                 return None;
@@ -362,9 +370,9 @@ impl Operation {
         Some(result)
     }
 
-    fn withdraw(&self, py: Python<'_>, work: Work) {
+    fn withdraw(&self, work: Work) {
         let _inside = self.shared.enter();
-        py.detach(|| drop(work));
+        local::release(work);
     }
 
     /// Withdraws it; it ends with `error` once nothing writes to the caller's memory.
@@ -372,7 +380,7 @@ impl Operation {
         let mut inner = self.inner()?;
         match std::mem::replace(&mut inner.state, State::Over) {
             State::New(work) | State::Running(work) => {
-                self.withdraw(py, work);
+                self.withdraw(work);
                 inner.state = State::Settling(Err(error));
             }
             State::Settling(_) => inner.state = State::Settling(Err(error)),
@@ -386,7 +394,10 @@ impl Operation {
         let (py, this) = (slf.py(), slf.get());
         this.shared.check()?;
         let ended = this.step(py, slf);
-        this.shared.settle(py, Resume::Soon)?;
+        if let Err(error) = this.shared.settle(py, Resume::Soon) {
+            // Not this operation's affair, whose outcome must not be lost.
+            error.write_unraisable(py, None);
+        }
         match ended? {
             Some(result) => {
                 let value = this.to_object(py, result?)?;
@@ -416,8 +427,6 @@ impl Operation {
             Outcome::Endpoint(endpoint) => endpoint::Endpoint::make(py, &self.shared, endpoint),
             Outcome::Listener(listener) => listener::Listener::make(py, &self.shared, listener),
             Outcome::Ended(error) => Ok(error::to_object(py, &error)?.unbind()),
-            Outcome::ListenerClosed => Err(error::listener_closed(py, self.terms.peer.as_deref())),
-            Outcome::NodeGone => Err(error::node_closed(py)),
             Outcome::NodeClosed => {
                 self.shared.wind_up(py)?;
                 Ok(py.None())
@@ -475,13 +484,16 @@ impl Operation {
 
     /// The coroutine that awaits it is being destroyed.
     fn close(&self, py: Python<'_>) {
-        if self.shared.check().is_ok()
-            && let Ok(mut inner) = self.inner()
-            && let State::New(work) | State::Running(work) =
-                std::mem::replace(&mut inner.state, State::Over)
-        {
-            drop(inner);
-            self.withdraw(py, work);
+        let Ok(mut inner) = self.inner() else { return };
+        let state = std::mem::replace(&mut inner.state, State::Over);
+        let timer = inner.timer.take();
+        drop(inner);
+        if let State::New(work) | State::Running(work) = state {
+            self.withdraw(work);
+        }
+        if let Some(timer) = timer {
+            // Fails for a timer that has run, which does no harm.
+            let _ = timer.call_method0(py, "cancel");
         }
     }
 
@@ -565,7 +577,7 @@ impl Waiter {
         };
         let operation = self.operation.get();
         let callback = Callback { call, context };
-        if operation.wakeup.woken.load(Ordering::Acquire) {
+        if operation.wakeup.woken.load(Ordering::SeqCst) {
             return call_soon(py, &operation.shared, callback);
         }
         operation.wakeup.callbacks().push(callback);
@@ -589,7 +601,7 @@ impl Waiter {
     fn exception(&self) {}
 
     fn done(&self) -> bool {
-        self.operation.get().wakeup.woken.load(Ordering::Acquire)
+        self.operation.get().wakeup.woken.load(Ordering::SeqCst)
     }
 
     fn cancelled(&self) -> bool {
@@ -602,7 +614,7 @@ impl Waiter {
     fn cancel(&self, py: Python<'_>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
         let operation = self.operation.get();
         operation.shared.check()?;
-        if operation.wakeup.woken.load(Ordering::Acquire) {
+        if operation.wakeup.woken.load(Ordering::SeqCst) {
             operation.wakeup.resume(py, &operation.shared, Resume::Soon)?;
             return Ok(false);
         }
@@ -645,7 +657,7 @@ impl Watch {
     }
 
     fn look(mut self, py: Python<'_>, shared: &Arc<Shared>, id: u64) -> PyResult<()> {
-        self.wakeup.woken.store(false, Ordering::Release);
+        self.wakeup.woken.store(false, Ordering::SeqCst);
         let polled = {
             let _inside = shared.enter();
             self.work.as_mut().poll(&mut Context::from_waker(&self.waker))

@@ -75,7 +75,7 @@ impl Region {
             _ => return Err(PyValueError::new_err("access: 'read', 'write' or 'readwrite'")),
         };
         let registered = shared
-            .locking(py, || shared.node.register(memory, access))
+            .locking(py, || shared.node.register(memory, access))?
             .map_err(|error| error::raise(py, &error))?;
         let key = registered.key();
         let registered = Local::new(Mutex::new(Some(registered)));

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import pytest
 import thalweg
@@ -442,3 +443,110 @@ async def test_idle_means_idle(link: str) -> None:
         assert time.thread_time() - cpu < 0.05
         await there.send(b"it still wakes")
         await asyncio.wait_for(waiting, 5)
+
+
+def test_fork_leaves_other_peoples_files_alone() -> None:
+    """The child's descriptors were closed, and their numbers are somebody else's now."""
+
+    async def main() -> None:
+        async with thalweg.Node() as node:
+            async with await node.listen("thalweg://127.0.0.1:0") as listener:
+                there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+                region = node.register(bytearray(10))
+                waiting = [here.recv(), here.tag_recv(1, 1, bytearray(10)), there.send(b"x")]
+                waiting[0].send(None)
+                waiting[1].send(None)
+                child = os.fork()
+                if child == 0:
+                    code = 1
+                    try:
+                        files = [os.memfd_create("not thalweg's") for _ in range(40)]
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            waiting.clear()
+                            del region
+                            listener.close()
+                            there.abort()
+                            gc.collect()
+                        written = [os.fstat(file).st_size for file in files]
+                        code = 0 if not any(written) else 3
+                    finally:
+                        os._exit(code)
+                _, status = await asyncio.to_thread(os.waitpid, child, 0)
+                assert os.waitstatus_to_exitcode(status) == 0
+                await waiting[2]
+                assert not there.is_closed
+                for operation in waiting:
+                    operation.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+async def _accept(listener: thalweg.Listener) -> thalweg.Endpoint:
+    return await listener.accept()
+
+
+@run
+async def test_an_endpoint_with_a_callback_closes_when_it_is_dropped() -> None:
+    async with thalweg.Node() as node:
+        async with await node.listen("thalweg://127.0.0.1:0") as listener:
+            there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+        told = []
+        there.add_close_callback(lambda endpoint, why: told.append((endpoint, why.kind)))
+        del there
+        gc.collect()
+        why = await asyncio.wait_for(here.closed(), 5)
+        assert why.kind == "closed"
+        await _until(lambda: told)
+        assert told == [(None, "closed")]
+
+
+@run
+async def test_buffers_come_back_after_the_end() -> None:
+    node = thalweg.Node()
+    listener = await node.listen("thalweg://127.0.0.1:0")
+    there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+    lent = [bytearray(10_000) for _ in range(4)]
+    never = there.send(lent[0])
+    never.close()
+    lent[0].extend(b"x")
+    region, unsent, unreceived = (
+        node.register(lent[1]),
+        there.send(lent[2]),
+        here.tag_recv(1, 1, lent[3]),
+    )
+    await node.close()
+    del region
+    unsent.close()
+    unreceived.close()
+    for memory in lent:
+        memory.extend(b"x")
+
+
+@run
+async def test_an_allocator_that_holds_its_node_leaks_nothing() -> None:
+    class Holder:
+        async def live(self) -> None:
+            self.node = thalweg.Node(allocator=self.allocate)
+            await self.node.close()
+
+        def allocate(self, length: int) -> bytearray:
+            return bytearray(length)
+
+    for _ in range(5):
+        await Holder().live()
+
+
+@run
+async def test_absurd_settings() -> None:
+    for settings in [
+        {"spin_us": 1 << 63},
+        {"spin_us": 20_000},
+        {"close_timeout": 1e19},
+        {"handshake_timeout": 1e19},
+        {"connect_timeout": 1.8e19},
+        {"keepalive": 1e12},
+        {"connect_timeout": float("inf")},
+    ]:
+        with pytest.raises(ValueError):
+            thalweg.Node(**settings)

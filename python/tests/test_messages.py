@@ -7,6 +7,7 @@ import asyncio
 import gc
 import mmap
 import random
+import sys
 
 import numpy
 import pytest
@@ -18,6 +19,7 @@ def pattern(seed: int, length: int) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
+ALL = (1 << 64) - 1
 SIZES = [0, 1, 8, 48, 49, 128, 129, 2048, 2049, 4096, 4097, 65536, 65537, 1 << 20, 5_000_001]
 
 
@@ -208,3 +210,66 @@ async def test_spinning_nodes() -> None:
             assert int.from_bytes(frame, "little") == number
         with pytest.raises(TimeoutError):
             await here.recv(timeout=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@run
+async def test_an_allocator_must_not_use_thalweg() -> None:
+    """It is called with the endpoint's lock in hand: what it asks of thalweg is refused."""
+    refused: list[str] = []
+
+    def allocate(length: int) -> bytearray:
+        for use in [here.stats, lambda: here.is_closed, here.abort, lambda: here.recv().send(None)]:
+            try:
+                use()
+            except RuntimeError as error:
+                refused.append(str(error))
+        return bytearray(length)
+
+    async with pair(allocator=allocate) as (there, here):
+        await there.send(bytes(100_000))
+        (frame,) = await here.recv(timeout=5)
+        assert len(frame) == 100_000
+        assert len(refused) == 4 and all("allocator" in text for text in refused)
+
+
+@run
+async def test_garbage_is_collected_inside_of_an_allocator() -> None:
+    """What is dropped there belongs to the very endpoint whose lock is held."""
+
+    class Cycle:
+        pass
+
+    def allocate(length: int) -> bytearray:
+        gc.collect()
+        return bytearray(length)
+
+    async with pair(allocator=allocate) as (there, here):
+        for number in range(20):
+            cycle = Cycle()
+            cycle.itself = cycle
+            cycle.pending = [here.tag_recv(number, ALL, bytearray(100)), here.fence()]
+            for operation in cycle.pending:
+                operation.send(None)
+            cycle.mine = [there, here]
+            del operation, cycle
+            sending = asyncio.ensure_future(there.send(bytes(100_000)))
+            (frame,) = await here.recv(timeout=5)
+            assert len(frame) == 100_000
+            await sending
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="classes have __buffer__ since 3.12")
+@run
+async def test_an_allocator_of_objects_with_a_buffer_method() -> None:
+    class Memory:
+        def __init__(self, length: int) -> None:
+            self.memory = bytearray(length)
+
+        def __buffer__(self, flags: int) -> memoryview:
+            return memoryview(self.memory)
+
+    async with pair(allocator=Memory) as (there, here):
+        await there.send(pattern(1, 50_000))
+        (frame,) = await here.recv(timeout=5)
+        assert frame == pattern(1, 50_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ._errors import ClosedError, Error
@@ -30,3 +32,12 @@ async def next_endpoint(listener: Any) -> Any:
         return await listener.accept()
     except ClosedError:
         raise StopAsyncIteration from None
+
+
+def close_callback(endpoint: weakref.ref[Any]) -> Callable[[Any], Callable[[Error], object]]:
+    """Makes of a callback of an endpoint's one that is called with the error alone."""
+
+    def with_callback(callback: Any) -> Callable[[Error], object]:
+        return lambda why: callback(endpoint(), why)
+
+    return with_callback

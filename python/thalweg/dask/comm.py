@@ -224,7 +224,7 @@ def _ended(
 def _over(
     future: asyncio.Future[None],
     last_resort: asyncio.TimerHandle,
-    _endpoint: thalweg.Endpoint,
+    _endpoint: thalweg.Endpoint | None,
     _why: Any,
 ) -> None:
     last_resort.cancel()
