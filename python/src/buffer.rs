@@ -2,7 +2,7 @@
 //!
 //! thalweg may drop such memory anywhere: with the GIL or without it, on any thread, under a lock.
 //! To give a buffer back to Python is only allowed with the GIL and runs Python code. So dropping
-//! puts it on a list ([`RETURNS`]), and the loop's thread gives it back when it is next in Python
+//! puts it on a list (`RETURNS`), and the loop's thread gives it back when it is next in Python
 //! with no lock in hand.
 
 use std::ffi::{c_int, c_void};

@@ -6,7 +6,7 @@
 //! `thalweg`.
 //!
 //! Who may wait for whom: a thread that holds the GIL may take a lock of thalweg's only on the
-//! loop's own thread. Every other thread lets go of the GIL first ([`local::Local`]).
+//! loop's own thread. Every other thread lets go of the GIL first (`local::Local`).
 //! So the loop's thread can ask for the GIL with such a lock in hand (an allocator of the user's
 //! does), and nobody waits in a circle.
 
