@@ -35,6 +35,8 @@ pub enum Way {
     MockTiny,
     /// UCX, over whatever lanes `UCX_TLS` admits.
     Ucx,
+    /// RDMA verbs, over whatever devices there are.
+    Verbs,
 }
 
 impl Way {
@@ -58,24 +60,28 @@ impl Way {
             Way::ShmAll | Way::ShmInlineArena | Way::ShmSingleCopy | Way::ShmLoans => LinkKind::Shm,
             Way::Mock | Way::MockReordering | Way::MockDelaying | Way::MockTiny => LinkKind::Mock,
             Way::Ucx => LinkKind::Ucx,
+            Way::Verbs => LinkKind::Verbs,
         }
     }
 
     /// Why it is not to be had on this machine, if it is not.
     pub fn missing(self) -> Option<String> {
         static UCX: OnceLock<Option<String>> = OnceLock::new();
-        if self != Way::Ucx {
-            return None;
-        }
+        static VERBS: OnceLock<Option<String>> = OnceLock::new();
+        let known = match self {
+            Way::Ucx => &UCX,
+            Way::Verbs => &VERBS,
+            _ => return None,
+        };
         let look = || {
             let runtime = runtime(1);
             let _inside = runtime.enter();
             let node = Node::new(self.config()).expect("a node");
             let capabilities = node.capabilities();
-            let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
-            ucx.filter(|ucx| !ucx.present).map(|ucx| ucx.reason.clone())
+            let link = capabilities.iter().find(|capability| capability.link == self.link());
+            link.filter(|link| !link.present).map(|link| link.reason.clone())
         };
-        UCX.get_or_init(look).clone()
+        known.get_or_init(look).clone()
     }
 
     /// Whether it is the mock link.
@@ -98,7 +104,7 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
-            Way::Tcp | Way::ShmAll | Way::Ucx => config,
+            Way::Tcp | Way::ShmAll | Way::Ucx | Way::Verbs => config,
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),

@@ -35,7 +35,7 @@ impl Arguments {
         let name: String = self.or("way", "Tcp".to_owned());
         Way::ALL
             .into_iter()
-            .chain([Way::Ucx])
+            .chain([Way::Ucx, Way::Verbs])
             .find(|way| format!("{way:?}") == name)
             .unwrap_or(Way::Tcp)
     }
