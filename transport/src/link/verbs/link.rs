@@ -679,7 +679,8 @@ impl VerbsLink {
         sink: &mut dyn Sink,
     ) -> Result<(bool, bool), LinkError> {
         let mut moved = false;
-        if self.waits_for_sends() || !self.messenger.has_spare_room() {
+        let taken = !self.ended.is_empty();
+        if taken || self.waits_for_sends() || !self.messenger.has_spare_room() {
             moved |= self.settle_ended(sink)?;
         }
         let received = self.receive(budget, sink)?;
