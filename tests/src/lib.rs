@@ -12,6 +12,11 @@ use thalweg::{Config, Endpoint, Frame, LinkKind, Listener, Message, MockPlan, No
 /// How long a test may take before it counts as hanging.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The same, where a machine may be emulated.
+fn patience() -> Duration {
+    if std::env::var_os("THALWEG_TEST_VM").is_some() { PATIENCE * 2 } else { PATIENCE }
+}
+
 /// How two nodes are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -104,7 +109,8 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
-            Way::Tcp | Way::ShmAll | Way::Ucx | Way::Verbs => config,
+            Way::Tcp | Way::ShmAll | Way::Ucx => config,
+            Way::Verbs => config.verbs_devices(verbs_device(0)),
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),
@@ -146,6 +152,13 @@ pub struct Pair {
     pub b: Endpoint,
 }
 
+/// The RDMA device of one of two nodes: the variable `THALWEG_TEST_VERBS_DEVICES` names one for
+/// each, as in `rxa,rxb`. Without it any will do.
+fn verbs_device(node: usize) -> Option<String> {
+    let names = std::env::var("THALWEG_TEST_VERBS_DEVICES").ok()?;
+    names.split(',').nth(node).map(str::to_owned)
+}
+
 /// A connected pair.
 pub async fn pair(way: Way) -> Pair {
     pair_with(way, |config| config).await
@@ -153,7 +166,9 @@ pub async fn pair(way: Way) -> Pair {
 
 /// A connected pair whose nodes have these settings.
 pub async fn pair_with(way: Way, change: impl Fn(Config) -> Config) -> Pair {
-    pair_of(way, change(way.config()), change(way.config())).await
+    let (a, b) = (change(way.config()), change(way.config()));
+    let b = if way == Way::Verbs { b.verbs_devices(verbs_device(1)) } else { b };
+    pair_of(way, a, b).await
 }
 
 /// A connected pair with settings for each side.
@@ -185,7 +200,7 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
     let watch = Watch::new(name);
     for threads in [1, 2] {
         let runtime = runtime(threads);
-        let result = runtime.block_on(async { tokio::time::timeout(PATIENCE, work()).await });
+        let result = runtime.block_on(async { tokio::time::timeout(patience(), work()).await });
         assert!(result.is_ok(), "{name} on {threads} thread(s) hangs");
         drop(runtime);
     }
@@ -195,7 +210,7 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
 /// As [`run`], on one thread only.
 pub fn run_once(name: &str, work: impl Future<Output = ()>) {
     let watch = Watch::new(name);
-    let result = runtime(1).block_on(async { tokio::time::timeout(PATIENCE, work).await });
+    let result = runtime(1).block_on(async { tokio::time::timeout(patience(), work).await });
     assert!(result.is_ok(), "{name} hangs");
     drop(watch);
 }
@@ -223,7 +238,7 @@ impl Watch {
         let (over, wait) = mpsc::channel::<()>();
         let name = name.to_owned();
         std::thread::spawn(move || {
-            if wait.recv_timeout(PATIENCE * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if wait.recv_timeout(patience() * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("{name}: a thread is stuck");
                 std::process::exit(101);
             }

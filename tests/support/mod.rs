@@ -24,6 +24,11 @@ pub fn short_or_long<T>(short: T, long: T) -> T {
     if std::env::var("THALWEG_TEST_LONG").is_ok_and(|value| value == "1") { long } else { short }
 }
 
+/// By how much limits of time are to be stretched: a machine that is emulated is slow.
+pub fn slowness() -> u32 {
+    if std::env::var_os("THALWEG_TEST_VM").is_some() { 8 } else { 1 }
+}
+
 /// Where random choices begin.
 pub fn seed() -> u64 {
     let given = std::env::var("THALWEG_TEST_SEED").ok().and_then(|text| text.parse().ok());

@@ -160,6 +160,7 @@ fi
   declare -px | sed -n 's/^declare -x \(THALWEG_\|UCX_\)/export \1/p'
   echo "export PATH=/usr/sbin:/usr/bin:/sbin:/bin"
   echo ". /tools"
+  echo "export THALWEG_TEST_VM=1 ${rdma:+THALWEG_TEST_RDMA=1}"
   printf 'exec'
   printf ' %q' "$@"
   echo

@@ -23,13 +23,14 @@ const NETWORKS: &str = "tests over network namespaces";
 const BASELINE: &str = "tests over ucx, the baseline ucx of pingpong and bandwidth";
 const GUEST: &str = "tests of loss and delay in a virtual machine";
 
-const TOOLS: [Tool; 9] = [
+const TOOLS: [Tool; 10] = [
     tool("ip", "iproute2", NETWORKS),
     tool("tc", "iproute2", NETWORKS),
     tool("ucx_perftest", "ucx-utils", BASELINE),
     tool("qemu-system-x86_64", "qemu-system-x86", GUEST),
     tool("busybox", "busybox-static", GUEST),
     tool("modprobe", "kmod", GUEST),
+    tool("rdma", "iproute2", GUEST),
     tool("cpio", "cpio", GUEST),
     tool("xz", "xz-utils", GUEST),
     tool("zstd", "zstd", GUEST),

@@ -45,6 +45,9 @@ impl Arguments {
         if let Some(ms) = self.find("keepalive_ms") {
             config = config.keepalive(Duration::from_millis(ms));
         }
+        if let Some(device) = self.find::<String>("device") {
+            config = config.verbs_devices([device]);
+        }
         if self.find::<String>("any").is_some() {
             config = config.transports([LinkKind::Shm, LinkKind::Tcp]);
         }

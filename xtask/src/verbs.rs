@@ -1,0 +1,83 @@
+//! The tests over verbs, in a virtual machine whose kernel makes RDMA devices of network interfaces.
+//! Each test program runs in a machine of its own.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::run;
+use crate::summary::{Row, Summary};
+use crate::{FEATURES, With, cargo, minutes};
+
+const NAME: &str = "tests over verbs";
+/// Its status when the machine cannot be made here.
+const CANNOT: i32 = 77;
+const SOAK_SECONDS: &str = "5";
+const SOAK_SECONDS_LONG: &str = "60";
+/// What is shown of the wire between two devices rather than within one.
+const WIRE: &str = "rxa,rxb";
+/// Those of the conformance tests that are run across the wire as well.
+const ACROSS: [&str; 6] = [
+    "order_of_pipelined_messages::verbs",
+    "sizes_of_messages::verbs",
+    "sizes_of_tags::verbs",
+    "sizes_of_one_sided::verbs",
+    "both_directions_at_once::verbs",
+    "close_with_much_in_flight::verbs",
+];
+
+/// Runs them all.
+pub fn tests(root: &Path, long: bool) -> Summary {
+    let mut summary = Summary::new();
+    let runner = root.join("tests/vm/run-in-vm.sh");
+    if let Err(why) = machine(&runner) {
+        summary.add(Row::skipped(NAME, why));
+        return summary;
+    }
+    let programs =
+        ["--test", "conformance", "--test", "crash", "--test", "soak", "--test", "verbs"];
+    let seconds = if long { SOAK_SECONDS_LONG } else { SOAK_SECONDS };
+    let mut within = tests_in(root, &runner, long).with(&programs).with(&["--", "verbs"]);
+    within.env("THALWEG_TEST_SOAK_SECONDS", seconds);
+    let mut across = tests_in(root, &runner, long).with(&["--test", "conformance", "--"]);
+    across.args(ACROSS).env("THALWEG_TEST_VERBS_DEVICES", WIRE);
+    for (what, mut command) in [("rxe0", within), ("rxa to rxb", across)] {
+        println!("\n== verbs, {what}");
+        command.args(["--test-threads", "2"]);
+        if long {
+            command.arg("--show-output").env("THALWEG_TEST_LONG", "1");
+        }
+        let each = minutes(if long { 20 } else { 4 });
+        let mut rows = run::tests(command, each, 3 * each);
+        rows.iter_mut().for_each(|row| row.name = format!("{} (verbs, {what})", row.name));
+        summary.extend(rows);
+    }
+    summary
+}
+
+/// `cargo test` with the machine between it and the test programs.
+fn tests_in(root: &Path, runner: &Path, long: bool) -> Command {
+    let mut command = match long {
+        true => cargo(&["test", "--release", "--package", "thalweg-tests", "--no-fail-fast"]),
+        false => cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES),
+    };
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
+    let peer = target.join(if long { "release" } else { "debug" }).join("thalweg-test-peer");
+    let limit = if long { "1200" } else { "240" };
+    let words = [runner.display().to_string(), "-t".into(), limit.into(), "-r".into()];
+    let runner = format!("{} -a {} --", words.join(" "), peer.display());
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
+    command
+}
+
+/// Whether the machine can be made; `Err`: what is missing.
+fn machine(runner: &Path) -> Result<(), String> {
+    let tried = Command::new(runner).args(["-t", "120", "-r", "--", "/bin/true"]).output();
+    let output = tried.map_err(|error| format!("{}: {error}", runner.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().last().unwrap_or("it did not say why").to_owned();
+    match output.status.code() {
+        Some(0) => Ok(()),
+        Some(CANNOT) => Err(last),
+        _ => Err(format!("the virtual machine does not start: {last}")),
+    }
+}
