@@ -88,16 +88,31 @@ fn verbs_registers_memory_once() {
 }
 
 fn across_the_wire(mode: [&str; 2], words: [&[&str]; 2]) -> [Peer; 2] {
+    between(["rxa", "rxb"], mode, words)
+}
+
+fn between(devices: [&str; 2], mode: [&str; 2], words: [&[&str]; 2]) -> [Peer; 2] {
     let start = |mode: &str, device: &str, words: &[&str], address: String| {
         let mut all = vec![mode.to_owned(), "way=Verbs".to_owned(), format!("device={device}")];
         all.extend(words.iter().map(|word| (*word).to_owned()));
         all.push(address);
         Peer::start(&all)
     };
-    let mut a = start(mode[0], "rxa", words[0], "listen=thalweg://127.0.0.1:0".to_owned());
+    let mut a = start(mode[0], devices[0], words[0], "listen=thalweg://127.0.0.1:0".to_owned());
     let address = format!("connect={}", a.said("LISTENING"));
-    let b = start(mode[1], "rxb", words[1], address);
+    let b = start(mode[1], devices[1], words[1], address);
     [a, b]
+}
+
+/// Every operation of both peers ends, with an error that says that the connection is lost.
+fn all_end(peers: &mut [Peer; 2], since: Instant) {
+    for peer in peers {
+        for _ in ["recv", "tag_recv", "send"] {
+            let ended = peer.said_by("ENDED", since + LOST_MAX).expect("an operation still waits");
+            let kind = ended.split(' ').nth(1);
+            assert!(matches!(kind, Some("ConnectionLost" | "PeerGone" | "TimedOut")), "{ended}");
+        }
+    }
 }
 
 #[test]
@@ -113,19 +128,33 @@ fn verbs_wire_cut_mid_transfer() {
     }
     let cut = Instant::now();
     tool("IP", &["link", "set", "va", "down"]);
-    for peer in &mut peers {
-        for _ in ["recv", "tag_recv", "send"] {
-            let ended = peer.said_by("ENDED", cut + LOST_MAX).expect("an operation still waits");
-            let kind = ended.split(' ').nth(1);
-            assert!(matches!(kind, Some("ConnectionLost" | "PeerGone" | "TimedOut")), "{ended}");
-        }
-    }
+    all_end(&mut peers, cut);
     measured("wire cut to the last error", cut.elapsed().as_secs_f64(), "s");
     tool("IP", &["link", "set", "va", "up"]);
     tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
     for peer in peers {
         assert!(peer.finish(), "a peer failed");
     }
+}
+
+#[test]
+fn verbs_device_removed_mid_transfer() {
+    if !in_the_machine("verbs_device_removed_mid_transfer") {
+        return;
+    }
+    let _alone = serially();
+    let stream: &[&str] = &["stream=1"];
+    let mut peers = between(["rxc", "rxc"], ["watch", "watch"], [stream, stream]);
+    peers.iter_mut().for_each(|peer| drop(peer.said("GOING")));
+    let removed = Instant::now();
+    // It waits for the processes to let go, and then for its own housekeeping.
+    let removing = std::thread::spawn(|| tool("RDMA", &["link", "delete", "rxc"]));
+    all_end(&mut peers, removed);
+    measured("device removed to the last error", removed.elapsed().as_secs_f64(), "s");
+    for peer in peers {
+        assert!(peer.finish(), "a peer failed");
+    }
+    removing.join().expect("the device goes");
 }
 
 #[test]
@@ -176,11 +205,9 @@ fn verbs_leaves_nothing_in_the_kernel() {
     let _alone = serially();
     let rounds = short_or_long(5, 40);
     for round in 0..rounds {
-        let peers = across_the_wire(["watch", "watch"], [&["stream=1"], &["stream=1"]]);
-        for mut peer in peers {
-            peer.said("GOING");
-            peer.kill();
-        }
+        let mut peers = across_the_wire(["watch", "watch"], [&["stream=1"], &["stream=1"]]);
+        peers.iter_mut().for_each(|peer| drop(peer.said("GOING")));
+        drop(peers);
         let until = Instant::now() + Duration::from_secs(20);
         while let Some(kept) = kept_in_the_kernel() {
             assert!(Instant::now() < until, "after round {round} the kernel keeps {kept}");

@@ -122,6 +122,7 @@ impl NodeShared {
         };
         capabilities.push(present(LinkKind::Tcp, "always available"));
         let verbs = verbs_engine(&config, &reactor, &timers, &mut capabilities);
+        engines.extend(verbs.clone().map(|engine| engine as Arc<dyn Engine>));
         let ucx = ucx_engine(&config, &reactor, &timers, &mut capabilities);
         engines.extend(ucx.clone().map(|engine| engine as Arc<dyn Engine>));
         #[cfg(feature = "mock")]

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -98,6 +99,17 @@ pub(super) fn os_error(code: i32) -> io::Error {
 /// Whether the kernel says that the device is no more: it has let go of everything then.
 pub(super) fn is_removed(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODEV | libc::ENXIO))
+}
+
+/// What a device says by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// It is no more, or works no more.
+    DeviceGone { why: String },
+    /// One of its queue pairs is broken.
+    QueuePair { which: u64, why: String },
+    /// Nothing that ends anything: ports that come and go are seen by retries.
+    Other,
 }
 
 /// An open device.
@@ -208,6 +220,8 @@ impl Device {
         // From here on it is closed if something fails.
         let mut device =
             Device { verbs, raw, name, limits, fork: ForkGuard::get(), _tracked: tracked };
+        set_nonblocking(device.events())
+            .map_err(|error| Unusable::Failed { what: format!("events of a device: {error}") })?;
         // SAFETY: zero is valid for every field, and the call fills them in.
         let mut attributes: ffi::ibv_device_attr = unsafe { std::mem::zeroed() };
         // SAFETY: a live context, and a struct to write.
@@ -230,6 +244,39 @@ impl Device {
 
     pub fn raw(&self) -> *mut ibv_context {
         self.raw
+    }
+
+    /// The descriptor that becomes readable with an event.
+    pub fn events(&self) -> BorrowedFd<'_> {
+        // SAFETY: open for as long as the context lives, which `self` owns.
+        unsafe { BorrowedFd::borrow_raw((*self.raw).async_fd) }
+    }
+
+    /// Takes one event. `WouldBlock`: there is none.
+    pub fn take_event(&self) -> io::Result<Event> {
+        // SAFETY: zero is valid for every field, and the call fills them in.
+        let mut event: ffi::ibv_async_event = unsafe { std::mem::zeroed() };
+        let functions = &self.verbs.functions;
+        // SAFETY: a live context, and a struct to write.
+        if unsafe { (functions.ibv_get_async_event)(self.raw, &raw mut event) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: every bit pattern is a number.
+        let which = unsafe { event.element._bindgen_opaque_blob };
+        let kind = event.event_type;
+        // At once: what an event is about can be destroyed only when it is acknowledged.
+        // SAFETY: the event that was taken.
+        unsafe { (functions.ibv_ack_async_event)(&raw mut event) };
+        let why = || format!("{}: {} (event {kind})", self.name, self.verbs.describe_event(kind));
+        Ok(match kind {
+            ffi::IBV_EVENT_DEVICE_FATAL => Event::DeviceGone { why: why() },
+            ffi::IBV_EVENT_QP_FATAL | ffi::IBV_EVENT_QP_REQ_ERR | ffi::IBV_EVENT_QP_ACCESS_ERR => {
+                Event::QueuePair { which, why: why() }
+            }
+            // A completion queue that is broken tells nobody of anything any more.
+            ffi::IBV_EVENT_CQ_ERR => Event::DeviceGone { why: why() },
+            _ => Event::Other,
+        })
     }
 
     pub fn forked(&self) -> bool {
@@ -455,6 +502,12 @@ impl Drop for Registered {
             tracing::warn!(%error, bytes = self.bytes, "memory stays registered");
         }
     }
+}
+
+/// Reading from it gives `WouldBlock` from now on.
+pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
 }
 
 /// How much memory this process may lock; `None`: as much as it likes.

@@ -11,6 +11,7 @@ use std::time::Instant;
 use thalweg_ffi::ibverbs as ffi;
 
 use super::VerbsOptions;
+use super::alarm::{Alarm, Alarms};
 use super::blob::{self, PORTS_MAX, Port, Terms};
 use super::device::{Device, Domain, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
@@ -19,11 +20,15 @@ use super::queues::Side;
 use super::registrations::Registrations;
 use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header, Kind};
+use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
 use crate::runtime::{Attempt, Fd, Interest, Reactor, Source, Timers};
 
 /// One device, and what its links share.
 struct Adapter {
+    device: Arc<Device>,
+    /// What it says by itself.
+    events: Source,
     slabs: Arc<Slabs>,
     registrations: Arc<Registrations>,
 }
@@ -35,8 +40,12 @@ pub(crate) struct VerbsEngine {
     ports: Vec<(LocalPort, usize)>,
     reactor: Reactor,
     timers: Arc<Timers>,
+    alarms: Alarms,
     options: VerbsOptions,
 }
+
+/// Events of one device taken in a turn.
+const EVENTS_MAX: usize = 64;
 
 fn failure(reason: impl Into<String>) -> Failure {
     Failure { reason: reason.into(), fix: String::new() }
@@ -79,13 +88,22 @@ impl VerbsEngine {
             let slab = slabs.take().map_err(|error| memory_failed(&error))?;
             slabs.give(slab);
             ports.extend(up.into_iter().map(|port| (port, adapters.len())));
-            adapters.push(Adapter { slabs, registrations: Registrations::new(&domain) });
+            let events = device
+                .events()
+                .try_clone_to_owned()
+                .and_then(|fd| reactor.source(Fd::new(fd), Interest::Read))
+                .map_err(|error| Unusable::Failed {
+                    what: format!("watching the events of {}: {error}", device.name),
+                })?;
+            let registrations = Registrations::new(&domain);
+            adapters.push(Adapter { device: device.clone(), events, slabs, registrations });
         }
         if ports.is_empty() {
             return Err(Unusable::PortDown { ports: down.join(", ") });
         }
         ports.truncate(PORTS_MAX);
-        Ok(Arc::new(VerbsEngine { adapters, ports, reactor: reactor.clone(), timers, options }))
+        let (reactor, alarms) = (reactor.clone(), Alarms::default());
+        Ok(Arc::new(VerbsEngine { adapters, ports, reactor, timers, alarms, options }))
     }
 
     /// What was found, for people.
@@ -118,22 +136,23 @@ impl VerbsEngine {
             false => blob::choose(&theirs, &own).map(|(theirs, own)| (own, theirs)),
         };
         let (at, to) = chosen.ok_or_else(|| failure("no port reaches one of the peer's"))?;
-        let (port, adapter) = &self.ports[at];
+        let (port, which) = &self.ports[at];
         let mut random = [0; 4];
         getrandom::fill(&mut random)
             .map_err(|error| failure(format!("random numbers: {error}")))?;
         let first_packet = u32::from_ne_bytes(random) & 0xff_ffff;
-        let adapter = &self.adapters[*adapter];
-        let messenger = Messenger::new(&adapter.slabs, port, first_packet)
+        let adapter = &self.adapters[*which];
+        let mut messenger = Messenger::new(&adapter.slabs, port, first_packet)
             .map_err(|error| failure(format!("queues at {port}: {error}")))?;
         let ports = if connects { (at as u8, to as u8) } else { (to as u8, at as u8) };
         let registrations = adapter.registrations.clone();
-        Ok(Prepared { messenger, ports, to: theirs[to], registrations })
+        let alarm = self.alarms.add(*which, messenger.queues().identities());
+        Ok(Prepared { messenger, ports, to: theirs[to], registrations, alarm })
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
     pub async fn open(&self, prepared: Prepared, terms: &[u8]) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm } = prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -167,7 +186,28 @@ impl VerbsEngine {
         .await
         .map_err(failure)?;
         let options = self.options.clone();
-        Ok(Opened { messenger, channel, registrations, received: seen.early, options })
+        Ok(Opened { messenger, channel, registrations, alarm, received: seen.early, options })
+    }
+}
+
+impl Engine for VerbsEngine {
+    fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
+        for (which, Adapter { device, events, .. }) in self.adapters.iter().enumerate() {
+            let mut left = EVENTS_MAX;
+            while left > 0 {
+                left -= 1;
+                match events.poll_read(cx, |_| device.take_event().map(Attempt::More)) {
+                    Poll::Ready(Ok(event)) => self.alarms.hear(which, &event),
+                    // An error is the runtime's, which others report, or the device's, which has
+                    // nothing more to say.
+                    Poll::Ready(Err(_)) | Poll::Pending => break,
+                }
+            }
+            if left == 0 {
+                return Progress::More;
+            }
+        }
+        Progress::Idle
     }
 }
 
@@ -245,6 +285,7 @@ pub(crate) struct Prepared {
     ports: (u8, u8),
     to: Port,
     registrations: Arc<Registrations>,
+    alarm: Arc<Alarm>,
 }
 
 impl Prepared {
@@ -259,6 +300,7 @@ pub(crate) struct Opened {
     pub(super) messenger: Messenger,
     pub(super) channel: Source,
     pub(super) registrations: Arc<Registrations>,
+    pub(super) alarm: Arc<Alarm>,
     pub(super) received: VecDeque<super::queues::Completion>,
     pub(super) options: VerbsOptions,
 }

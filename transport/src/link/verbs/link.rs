@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use smallvec::SmallVec;
 use thalweg_ffi::ibverbs as ffi;
 
+use super::alarm::Alarm;
 use super::bulk::{Incoming, Outgoing, Outgoings};
 use super::device::{Access, is_removed};
 use super::engine::Opened;
@@ -82,6 +83,7 @@ pub(crate) struct VerbsLink {
     messenger: Messenger,
     channel: Source,
     registrations: Arc<Registrations>,
+    alarm: Arc<Alarm>,
     caps: Caps,
     max_payload: u64,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
@@ -111,12 +113,13 @@ pub(crate) struct VerbsLink {
 
 impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
-        let Opened { messenger, channel, registrations, received, options } = opened;
+        let Opened { messenger, channel, registrations, alarm, received, options } = opened;
         let port = messenger.port().to_string();
         VerbsLink {
             messenger,
             channel,
             registrations,
+            alarm,
             caps: Caps {
                 eager_max: options.eager_max.min(EAGER_BYTES_MAX),
                 ways: format!(
@@ -158,6 +161,10 @@ impl VerbsLink {
     /// Whether the peer's process still holds its end of the bootstrap connection.
     fn look_at_bootstrap(&mut self, cx: &mut Context<'_>) {
         if self.broken.is_some() {
+            return;
+        }
+        if let Some(why) = self.alarm.raised() {
+            self.broken = Some(error(ErrorKind::ConnectionLost, why));
             return;
         }
         let looked = self.bootstrap.poll_read(cx, |fd| {
@@ -780,7 +787,8 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let waits = !self.received.is_empty() || !self.ended.is_empty();
+        let waits =
+            !self.received.is_empty() || !self.ended.is_empty() || self.alarm.watch(cx.waker());
         if self.broken.is_some() || waits || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
@@ -862,6 +870,22 @@ impl Link for VerbsLink {
         let flushed = arrived >= goal && !self.outgoing.any_owed();
         self.flush_goal.set(Some(goal).filter(|_| !flushed));
         flushed
+    }
+
+    /// A send that ends well matters to nobody, so nobody is woken by its end; one that does not
+    /// arrive is found here.
+    fn check(&mut self) -> Result<bool, LinkError> {
+        if self.killed || self.dead.is_some() {
+            return Ok(false);
+        }
+        self.take(Side::Send)?;
+        let bad = |completion: &&Completion| completion.status != ffi::IBV_WC_SUCCESS;
+        if let Some(bad) = self.ended.iter().find(bad).copied() {
+            let why = self.failed("sending", &bad);
+            return self.settle(Err(why));
+        }
+        let (posted, arrived) = self.messenger.counts();
+        Ok(posted > arrived + self.ended.len() as u64)
     }
 
     fn counters(&self) -> LinkCounters {

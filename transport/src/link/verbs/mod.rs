@@ -15,6 +15,7 @@
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads |
 //! | `blob` | what sides tell each other, and the choice of ports |
+//! | `alarm` | what devices say by themselves |
 //! | `engine` | devices of a node, set-up |
 //! | `link` | the link |
 //!
@@ -33,6 +34,7 @@
 //! memory. The link is for networks and users that are trusted, and is used only where it is asked
 //! for. What arrives is checked as on the other links.
 
+mod alarm;
 mod blob;
 mod bulk;
 mod device;

@@ -16,7 +16,7 @@ use thalweg_ffi::ibverbs::{
 };
 
 use super::blob::{Fabric, Port};
-use super::device::{Device, Domain, Limits, LocalPort, is_removed, os_error};
+use super::device::{Device, Domain, Limits, LocalPort, is_removed, os_error, set_nonblocking};
 use crate::runtime::Tracked;
 
 /// Completions taken at a time.
@@ -157,7 +157,7 @@ impl Queues {
         // SAFETY: a live context.
         queues.channel = null_error(unsafe { (functions.ibv_create_comp_channel)(device.raw()) })?;
         queues.tracked = Some(Tracked::new(queues.channel_fd()));
-        set_nonblocking(queues.channel_fd())?;
+        set_nonblocking(queues.descriptor())?;
         for (side, room) in [depths.receives, depths.sends + depths.reads].into_iter().enumerate() {
             // SAFETY: a live context and channel; `null` is the context that events carry.
             let made = unsafe {
@@ -252,6 +252,11 @@ impl Queues {
     /// Bytes that a send may carry within the request.
     pub fn max_inline_bytes(&self) -> usize {
         self.max_inline_bytes as usize
+    }
+
+    /// What events call the two queue pairs.
+    pub fn identities(&self) -> [u64; 2] {
+        self.pairs.each_ref().map(|pair| pair.raw as u64)
     }
 
     pub fn number(&self, lane: Lane) -> u32 {
@@ -572,11 +577,4 @@ impl Drop for Queues {
             unsafe { (functions.ibv_destroy_comp_channel)(self.channel) };
         }
     }
-}
-
-fn set_nonblocking(fd: i32) -> io::Result<()> {
-    // SAFETY: open for as long as the channel, which the caller has.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    let flags = rustix::fs::fcntl_getfl(fd)?;
-    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
 }
