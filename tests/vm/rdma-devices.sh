@@ -1,6 +1,6 @@
 # In the virtual machine: RDMA devices made of network interfaces.
 #
-# rxe0 and rxc talk to themselves. Between rxa and rxb lies a wire, though both are here: their addresses are
+# rxe0 talks to itself. Between rxa and rxb lies a wire, though both are here: their addresses are
 # taken off the kernel's list of local ones for packets from one to the other, so that what is sent
 # leaves by one end (va) and comes in by the other (vb).
 
@@ -24,9 +24,6 @@ device() { # INTERFACE DEVICE ADDRESS
 ip link show dummy0 >/dev/null 2>&1 || ip link add dummy0 type dummy
 ip link set dummy0 mtu 9000
 device dummy0 rxe0 10.77.0.1
-
-ip link add dummy1 type dummy 2>/dev/null || :
-device dummy1 rxc 10.79.0.1
 
 ip link add va mtu 9000 type veth peer name vb mtu 9000
 echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter
