@@ -241,11 +241,10 @@ impl VerbsLink {
         let Some(incoming) = self.incoming.remove(&id) else { return Ok(()) };
         let op = incoming.op;
         drop(incoming);
-        self.answer(Header::about(Kind::Release, id, 0))?;
         if op != OpId::NONE {
             sink.done(op, Ok(()));
         }
-        Ok(())
+        self.answer(Header::about(Kind::Release, id, 0))
     }
 
     /// Hands up what has come. `Some`: something had, and whether the budget ended first.
@@ -379,6 +378,10 @@ impl VerbsLink {
         let Some(pieces) = Piece::decode_all(pieces, header.pieces, header.len) else {
             return Err(protocol("an offer of memory that does not come to its length"));
         };
+        // Before the driver is asked: what it wants landed is kept from then on.
+        if self.incoming.contains_key(&header.id) {
+            return Err(protocol("a payload's number is in use"));
+        }
         if self.open.len() + self.incoming.len() >= OPEN_MAX {
             return Err(protocol("too many open payloads"));
         }

@@ -532,6 +532,9 @@ impl Queues {
     /// Destroys both queue pairs. After `Ok` the device touches none of the memory that was posted,
     /// and the peer reads nothing through them.
     pub fn destroy(&mut self) -> io::Result<()> {
+        if self.device().forked() {
+            return Err(io::Error::other("they are another process's"));
+        }
         for lane in 0..self.pairs.len() {
             let Pair { raw, state } = &mut self.pairs[lane];
             if *state == State::Destroyed {
