@@ -58,6 +58,7 @@ cases! {
     frames_without_bytes
     frames_5000
     frames_100000
+    frame_tables_behind_bulk
     one_buffer_to_many
     tags_interleaved
     tags_unexpected
@@ -327,6 +328,30 @@ async fn many_frames(way: Way, count: usize) {
         check_pattern(number as u64, &frame.to_vec().expect("bytes"));
     }
     assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 5);
+}
+
+/// Many messages whose frame lengths go ahead of them, while a long one is still being written.
+async fn frame_tables_behind_bulk(way: Way) {
+    let pair = pair(way).await;
+    let sent = async {
+        let long = pair.a.send(vec![7; 16 << 20]);
+        let many = (0..100u8).map(|number| {
+            let frames: Message = (0..200).map(|_| Frame::copy_from_slice(&[number])).collect();
+            pair.a.send(frames)
+        });
+        let (long, many) = tokio::join!(long, futures_util::future::join_all(many));
+        long.expect("sending");
+        many.into_iter().for_each(|sent| drop(sent.expect("sending")));
+    };
+    let received = async {
+        assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 16 << 20);
+        for number in 0..100 {
+            let got = pair.b.recv().await.expect("receiving");
+            assert_eq!(got.frame_count(), 200);
+            assert_eq!(got.to_vec().expect("bytes"), [number; 200]);
+        }
+    };
+    tokio::join!(sent, received);
 }
 
 async fn frames_5000(way: Way) {

@@ -296,3 +296,69 @@ fn both_close_while_both_get() {
         }
     });
 }
+
+/// The sender of a view may take its memory back while what was made of the view waits elsewhere.
+#[test]
+fn a_view_that_is_sent_on_keeps_its_bytes() {
+    for onward in [LinkKind::Shm, LinkKind::Tcp] {
+        run("view sent on", || async move {
+            let first = Node::new(Config::new().transports([LinkKind::Shm])).expect("a node");
+            let both = Config::new().transports([LinkKind::Shm, LinkKind::Tcp]);
+            let second = Node::new(both).expect("a node");
+            let narrow = Config::new().transports([onward]).message_window_bytes(4096);
+            let third = Node::new(narrow).expect("a node");
+            let at_second = second.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let at_third = third.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let (from_first, source) = connect(&first, &at_second).await;
+            let (onwards, target) = connect(&second, &at_third).await;
+            assert_eq!(onwards.route().link(), onward);
+
+            let mut loan = first.loan(1 << 20).expect("a loan");
+            loan.fill(1);
+            let mut lending = from_first.send(loan);
+            assert!(poll_times(&mut lending, 1).await.is_none(), "it ends with the view");
+            let view = source.recv().await.expect("received");
+            assert!(view.frames()[0].is_view());
+            // Uses up the credit, so that the view's bytes have to wait.
+            onwards.send(vec![0; 8192]).await.expect("sent");
+            let mut sending = onwards.send(view);
+            assert!(poll_times(&mut sending, 2).await.is_none(), "no credit");
+
+            from_first.abort();
+            // Given back by the end, or by the view's end before that.
+            let lent = match within(SOON, "the end of the loan", lending).await {
+                Ok(message) => Some(message),
+                Err(failed) => failed.buffer,
+            };
+            let frame = lent.and_then(|message| message.into_frames().next());
+            let mut loan = frame.and_then(|frame| frame.into_loan().ok()).expect("the loan");
+            loan.fill(2);
+
+            assert_eq!(target.recv().await.expect("received").len_bytes(), 8192);
+            let both = async { tokio::join!(sending, target.recv()) };
+            let (sent, got) = within(SOON, "what was sent on", both).await;
+            sent.expect("sent");
+            let got = got.expect("received").to_vec().expect("bytes");
+            assert!(got.iter().all(|byte| *byte == 1), "bytes of another time");
+        });
+    }
+}
+
+/// Nothing of a view whose memory has been taken back is sent.
+#[test]
+fn a_view_whose_sender_has_gone_is_not_sent_on() {
+    run("lost view sent on", || async {
+        let pair = pair_of(Way::ShmLoans, Way::ShmLoans.config(), Way::ShmLoans.config()).await;
+        let onwards = pair_of(Way::Tcp, Way::Tcp.config(), Way::Tcp.config()).await;
+        let mut lending = pair.a.send(pair.node_a.loan(100_000).expect("a loan"));
+        assert!(poll_times(&mut lending, 1).await.is_none(), "it ends with the view");
+        let view = pair.b.recv().await.expect("received");
+        assert!(view.frames()[0].is_view());
+        pair.a.abort();
+        within(SOON, "the end of the loan", lending).await.expect_err("aborted");
+        let failed = onwards.a.send(view).await.expect_err("its bytes cannot be trusted");
+        assert_eq!(failed.error.kind(), ErrorKind::ConnectionLost);
+        onwards.a.send(Message::copy_from_slice(b"next")).await.expect("the endpoint lives");
+        assert_eq!(onwards.b.recv().await.expect("received").len_bytes(), 4);
+    });
+}

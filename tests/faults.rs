@@ -209,7 +209,28 @@ fn connecting_to_silence_times_out() {
         let started = Instant::now();
         let error = node.connect(address).await.expect_err("silence");
         assert_eq!(error.kind(), ErrorKind::TimedOut);
+        let said = error.to_string();
+        assert!(said.contains("connected, but the peer said nothing within 150ms"), "{said}");
         assert!(started.elapsed() < Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn connecting_to_an_echo() {
+    run("connecting_to_an_echo", || async {
+        let echo = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = format!("thalweg://{}", echo.local_addr().expect("bound"));
+        let thread = std::thread::spawn(move || {
+            let (stream, _) = echo.accept().expect("accepted");
+            let mut back = stream.try_clone().expect("cloned");
+            // Ends with the connection, however that ends.
+            let _ = std::io::copy(&mut &stream, &mut back);
+        });
+        let node = Node::new(tcp()).expect("a node");
+        let error = node.connect(address).await.expect_err("an echo");
+        assert_eq!(error.kind(), ErrorKind::NotThalweg);
+        assert!(error.to_string().contains("the peer answers with our own words"), "{error}");
+        thread.join().expect("ended");
     });
 }
 

@@ -89,12 +89,17 @@ fn role() {
     if setting("DUMPABLE").as_deref() == Some("0") {
         forbid_reading();
     }
+    if let Some(call) = setting("FORBIDDEN") {
+        let forbidden = forbid_call(call.parse().expect("a number"));
+        println!("@FORBIDDEN {}", forbidden.is_ok());
+    }
     match role.as_str() {
         "listen" | "connect" => run_once("role", talk()),
         "few" => run_once("role", few_descriptors()),
         "few_listen" => run_once("role", listens_with_few_descriptors()),
         "landing" => run_once("role", lands_midway()),
         "withdrawing" => run_once("role", withdraws_midway()),
+        "scribble" => run_once("role", scribbles()),
         other => panic!("no role {other}"),
     }
 }
@@ -103,6 +108,27 @@ fn role() {
 fn forbid_reading() {
     // SAFETY: takes plain numbers.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }, 0);
+}
+
+/// A system call is refused from here on, to this thread and those that it starts, as the sandbox of
+/// a container does.
+fn forbid_call(number: u32) -> std::io::Result<()> {
+    let statement =
+        |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    // The call's number is the first word of what the filter is shown.
+    let mut program = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: takes plain numbers, then a program that lives until the call has copied it.
+    let set = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
+    };
+    if set { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Blocks the thread until the test says so.
@@ -151,6 +177,10 @@ async fn exchange(endpoint: &Endpoint) {
     sent.expect("sending");
     check_pattern(2, &got.expect("receiving").buffer);
     endpoint.fence().await.expect("a fence");
+    // Whoever closes now does not do so before the other's fence is answered.
+    let (sent, got) = tokio::join!(endpoint.send(b"end"), endpoint.recv());
+    sent.expect("sending");
+    assert_eq!(got.expect("receiving").len_bytes(), 3);
 }
 
 fn moved(played: &mut Played) -> (String, u64, u64) {
@@ -190,6 +220,123 @@ fn memory_that_may_not_be_read() {
         assert_eq!(single > 0, readable(connect), "listener {listen}{connect}: {route}");
         assert_eq!(arena > 0, !readable(connect), "listener {listen}{connect}: {route}");
     }
+}
+
+/// A sandbox that forbids what shared memory needs. Without `memfd_create` it is TCP, with the
+/// reason; without `process_vm_readv` only what would have been read goes through the arena.
+#[test]
+fn calls_forbidden_by_a_sandbox() {
+    let name = "calls_forbidden_by_a_sandbox";
+    for (call, link) in [(libc::SYS_memfd_create, "tcp"), (libc::SYS_process_vm_readv, "shm")] {
+        let call = call.to_string();
+        for [of_listener, of_connector] in [["", &call], [&call, ""]] {
+            let start = |role: &str, address: &str, forbidden: &str| {
+                let mut settings = vec![("ADDRESS", address)];
+                settings.extend((!forbidden.is_empty()).then_some(("FORBIDDEN", forbidden)));
+                let mut played = Played::start(play(role, &settings)).expect("it runs");
+                let may = forbidden.is_empty() || played.hear("FORBIDDEN")? == "true";
+                may.then_some(played)
+            };
+            let Some(mut listener) = start("listen", "thalweg://127.0.0.1:0", of_listener) else {
+                return skipped(name, "no filter of system calls can be set here");
+            };
+            let address = listener.hear("ADDRESS").expect("it listens");
+            let Some(mut connector) = start("connect", &address, of_connector) else {
+                return skipped(name, "no filter of system calls can be set here");
+            };
+            for (played, forbidden) in
+                [(&mut listener, of_listener), (&mut connector, of_connector)]
+            {
+                let route = played.hear("ROUTE").expect("a route");
+                let (moved, single, arena) = moved(played);
+                assert_eq!(moved, link, "{route}");
+                if link == "tcp" {
+                    let reason = ["memfd", "does not offer"][usize::from(forbidden.is_empty())];
+                    assert!(route.contains(reason), "{reason}: {route}");
+                } else {
+                    // Who may not read asks the other side to stage; that one reads on.
+                    assert_eq!(single > 0, forbidden.is_empty(), "{route}");
+                    assert_eq!(arena > 0, !forbidden.is_empty(), "{route}");
+                }
+            }
+        }
+    }
+}
+
+/// Overwrites the ring that it writes, and tries to shrink memory that it shares.
+async fn scribbles() {
+    let node = Node::new(Config::new()).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    let mut loan = node.loan(100_000).expect("a loan");
+    loan.copy_from_slice(&pattern(4, 100_000));
+    endpoint.send(loan).await.expect("sending");
+    let mut sealed = 0;
+    for entry in std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten() {
+        let link = std::fs::read_link(entry.path()).unwrap_or_default();
+        if link.to_string_lossy().contains("memfd:thalweg") {
+            let fd: i32 = entry.file_name().to_string_lossy().parse().expect("a number");
+            // SAFETY: takes plain numbers; the memory stays as long as it is, as is found here.
+            assert_eq!(unsafe { libc::ftruncate(fd, 0) }, -1, "it can be shrunk");
+            sealed += 1;
+        }
+    }
+    assert!(sealed > 0, "the loan lies in memory of the kind");
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("mappings");
+    let ring = |line: &&str| line.contains("memfd:thalweg-ring") && line.contains("rw-s");
+    let ring = maps.lines().find(ring).expect("the ring that it writes");
+    let range = ring.split(' ').next().and_then(|range| range.split_once('-'));
+    let (start, end) = range.expect("a range");
+    let [start, end] = [start, end].map(|hex| usize::from_str_radix(hex, 16).expect("hex"));
+    // All but the line that says that it lets go of its memory: that would be an honest end.
+    let scribbled = std::ptr::with_exposed_provenance_mut::<u8>(start + 64);
+    // SAFETY: the mapping as the kernel lists it, which this process may write; the link that it
+    // belongs to consists of atomic integers there, and is not used any more.
+    unsafe { std::ptr::write_bytes(scribbled, 0xa5, end - start - 64) };
+    println!("@SCRIBBLED ");
+    // Not even the node's task runs.
+    wait_to_be_told();
+    std::process::exit(0);
+}
+
+/// A peer that writes nonsense all over its ring costs its own endpoint, and nothing else.
+#[test]
+fn a_peer_that_scribbles_over_its_ring() {
+    run_once("a_peer_that_scribbles_over_its_ring", async {
+        let config = || Config::new().transports([LinkKind::Shm]);
+        let node = Node::new(config()).expect("a node");
+        let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let address = listener.address().to_string();
+        let mut wicked = Played::start(play("scribble", &[("ADDRESS", &address)])).expect("runs");
+        let endpoint = listener.accept().await.expect("accepting");
+        check_pattern(4, &endpoint.recv().await.expect("received").to_vec().expect("bytes"));
+        let (mut waiting, mut tagged) = (endpoint.recv(), endpoint.tag_recv(1, 0, vec![0; 8]));
+        assert!(poll_times(&mut waiting, 2).await.is_none());
+        assert!(poll_times(&mut tagged, 2).await.is_none());
+        let wicked = tokio::task::spawn_blocking(move || {
+            wicked.hear("SCRIBBLED").expect("it scribbles");
+            wicked
+        });
+        let wicked = wicked.await.expect("no panic");
+        // It is found out at the latest when the ring is full.
+        let sending = async {
+            loop {
+                if let Err(failed) = endpoint.send(Message::copy_from_slice(b"x")).await {
+                    return failed.error;
+                }
+            }
+        };
+        let error = within(Duration::from_secs(20), "finding out", sending).await;
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+        assert_eq!(waiting.await.expect_err("it is over").kind(), ErrorKind::Protocol);
+        assert_eq!(tagged.await.expect_err("it is over").kind(), ErrorKind::Protocol);
+        until("the endpoint to be gone", || node.stats().endpoints == 0).await;
+        drop(wicked);
+        // The node goes on.
+        let other = Node::new(config()).expect("a node");
+        let (a, b) = thalweg_tests::connect(&other, &listener).await;
+        a.send(pattern(5, BULK)).await.expect("sending");
+        check_pattern(5, &b.recv().await.expect("receiving").to_vec().expect("bytes"));
+    });
 }
 
 /// More than is read in one turn, many times over.

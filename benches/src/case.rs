@@ -93,6 +93,11 @@ pub enum Wake {
 }
 
 impl Wake {
+    /// The library's own word for it; `None` if this program does not know it.
+    pub fn of_library(wake: thalweg::Wake) -> Option<Self> {
+        [Wake::Spin, Wake::Park, Wake::Adaptive].into_iter().find(|own| own.name() == wake.name())
+    }
+
     /// As in the JSON output.
     pub const fn name(self) -> &'static str {
         match self {

@@ -5,8 +5,31 @@ use std::path::PathBuf;
 use clap::{Args, Parser};
 
 use crate::case::{Baseline, Memory, Transport, Wake};
+use crate::environment;
 use crate::pin::Pins;
 use crate::units::parse_size;
+
+/// What the listening side hears from the connecting one, or has no use for.
+const SAID_BY_THE_CONNECTOR: [&str; 13] = [
+    "connect",
+    "transport",
+    "memory",
+    "size",
+    "frames",
+    "iters",
+    "warmup",
+    "wake",
+    "single_copy",
+    "baseline",
+    "repeat",
+    "json",
+    "plot",
+];
+
+/// What both programs say of their environment.
+const SETTINGS: &str = "The THALWEG_* variables are honoured, by each side on its own machine: links, \
+    wake and single copy where no option says otherwise, and all else. A name or value that cannot \
+    be understood is an error.";
 
 /// What both programs are asked.
 #[derive(Args, Clone, Debug)]
@@ -47,7 +70,8 @@ pub struct Common {
 
     /// Whether a link may read the peer's memory (process_vm_readv); off: it copies through a
     /// staging arena
-    #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "on|off", default_value = environment::single_copy())]
+    #[arg(action = clap::ArgAction::Set)]
     #[arg(value_parser = parse_switch)]
     pub single_copy: bool,
 
@@ -77,11 +101,11 @@ pub struct Common {
 
     /// Be the far side on this machine, at exactly this address, until interrupted. The connecting
     /// side says what is measured: no other option is needed here
-    #[arg(long, value_name = "ADDR", conflicts_with = "connect")]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = SAID_BY_THE_CONNECTOR)]
     pub listen: Option<String>,
 
     /// With --listen: end with success after the first connecting program has finished
-    #[arg(long, requires = "listen")]
+    #[arg(long, requires = "listen", conflicts_with = "connect")]
     pub once: bool,
 
     /// Measure against a program started with --listen, for instance thalweg://10.0.0.2:7000
@@ -108,7 +132,7 @@ impl Common {
 /// measures every link that works here beside what the bare system does, and prints a table and the
 /// route with its reasons. Figures are half a round trip, each round trip timed on its own.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "pingpong", version)]
+#[command(name = "pingpong", version, after_help = SETTINGS)]
 pub struct Pingpong {
     /// What to measure.
     #[command(flatten)]
@@ -122,7 +146,7 @@ pub struct Pingpong {
 /// route with its reasons. Messages flow one way; the time ends with the receiver's acknowledgement
 /// of the last. 1 GB is 10⁹ bytes.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "bandwidth", version)]
+#[command(name = "bandwidth", version, after_help = SETTINGS)]
 pub struct Bandwidth {
     /// What to measure.
     #[command(flatten)]
@@ -130,6 +154,7 @@ pub struct Bandwidth {
 
     /// Messages in flight: sends begun and not finished; left out: 64 up to 64 KiB, 4 above
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(conflicts_with = "listen")]
     pub window: Option<u32>,
 }
 
@@ -194,8 +219,15 @@ mod tests {
             vec!["x", "--pin", "1"],
             vec!["x", "--size", "8", "--frames", "1,2"],
             vec!["x", "--listen", "a:1", "--connect", "b:1"],
+            vec!["x", "--listen", "a:1", "--size", "8"],
+            vec!["x", "--listen", "a:1", "--json"],
+            vec!["x", "--connect", "a:1", "--once"],
+            vec!["x", "--once"],
         ] {
             assert!(Pingpong::try_parse_from(&words).is_err(), "{words:?}");
         }
+        let windowed = ["x", "--listen", "a:1", "--window", "3"];
+        assert!(Bandwidth::try_parse_from(windowed).is_err());
+        assert!(Pingpong::try_parse_from(["x", "--listen", "a:1", "--pin", "0,1"]).is_ok());
     }
 }

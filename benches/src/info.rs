@@ -82,7 +82,7 @@ pub fn collect() -> Result<Info> {
 
 /// The links of the library's own that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
-    with_node(Config::new(), |node| {
+    with_node(Config::from_env()?, |node| {
         let tried = |link: &LinkKind| matches!(link, LinkKind::Shm | LinkKind::Tcp);
         let present = node.capabilities().into_iter().filter(|capability| capability.present);
         present.map(|capability| capability.link).filter(tried).collect()

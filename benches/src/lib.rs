@@ -8,12 +8,14 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 pub mod baseline;
+pub mod buffer;
 pub mod case;
 pub mod cli;
+pub mod environment;
 pub mod info;
 pub mod listen;
 pub mod measure;
@@ -35,6 +37,7 @@ pub use case::Program;
 
 use case::{Case, Memory, Subject, Transport, Wake};
 use cli::Common;
+use environment::Environment;
 use measure::{Results, Where};
 use pin::Pins;
 use rows::Row;
@@ -63,10 +66,14 @@ pub fn run(program: Program) -> ExitCode {
 }
 
 fn work(program: Program, options: &Common, window: Option<u32>) -> Result<()> {
+    let environment = Environment::read()?;
+    if let Some(pins) = options.pin {
+        pins.check()?;
+    }
     let pins = options.pin.or_else(Pins::default_pair);
     if let Some(address) = &options.listen {
         bind(pins.map(|pins| pins.peer))?;
-        return baseline::raw_tcp::runtime()?.block_on(listen::run(address, options.once));
+        return listen::run(address, options.once);
     }
     bind(pins.map(|pins| pins.here))?;
     let peer = match &options.connect {
@@ -78,11 +85,15 @@ fn work(program: Program, options: &Common, window: Option<u32>) -> Result<()> {
         two_cores: pins.is_some_and(|pins| pins.here != pins.peer),
         remote: options.connect.is_some(),
         ucx: baseline::ucx::installed(),
+        environment,
     };
+    check_sizes(options, &place.environment)?;
     let Plan { cases, left_out } = sweep::plan(program, options, window, &place);
     let mut output = std::io::stdout();
     let mut broken = None;
-    let mut results = measure::run(&cases, options.repeat as usize, &peer, |row| {
+    // Whoever names a link wants that link.
+    let lenient = options.transport.is_empty();
+    let mut results = measure::run(&cases, options.repeat as usize, &peer, lenient, |row| {
         if options.json {
             broken = writeln!(output, "{}", row.json()).and_then(|()| output.flush()).err();
         }
@@ -91,12 +102,26 @@ fn work(program: Program, options: &Common, window: Option<u32>) -> Result<()> {
         return Err(error).context("writing the results");
     }
     if options.is_sweep() && !options.json {
-        results.routes = route_of_choice(&place, &peer)?;
+        results.routes = route_of_choice(options, &place, &peer)?;
     }
     for line in left_out.iter().chain(&results.left_out) {
         eprintln!("left out: {line}");
     }
+    ensure!(!results.rows.is_empty(), "nothing could be measured");
     show(program, options, pins, &results)
+}
+
+/// Messages that every node would refuse need not be made.
+fn check_sizes(options: &Common, environment: &Environment) -> Result<()> {
+    let frames: usize = options.frames.iter().sum();
+    let largest = options.size.iter().copied().fold(frames, usize::max) as u64;
+    let limit = environment.max_message_bytes;
+    ensure!(
+        largest <= limit,
+        "a message of {largest} bytes is larger than a node takes, {limit} bytes; raise \
+         THALWEG_MAX_MESSAGE on both sides"
+    );
+    Ok(())
 }
 
 fn bind(cpu: Option<usize>) -> Result<()> {
@@ -151,15 +176,16 @@ fn report(
 }
 
 /// Connects once more with every link allowed, to show what the library would choose and why.
-fn route_of_choice(place: &Place, peer: &Where) -> Result<Vec<(String, String)>> {
-    let wake = if place.two_cores { Wake::Adaptive } else { Wake::Park };
+fn route_of_choice(options: &Common, place: &Place, peer: &Where) -> Result<Vec<(String, String)>> {
+    let usual = if place.two_cores { Wake::Adaptive } else { Wake::Park };
+    let wake = place.environment.wake.unwrap_or(usual);
     let case = Case {
         program: Program::Pingpong,
         subject: Subject::Thalweg {
             transport: Transport::auto(),
             memory: Memory::Host,
             wake,
-            single_copy: true,
+            single_copy: options.single_copy,
         },
         size_bytes: 8,
         frames: vec![8],
@@ -167,5 +193,5 @@ fn route_of_choice(place: &Place, peer: &Where) -> Result<Vec<(String, String)>>
         warmup: 1,
         window: 1,
     };
-    Ok(measure::run(&[case], 1, peer, |_| {})?.routes)
+    Ok(measure::run(&[case], 1, peer, true, |_| {})?.routes)
 }

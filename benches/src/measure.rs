@@ -1,6 +1,7 @@
 //! Runs the cases of a plan, in turn, as often as was asked.
 
 use anyhow::{Context, Result};
+use thalweg::ErrorKind;
 
 use crate::baseline::{self, Unavailable, raw_tcp};
 use crate::case::{Baseline, Case, Subject};
@@ -8,7 +9,7 @@ use crate::peer::{Duty, Peer};
 use crate::pin::Pins;
 use crate::progress::Progress;
 use crate::rows::Row;
-use crate::session::{self, Outcome, Served, Setup};
+use crate::session::{self, Outcome, Setup};
 use crate::stats::Sample;
 
 /// A repeated sample whose process waited longer than this share of the time for a core that
@@ -38,11 +39,13 @@ pub struct Results {
 }
 
 /// Measures all cases `repeat` times, A B A B, and reports medians. Each row is handed to `report`
-/// as soon as it is known.
+/// as soon as it is known. What cannot be measured here is left out; if `lenient`, so is a link that
+/// cannot be set up.
 pub fn run(
     cases: &[Case],
     repeat: usize,
     peer: &Where,
+    lenient: bool,
     mut report: impl FnMut(&Row),
 ) -> Result<Results> {
     let mut results = Results::default();
@@ -61,8 +64,8 @@ pub fn run(
                         note_route(&mut results.routes, case, route);
                     }
                 }
-                Err(error) if error.downcast_ref::<Unavailable>().is_some() => {
-                    let line = format!("{}: {error}", case.describe());
+                Err(error) if unavailable(&error) || lenient && wanting(&error) => {
+                    let line = format!("{}: {error:#}", case.describe());
                     if !results.left_out.contains(&line) {
                         results.left_out.push(line);
                     }
@@ -79,6 +82,22 @@ pub fn run(
         }
     }
     Ok(results)
+}
+
+fn unavailable(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Unavailable>().is_some()
+}
+
+/// Whether a link or the means for it are missing, so that others may do.
+fn wanting(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let link = cause.downcast_ref::<thalweg::Error>();
+        let system = cause.downcast_ref::<std::io::Error>();
+        link.is_some_and(|error| matches!(error.kind(), ErrorKind::NoRoute | ErrorKind::Resources))
+            || system.is_some_and(|error| {
+                matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+            })
+    })
 }
 
 fn note_route(routes: &mut Vec<(String, String)>, case: &Case, route: String) {
@@ -105,12 +124,15 @@ fn undisturbed(case: &Case, peer: &Where, last: bool, retake: bool) -> Result<Ou
 fn once(case: &Case, peer: &Where, last: bool) -> Result<Outcome> {
     match (&case.subject, peer) {
         (Subject::Thalweg { .. }, Where::Here(pins)) => here(case, *pins),
-        (Subject::Thalweg { .. }, Where::There(address)) => {
-            raw_tcp::runtime()?.block_on(session::measure(case, address, last))
-        }
-        (Subject::Baseline(Baseline::RawTcp), Where::There(address)) => {
-            raw_tcp::runtime()?.block_on(session::measure_raw_tcp(case, address, last))
-        }
+        (Subject::Thalweg { .. }, Where::There(address)) => raw_tcp::runtime()?.block_on(async {
+            let (host, port) = session::arrange(case, address, last).await?;
+            session::measure(case, &session::spell(&host, port)).await
+        }),
+        (Subject::Baseline(Baseline::RawTcp), Where::There(address)) => raw_tcp::runtime()?
+            .block_on(async {
+                let (host, port) = session::arrange(case, address, last).await?;
+                session::measure_raw_tcp(case, &host, port).await
+            }),
         (Subject::Baseline(baseline), Where::Here(pins)) => Ok(Outcome {
             sample: baseline::measure(*baseline, case, *pins)?,
             route: None,
@@ -125,7 +147,7 @@ fn once(case: &Case, peer: &Where, last: bool) -> Result<Outcome> {
 fn here(case: &Case, pins: Option<Pins>) -> Result<Outcome> {
     let mut peer = Peer::spawn(case, pins.map(|pins| pins.peer), &[])?;
     let address: String = peer.control().recv()?;
-    let outcome = raw_tcp::runtime()?.block_on(session::measure(case, &address, true))?;
+    let outcome = raw_tcp::runtime()?.block_on(session::measure(case, &address))?;
     peer.finish()?;
     Ok(outcome)
 }
@@ -141,11 +163,8 @@ pub fn serve(mut duty: Duty) -> Result<()> {
         let listener = node.listen("thalweg://127.0.0.1:0").await.context("listening")?;
         duty.control.send(&listener.address().to_string())?;
         let endpoint = listener.accept().await.context("accepting")?;
-        match session::serve(&node, endpoint, listener.address(), &setup).await? {
-            Served::Done(_) => {}
-            Served::Needs(..) => anyhow::bail!("parent and child disagree about the case"),
-        }
         drop(listener);
+        session::serve(&node, endpoint, &duty.case).await?;
         node.close(thalweg::CloseReason::default()).await;
         Ok(())
     })

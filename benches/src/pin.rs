@@ -3,6 +3,8 @@
 use std::io;
 use std::mem;
 
+use anyhow::{Context, Result, ensure};
+
 /// A core for each side, where there are two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pins {
@@ -13,6 +15,19 @@ pub struct Pins {
 }
 
 impl Pins {
+    /// Fails, naming the CPUs that may be used, if one of these may not.
+    pub fn check(self) -> Result<()> {
+        let allowed = allowed().context("asking which CPUs may be used")?;
+        for cpu in [self.here, self.peer] {
+            ensure!(
+                allowed.contains(&cpu),
+                "CPU {cpu} may not be used by this process; these may: {}",
+                allowed.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+            );
+        }
+        Ok(())
+    }
+
     /// Two different cores of those this process may use, avoiding two threads of one core where
     /// possible. `None` if there is only one.
     pub fn default_pair() -> Option<Pins> {

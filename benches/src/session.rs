@@ -1,25 +1,30 @@
 //! Measuring thalweg itself: one session is one endpoint between two nodes made for the occasion.
 //!
-//! The first message of a session goes from the connecting side to the listening one and says what
-//! will be measured, so that a listener needs no options. A listener whose node was configured
-//! differently answers `Reply::Again`, makes a suitable node at the same address, and the
-//! connector connects once more. The last message brings the listener's consumption.
+//! A session at a `--listen`er begins at its desk: the connector says what will be measured, and
+//! is told the port at which a node made for that waits for it. In the session its first message
+//! says so once more, so that nobody else is taken for it. The last message brings the consumption
+//! of the serving side.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
+use std::sync::LazyLock;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use thalweg::{Address, CloseReason, Config, Endpoint, Failed, Frame, INLINE_MAX, Message, Node};
+use thalweg::{
+    Address, CloseReason, Config, Endpoint, Failed, Frame, INLINE_MAX, LinkKind, Message, Node,
+};
 
 use crate::baseline::raw_tcp;
-use crate::case::{Baseline, Case, Memory, Program, Subject, Transport, Wake};
+use crate::buffer;
+use crate::case::{Case, Memory, Program, Subject, Transport, Wake};
 use crate::pattern::{self, Way};
 use crate::stats::{Lap, Recorder, Sample, Usage};
 
@@ -35,11 +40,6 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Suits any connector that leaves the choice to the library.
-    pub fn any() -> Setup {
-        Setup { transport: Transport::auto(), wake: Wake::Adaptive, single_copy: true }
-    }
-
     /// What a case asks for; `None` if it is a baseline.
     pub fn of(case: &Case) -> Option<Setup> {
         match &case.subject {
@@ -50,43 +50,44 @@ impl Setup {
         }
     }
 
-    fn config(&self) -> Config {
+    fn config(&self) -> thalweg::Result<Config> {
         let wake = match self.wake {
             Wake::Spin => thalweg::Wake::Spin,
             Wake::Park => thalweg::Wake::Park,
             Wake::Adaptive => thalweg::Wake::Adaptive,
         };
-        let config = Config::new().wake(wake).single_copy(self.single_copy);
-        match self.transport.link() {
+        let config = Config::from_env()?.wake(wake).single_copy(self.single_copy);
+        Ok(match self.transport.link() {
             Some(link) => config.transports([link]),
             None => config,
-        }
+        })
     }
 
     /// A node so configured. Must be called inside a runtime.
     pub fn node(&self) -> Result<Node> {
-        Node::new(self.config()).context("making a node")
+        self.config().and_then(Node::new).context("making a node")
     }
 }
 
-/// The first message.
+/// What a connector says at the desk of a listener.
 #[derive(Serialize, Deserialize)]
-struct Ask {
-    case: Case,
+pub struct Ask {
+    /// What will be measured.
+    pub case: Case,
+    /// Tells the sessions of one program from those of others.
+    pub run: u64,
     /// Whether the connector will not come back after this session.
-    last: bool,
+    pub last: bool,
 }
 
-/// The answer to it.
+/// The answer to it, and to the case that opens a session.
 #[derive(Serialize, Deserialize)]
-enum Reply {
+pub enum Reply {
     /// Begin.
     Go,
-    /// Connect again: the node has to be made anew.
-    Again,
-    /// A bare socket listens at this port.
-    RawTcp(u16),
-    /// Cannot be done here, and why.
+    /// The session is at this port: a node that suits it, or a bare socket for `raw-tcp`.
+    At(u16),
+    /// Cannot be done here, or not now, and why.
     Refused(String),
 }
 
@@ -100,23 +101,52 @@ pub struct Outcome {
     pub link: Option<String>,
 }
 
-/// Measures `case` against the listener at `address`. `last`: this process will not connect again.
-pub async fn measure(case: &Case, address: &str, last: bool) -> Result<Outcome> {
-    let setup = Setup::of(case).unwrap_or_else(Setup::any);
+/// A node for words at a desk, whatever is measured; sleeps at once, beside a measurement.
+pub fn desk_node() -> Result<Node> {
+    let config = Config::from_env()?.transports([LinkKind::Shm, LinkKind::Tcp]);
+    Node::new(config.wake(thalweg::Wake::Park)).context("making a node")
+}
+
+/// Asks the listener at `address` for a session: host and port of the place where it is ready.
+/// `last`: this process will not ask again.
+pub async fn arrange(case: &Case, address: &str, last: bool) -> Result<(String, u16)> {
+    let node = desk_node()?;
+    let desk = connect(&node, address).await?;
+    say(&desk, &Ask { case: case.clone(), run: own_run(), last }).await?;
+    let reply = hear(&desk).await?;
+    // The listener need not hear the goodbye.
+    let _ = desk.close(CloseReason::default()).await;
+    node.close(CloseReason::default()).await;
+    match reply {
+        Reply::At(port) => Ok((address.parse::<Address>()?.host().to_owned(), port)),
+        Reply::Refused(why) => bail!("the listener refuses: {why}"),
+        Reply::Go => bail!("the listener answers something else than was asked"),
+    }
+}
+
+/// A number that no other program has.
+fn own_run() -> u64 {
+    static RUN: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
+    *RUN
+}
+
+/// Measures `case` against the session at `address`.
+pub async fn measure(case: &Case, address: &str) -> Result<Outcome> {
+    let setup = Setup::of(case).context("only a node can be measured so")?;
     let limit = time_limit(case);
     let node = setup.node()?;
-    let outcome = tokio::time::timeout(limit, measure_on(&node, case, address, last))
+    let outcome = tokio::time::timeout(limit, measure_on(&node, case, address))
         .await
         .with_context(|| format!("no end after {} s", limit.as_secs()))?;
     node.close(CloseReason::default()).await;
     outcome
 }
 
-async fn measure_on(node: &Node, case: &Case, address: &str, last: bool) -> Result<Outcome> {
-    let endpoint = agree(node, case, address, last).await?;
+async fn measure_on(node: &Node, case: &Case, address: &str) -> Result<Outcome> {
+    let endpoint = agree(node, case, address).await?;
     let sample = match &case.subject {
         Subject::Thalweg { memory, .. } => {
-            let mut side = Side::new(node, &endpoint, case, *memory);
+            let mut side = Side::new(node, &endpoint, case, *memory)?;
             match case.program {
                 Program::Pingpong => side.ping().await?,
                 Program::Bandwidth => side.pour().await?,
@@ -131,23 +161,21 @@ async fn measure_on(node: &Node, case: &Case, address: &str, last: bool) -> Resu
 }
 
 /// Measures `raw-tcp` against the machine where a listener of ours runs.
-pub async fn measure_raw_tcp(case: &Case, address: &str, last: bool) -> Result<Outcome> {
-    let node = Setup::any().node()?;
-    let endpoint = connect(&node, address).await?;
-    say(&endpoint, &Ask { case: case.clone(), last }).await?;
-    let port = match hear(&endpoint).await? {
-        Reply::RawTcp(port) => port,
-        Reply::Refused(why) => bail!("the listener refuses: {why}"),
-        Reply::Go | Reply::Again => bail!("the listener answers something else than was asked"),
-    };
-    let target = resolve(address.parse::<Address>()?.host(), port).await?;
-    let sample = raw_tcp::measure_at(case, target).await?;
-    endpoint.close(CloseReason::default()).await.context("closing")?;
-    node.close(CloseReason::default()).await;
+pub async fn measure_raw_tcp(case: &Case, host: &str, port: u16) -> Result<Outcome> {
+    let sample = raw_tcp::measure_at(case, resolve(host, port).await?).await?;
     Ok(Outcome { sample, route: None, link: None })
 }
 
-async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
+/// An address as people write it.
+pub fn spell(host: &str, port: u16) -> String {
+    match host.contains(':') {
+        true => format!("thalweg://[{host}]:{port}"),
+        false => format!("thalweg://{host}:{port}"),
+    }
+}
+
+/// The first address of a host.
+pub async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
     if let Ok(ip) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
         return Ok(SocketAddr::new(ip, port));
     }
@@ -155,102 +183,88 @@ async fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
     found.with_context(|| format!("{host} has no address"))
 }
 
-/// Connects and says what will be measured, until the listener is ready for it.
-async fn agree(node: &Node, case: &Case, address: &str, last: bool) -> Result<Endpoint> {
-    for _ in 0..3 {
-        let endpoint = connect(node, address).await?;
-        say(&endpoint, &Ask { case: case.clone(), last }).await?;
-        match hear(&endpoint).await? {
-            Reply::Go => return Ok(endpoint),
-            Reply::Again => endpoint.abort(),
-            Reply::Refused(why) => bail!("the listener refuses: {why}"),
-            Reply::RawTcp(_) => bail!("the listener answers something else than was asked"),
-        }
+/// Connects to a session and says what will be measured.
+async fn agree(node: &Node, case: &Case, address: &str) -> Result<Endpoint> {
+    let endpoint = connect(node, address).await?;
+    say(&endpoint, case).await?;
+    match hear(&endpoint).await? {
+        Reply::Go => Ok(endpoint),
+        Reply::Refused(why) => bail!("the peer refuses: {why}"),
+        Reply::At(_) => bail!("the peer answers something else than was asked"),
     }
-    bail!("the listener keeps asking to connect again")
 }
 
-/// Connects, trying again for a while where that may help: the listener may be between two nodes.
 async fn connect(node: &Node, address: &str) -> Result<Endpoint> {
-    let start = Instant::now();
-    loop {
-        match node.connect(address).await {
-            Ok(endpoint) => return Ok(endpoint),
-            Err(error) if error.is_retryable() && start.elapsed() < PATIENCE / 4 => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            Err(error) => return Err(error).with_context(|| format!("connecting to {address}")),
-        }
-    }
+    node.connect(address).await.with_context(|| format!("connecting to {address}"))
 }
 
-/// How a served session ended.
-pub enum Served {
-    /// Measured to the end; `true`: the connector will not come back.
-    Done(bool),
-    /// A node with this setup is needed at the same address. The caller stops listening, and then
-    /// lets the connector know through [`ask_again`].
-    Needs(Setup, Endpoint),
-}
-
-/// Serves the connector at the other end of `endpoint`, which was accepted at `address` by a node
-/// made with `setup`.
-pub async fn serve(
-    node: &Node,
-    endpoint: Endpoint,
-    address: &Address,
-    setup: &Setup,
-) -> Result<Served> {
-    let ask: Ask = hear(&endpoint).await.context("hearing what is to be measured")?;
-    let case = &ask.case;
-    if let Some(wanted) = Setup::of(case).filter(|wanted| wanted != setup) {
-        return Ok(Served::Needs(wanted, endpoint));
+/// Serves the connector at the other end of `endpoint`, which must have come for `case`.
+pub async fn serve(node: &Node, endpoint: Endpoint, case: &Case) -> Result<()> {
+    let wanted: Case = hear(&endpoint).await.context("hearing what is to be measured")?;
+    let Subject::Thalweg { memory, .. } = &case.subject else { bail!("no session of ours") };
+    if wanted != *case {
+        say(&endpoint, &Reply::Refused("somebody else is expected here".to_owned())).await?;
+        endpoint.close(CloseReason::default()).await?;
+        bail!("somebody else came");
     }
-    match &case.subject {
-        Subject::Thalweg { memory, .. } => {
-            say(&endpoint, &Reply::Go).await?;
-            let mut side = Side::new(node, &endpoint, case, *memory);
-            let served = async {
-                match case.program {
-                    Program::Pingpong => side.pong().await,
-                    Program::Bandwidth => side.drain().await,
-                }
-            };
-            tokio::time::timeout(time_limit(case), served).await.context("no end of it")??;
+    let mut side = match Side::new(node, &endpoint, case, *memory) {
+        Ok(side) => side,
+        Err(error) => {
+            say(&endpoint, &Reply::Refused(format!("{error:#}"))).await?;
+            endpoint.close(CloseReason::default()).await?;
+            return Err(error);
         }
-        Subject::Baseline(Baseline::RawTcp) => {
-            let raw = raw_tcp::listen(resolve(address.host(), 0).await?)?;
-            say(&endpoint, &Reply::RawTcp(raw.local_addr()?.port())).await?;
-            raw_tcp::serve_one(case, raw).await?;
+    };
+    say(&endpoint, &Reply::Go).await?;
+    let mut served = pin!(async {
+        match case.program {
+            Program::Pingpong => side.pong().await,
+            Program::Bandwidth => side.drain().await,
         }
-        Subject::Baseline(other) => {
-            let why = format!("{} works on one machine only", other.name());
-            say(&endpoint, &Reply::Refused(why)).await?;
-        }
-    }
+    });
+    let mut stalled = pin!(stall(&endpoint, case));
+    poll_fn(|cx| match served.as_mut().poll(cx) {
+        Poll::Pending => stalled.as_mut().poll(cx).map(Err),
+        served => served,
+    })
+    .await?;
     // The connector closes after it has read the last message.
-    let _ = tokio::time::timeout(PATIENCE, endpoint.closed()).await;
-    Ok(Served::Done(ask.last))
-}
-
-/// Tells a connector to connect once more; nobody may listen at that moment, or it would meet the
-/// old node again.
-pub async fn ask_again(endpoint: &Endpoint) -> Result<()> {
-    say(endpoint, &Reply::Again).await?;
-    // The connector ends this endpoint: then it has read the answer.
     let _ = tokio::time::timeout(PATIENCE, endpoint.closed()).await;
     Ok(())
 }
 
+/// Ends when no message has come or gone for so long that the connector must have been stopped
+/// (twenty seconds, and the bytes of a message at 5 MB/s), or when all of it takes too long.
+async fn stall(endpoint: &Endpoint, case: &Case) -> anyhow::Error {
+    let limit = PATIENCE + Duration::from_secs_f64(case.size_bytes as f64 / 5e6);
+    let moved = || {
+        let stats = endpoint.stats();
+        (stats.messages_sent, stats.messages_received)
+    };
+    let end = Instant::now() + time_limit(case);
+    let mut before = moved();
+    loop {
+        tokio::time::sleep(limit).await;
+        let now = moved();
+        if Instant::now() > end {
+            return anyhow!("no end of it");
+        }
+        if now == before {
+            return anyhow!("the connector has been silent for {} s", limit.as_secs());
+        }
+        before = now;
+    }
+}
+
 /// A generous bound, so that a fault ends the program instead of hanging it: two minutes, and for
 /// each message a millisecond and its bytes at 20 MB/s.
-fn time_limit(case: &Case) -> Duration {
+pub fn time_limit(case: &Case) -> Duration {
     let messages = (case.messages() + 2 * case.warmup) as f64;
     Duration::from_secs_f64(120.0 + messages * (1e-3 + case.size_bytes as f64 / 20e6))
 }
 
 /// Sends one word of the agreement.
-async fn say<T: Serialize>(endpoint: &Endpoint, word: &T) -> Result<()> {
+pub async fn say<T: Serialize>(endpoint: &Endpoint, word: &T) -> Result<()> {
     let message = Message::from(serde_json::to_vec(word)?);
     tokio::time::timeout(PATIENCE, endpoint.send(message))
         .await
@@ -260,8 +274,16 @@ async fn say<T: Serialize>(endpoint: &Endpoint, word: &T) -> Result<()> {
 
 /// Receives one word of the agreement.
 async fn hear<T: DeserializeOwned>(endpoint: &Endpoint) -> Result<T> {
+    hear_within(endpoint, PATIENCE).await
+}
+
+/// Receives one word of the agreement, which must come within `patience`.
+pub async fn hear_within<T: DeserializeOwned>(
+    endpoint: &Endpoint,
+    patience: Duration,
+) -> Result<T> {
     let message =
-        tokio::time::timeout(PATIENCE, endpoint.recv()).await.context("the peer is silent")??;
+        tokio::time::timeout(patience, endpoint.recv()).await.context("the peer is silent")??;
     serde_json::from_slice(&message.to_vec()?).context("the peer is not this program")
 }
 
@@ -276,9 +298,12 @@ struct Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    fn new(node: &'a Node, endpoint: &'a Endpoint, case: &'a Case, memory: Memory) -> Self {
-        let frames = case.frames.iter().map(|&len| Bytes::from(vec![0x5A; len])).collect();
-        Side { node, endpoint, case, memory, frames }
+    fn new(node: &'a Node, endpoint: &'a Endpoint, case: &'a Case, memory: Memory) -> Result<Self> {
+        // Loans are made when they are sent.
+        let lens = if memory == Memory::Host { case.frames.as_slice() } else { &[] };
+        let frames = lens.iter().map(|&len| Ok(Bytes::from(buffer::filled(len, 0x5A)?)));
+        let frames = frames.collect::<Result<_>>()?;
+        Ok(Side { node, endpoint, case, memory, frames })
     }
 
     async fn ping(&mut self) -> Result<Sample> {
@@ -287,7 +312,7 @@ impl<'a> Side<'a> {
             let back = exchange(self.endpoint, out).await?;
             verify(&back, self.case, index, Way::Back)?;
         }
-        let mut recorder = Recorder::new(self.case.iters, Lap::RoundTrip);
+        let mut recorder = Recorder::new(self.case.iters, Lap::RoundTrip)?;
         let before = Usage::now();
         let start = Instant::now();
         recorder.start();
@@ -428,12 +453,12 @@ impl<'a> Side<'a> {
             Memory::Host => {
                 let mut offset = 0;
                 let frames = self.case.frames.iter().map(|&len| {
-                    let mut frame = vec![0; len];
+                    let mut frame = buffer::filled(len, 0)?;
                     pattern::fill(&mut frame, offset, index, way);
                     offset += len;
-                    Frame::from(Bytes::from(frame))
+                    Ok(Frame::from(Bytes::from(frame)))
                 });
-                Ok(frames.collect())
+                frames.collect()
             }
             Memory::Loaned => self.loaned(|loan, offset| pattern::fill(loan, offset, index, way)),
         }

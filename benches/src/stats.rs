@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
+
+use crate::buffer;
 
 /// How much of the time is counted as one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,18 +19,22 @@ pub enum Lap {
 /// Collects the duration of every lap. One clock reading a lap: the end of one is the start of the
 /// next. Its memory is made and touched beforehand.
 pub struct Recorder {
-    nanoseconds: Vec<u32>,
+    nanoseconds: Vec<u64>,
     last: Instant,
     lap: Lap,
 }
 
 impl Recorder {
-    /// Room for `laps` laps, 4 bytes each.
-    pub fn new(laps: usize, lap: Lap) -> Self {
-        let mut nanoseconds = vec![1u32; laps];
+    /// Room for `laps` laps, 8 bytes each.
+    ///
+    /// # Errors
+    ///
+    /// When that memory cannot be had.
+    pub fn new(laps: usize, lap: Lap) -> Result<Self> {
+        let mut nanoseconds = buffer::filled(laps, 1u64)?;
         std::hint::black_box(nanoseconds.as_mut_slice());
         nanoseconds.clear();
-        Recorder { nanoseconds, last: Instant::now(), lap }
+        Ok(Recorder { nanoseconds, last: Instant::now(), lap })
     }
 
     /// Starts the first lap now.
@@ -42,7 +49,8 @@ impl Recorder {
         let now = Instant::now();
         let elapsed = now.duration_since(self.last).as_nanos();
         self.last = now;
-        self.nanoseconds.push(u32::try_from(elapsed).unwrap_or(u32::MAX));
+        // 2⁶⁴ ns are five centuries.
+        self.nanoseconds.push(elapsed as u64);
     }
 
     /// The percentiles, one way, in microseconds.
@@ -55,7 +63,7 @@ impl Recorder {
         let at = |fraction: f64| {
             let rank = (fraction * self.nanoseconds.len() as f64).ceil() as usize;
             let index = rank.saturating_sub(1).min(self.nanoseconds.len().saturating_sub(1));
-            self.nanoseconds.get(index).map(|&ns| f64::from(ns) / scale)
+            self.nanoseconds.get(index).map(|&ns| ns as f64 / scale)
         };
         Percentiles { min: at(0.0), p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1.0) }
     }
@@ -200,7 +208,7 @@ mod tests {
 
     #[test]
     fn percentiles_are_by_rank() {
-        let mut recorder = Recorder::new(100, Lap::RoundTrip);
+        let mut recorder = Recorder::new(100, Lap::RoundTrip).unwrap();
         recorder.nanoseconds = (1..=100).rev().map(|n| n * 2_000).collect();
         let p = recorder.finish();
         assert_eq!(p.min, Some(1.0));
@@ -211,8 +219,16 @@ mod tests {
     }
 
     #[test]
+    fn a_lap_of_many_seconds_is_what_it_was() {
+        let mut recorder = Recorder::new(1, Lap::OneWay).unwrap();
+        recorder.last = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+        recorder.lap();
+        assert!(recorder.finish().max.unwrap() >= 10e6);
+    }
+
+    #[test]
     fn nothing_recorded_gives_nothing() {
-        assert_eq!(Recorder::new(0, Lap::OneWay).finish(), Percentiles::default());
+        assert_eq!(Recorder::new(0, Lap::OneWay).unwrap().finish(), Percentiles::default());
     }
 
     #[test]

@@ -4,6 +4,7 @@ use thalweg::LinkKind;
 
 use crate::case::{Baseline, Case, Memory, Program, Subject, Transport, Wake};
 use crate::cli::Common;
+use crate::environment::Environment;
 
 /// Sizes of a sweep of `pingpong`.
 const LATENCY_SIZES: [usize; 5] = [8, 4 << 10, 64 << 10, 1 << 20, 8 << 20];
@@ -25,6 +26,8 @@ pub struct Place {
     pub remote: bool,
     /// Whether `ucx_perftest` can be started.
     pub ucx: bool,
+    /// What the environment says.
+    pub environment: Environment,
 }
 
 /// The cases, and what was left out, in words.
@@ -83,7 +86,9 @@ fn subjects(options: &Common, place: &Place, size_bytes: usize) -> Vec<Subject> 
     } else if place.remote {
         vec![Transport::auto()]
     } else {
-        place.links.iter().map(|&link| Transport::from(link)).collect()
+        let allowed = place.environment.links.as_ref();
+        let allowed = |link: &&LinkKind| allowed.is_none_or(|links| links.contains(link));
+        place.links.iter().filter(allowed).map(|&link| Transport::from(link)).collect()
     };
     let mut subjects = Vec::new();
     for transport in &transports {
@@ -118,6 +123,9 @@ fn wakes(
 ) -> Vec<Wake> {
     if !options.wake.is_empty() {
         return options.wake.clone();
+    }
+    if let Some(wake) = place.environment.wake {
+        return vec![wake];
     }
     if !place.two_cores {
         return vec![Wake::Park];
@@ -220,7 +228,13 @@ mod tests {
 
     fn place() -> Place {
         let links = vec![LinkKind::Shm, LinkKind::Tcp];
-        Place { links, two_cores: true, remote: false, ucx: true }
+        Place {
+            links,
+            two_cores: true,
+            remote: false,
+            ucx: true,
+            environment: Environment::default(),
+        }
     }
 
     fn planned(words: &[&str], place: &Place) -> Plan {
@@ -271,6 +285,27 @@ mod tests {
         assert_eq!(count(&plan, |s| *s == Subject::Baseline(Baseline::Ucx)), 0);
         assert!(plan.left_out.iter().any(|line| line.contains("ucx")));
         assert!(plan.left_out.iter().any(|line| line.contains("cacheline")));
+    }
+
+    #[test]
+    fn the_environment_counts_where_no_option_says_otherwise() {
+        let environment = Environment {
+            links: Some(vec![LinkKind::Tcp]),
+            wake: Some(Wake::Park),
+            ..Environment::default()
+        };
+        let place = Place { environment, ..place() };
+        let plan = planned(&[], &place);
+        let ours = |s: &Subject| matches!(s, Subject::Thalweg { .. });
+        let tcp_park = |s: &Subject| match s {
+            Subject::Thalweg { transport, wake, .. } => {
+                transport.link() == Some(LinkKind::Tcp) && *wake == Wake::Park
+            }
+            Subject::Baseline(_) => false,
+        };
+        assert_eq!(count(&plan, ours), count(&plan, tcp_park));
+        let plan = planned(&["--transport", "shm", "--wake", "spin", "--size", "8"], &place);
+        assert_eq!((count(&plan, ours), count(&plan, tcp_park)), (1, 0));
     }
 
     #[test]

@@ -2,28 +2,37 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use thalweg_bench::case::{Case, Memory, Program, Subject, Transport, Wake};
+use thalweg_bench::session;
 
 const PINGPONG: &str = env!("CARGO_BIN_EXE_pingpong");
 const BANDWIDTH: &str = env!("CARGO_BIN_EXE_bandwidth");
 const INFO: &str = env!("CARGO_BIN_EXE_thalweg-info");
+const RATIOS: &str = env!("CARGO_BIN_EXE_thalweg-ratios");
 
 /// No program of these tests may take longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs a program to its end; one that hangs is killed, so that its test fails.
 fn run(program: &str, words: &str) -> Output {
-    let child = Command::new(program)
-        .args(words.split_ascii_whitespace())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    run_command(Command::new(program).args(words.split_ascii_whitespace()))
+}
+
+/// The same under a limit of the shell's, for instance `-n 16`.
+fn run_limited(limit: &str, program: &str, words: &str) -> Output {
+    let script = format!("ulimit {limit} && exec \"$0\" \"$@\"");
+    let mut shell = Command::new("sh");
+    run_command(shell.args(["-c", &script, program]).args(words.split_ascii_whitespace()))
+}
+
+fn run_command(command: &mut Command) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let id = child.id();
     let (ended, end) = mpsc::channel::<()>();
     let watch = thread::spawn(move || {
@@ -145,17 +154,7 @@ fn a_plot_is_written() {
 
 #[test]
 fn two_programs_meet_by_listen_and_connect() {
-    let mut listener = Killed(
-        Command::new(PINGPONG)
-            .args(["--listen", "thalweg://127.0.0.1:0", "--once"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap(),
-    );
-    let mut line = String::new();
-    let mut said = BufReader::new(listener.0.stderr.take().unwrap());
-    said.read_line(&mut line).unwrap();
-    let address = line.split_ascii_whitespace().nth(2).unwrap().trim_end_matches(';');
+    let (mut listener, mut said, address) = listening(&["--once"]);
     let words = format!(
         "--connect {address} --size 8,64KiB --wake park,spin --iters 30 --warmup 3 \
          --baseline=raw-tcp,cma --json"
@@ -166,6 +165,125 @@ fn two_programs_meet_by_listen_and_connect() {
     let mut rest = String::new();
     said.read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "", "a listener that served well says nothing more");
+}
+
+/// A program with `--listen`, what it goes on to say, and its address.
+fn listening(words: &[&str]) -> (Killed, BufReader<ChildStderr>, String) {
+    let mut listener = Killed(
+        Command::new(PINGPONG)
+            .args(["--listen", "thalweg://127.0.0.1:0"])
+            .args(words)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let mut line = String::new();
+    let mut said = BufReader::new(listener.0.stderr.take().unwrap());
+    said.read_line(&mut line).unwrap();
+    let address = line.split_ascii_whitespace().nth(2).unwrap().trim_end_matches(';');
+    (listener, said, address.to_owned())
+}
+
+#[test]
+fn a_listener_never_gives_its_port_up() {
+    let (_listener, _said, address) = listening(&[]);
+    let port: u16 = address.rsplit(':').next().unwrap().parse().unwrap();
+    let (ended, end) = mpsc::channel::<()>();
+    let thief = thread::spawn(move || {
+        while end.try_recv() == Err(mpsc::TryRecvError::Empty) {
+            // Takes whatever nobody listens at.
+            assert!(std::net::TcpListener::bind(("127.0.0.1", port)).is_err());
+            thread::yield_now();
+        }
+    });
+    let words =
+        format!("--connect {address} --size 8 --wake park,spin --iters 5 --warmup 1 --json");
+    for _ in 0..2 {
+        assert_eq!(rows(&run(PINGPONG, &words)).len(), 2);
+    }
+    drop(ended);
+    thief.join().unwrap();
+    let second = run(PINGPONG, &format!("--listen {address}"));
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("address in use"));
+}
+
+#[test]
+fn a_connector_that_stays_away_does_not_block_the_next_one_for_long() {
+    let (_listener, _said, address) = listening(&[]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // It asks for a session and does not come to it.
+    runtime.block_on(session::arrange(&case(), &address, false)).unwrap();
+    let words = format!("--connect {address} --size 8 --iters 5 --warmup 1 --json");
+    assert_eq!(rows(&run(PINGPONG, &words)).len(), 1);
+}
+
+fn case() -> Case {
+    let (transport, memory, wake) = (Transport::auto(), Memory::Host, Wake::Park);
+    Case {
+        program: Program::Pingpong,
+        subject: Subject::Thalweg { transport, memory, wake, single_copy: true },
+        size_bytes: 8,
+        frames: vec![8],
+        iters: 1,
+        warmup: 1,
+        window: 1,
+    }
+}
+
+#[test]
+fn the_environment_is_read_on_both_sides() {
+    let with = |program: &str, name: &str, value: &str, words: &str| {
+        run_command(
+            Command::new(program)
+                .env("THALWEG_TRANSPORTS", "tcp")
+                .env(name, value)
+                .args(words.split_ascii_whitespace()),
+        )
+    };
+    let words = "--size 8 --iters 5 --warmup 1 --json";
+    let rows = rows(&with(PINGPONG, "THALWEG_WAKE", "park", words));
+    assert_eq!(rows.len(), 1);
+    assert_eq!((&rows[0]["transport"], &rows[0]["wake"]), (&"tcp".into(), &"park".into()));
+    for (program, words) in [(PINGPONG, words), (BANDWIDTH, words), (INFO, "")] {
+        let output = with(program, "THALWEG_TYPO", "1", words);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("THALWEG_TYPO"));
+    }
+    let output = with(PINGPONG, "THALWEG_MAX_MESSAGE", "4KiB", "--size 4097");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("4096 bytes"));
+}
+
+#[test]
+fn a_want_of_descriptors_leaves_out_what_needs_them() {
+    let output = run_limited("-n 16", PINGPONG, "--iters 5 --json");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    let rows = rows(&output);
+    assert!(rows.iter().any(|row| row["transport"] == "tcp"), "{errors}");
+    if rows.iter().all(|row| row["transport"] != "shm") {
+        assert!(errors.contains("left out: shm"), "{errors}");
+    }
+    let output = run_limited("-n 8", INFO, "");
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("raise the limit of open files"), "{text}");
+    assert!(!text.contains("mount /proc"), "{text}");
+}
+
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    let output = run_limited("-v 2000000", PINGPONG, "--transport tcp --size 8GiB --iters 1");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("no memory for a buffer of 8589934592 bytes"), "{errors}");
+}
+
+#[test]
+fn a_row_of_ratios_that_does_not_exist_is_an_error() {
+    let output = run(RATIOS, "--only nosuchrow");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("tcp park 8 B p50 / raw-tcp"));
+    assert!(output.stdout.is_empty());
 }
 
 /// A child that no test leaves behind.
@@ -241,6 +359,7 @@ fn what_cannot_be_measured_is_a_clear_error() {
         ("--transport warp", "no link called"),
         ("--size lots", "not a size"),
         ("--pin 4000,4001 --size 8", "CPU 4000"),
+        ("--pin 0,4000", "these may: "),
         ("--connect thalweg://127.0.0.1:1 --size 8", "127.0.0.1:1"),
     ] {
         let output = run(PINGPONG, words);

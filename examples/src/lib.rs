@@ -1,4 +1,9 @@
-//! Programs a newcomer copies from, and the one option that all of them take.
+//! Programs a newcomer copies from, how they speak (results on standard output, errors in words on
+//! standard error), and the one option that all of them take.
+
+use std::fmt;
+use std::io::Write;
+use std::process::ExitCode;
 
 use thalweg::{Config, LinkKind};
 
@@ -27,6 +32,27 @@ pub fn with_transport(names: Option<&str>) -> thalweg::Result<Config> {
         })
     });
     Ok(config.transports(links))
+}
+
+/// Prints a line. Nobody may be listening (`hello | true`): that is no reason to end.
+pub fn say(line: impl fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Prints a line on standard error, with the same indifference.
+pub fn note(line: impl fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// The end of a program: says what went wrong, if anything did.
+pub fn exit<E: fmt::Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            note(format_args!("error: {error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The program in the README compiles and runs.

@@ -8,7 +8,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -67,7 +67,7 @@ fn assert_failure(output: &Output, says: &str) {
 /// A receiver on a port of the system's choice.
 struct Receiver {
     child: Option<Child>,
-    stdout: BufReader<ChildStdout>,
+    stderr: BufReader<ChildStderr>,
     address: String,
 }
 
@@ -80,16 +80,17 @@ impl Receiver {
             .stderr(Stdio::piped())
             .spawn()
             .expect("started");
-        let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let mut stderr = BufReader::new(child.stderr.take().expect("piped"));
         let mut line = String::new();
-        stdout.read_line(&mut line).expect("a line");
-        let address = line.trim().strip_prefix("listening at ").expect("an address").to_owned();
-        Receiver { child: Some(child), stdout, address }
+        stderr.read_line(&mut line).expect("a line");
+        let address = line.strip_prefix("listening at ").and_then(|rest| rest.split(';').next());
+        let address = address.expect("an address").to_owned();
+        Receiver { child: Some(child), stderr, address }
     }
 
     fn end(mut self) -> Output {
         let mut output = wait(self.child.take().expect("once"));
-        self.stdout.read_to_end(&mut output.stdout).expect("its output");
+        self.stderr.read_to_end(&mut output.stderr).expect("its output");
         output
     }
 }
@@ -240,6 +241,40 @@ fn it_explains_itself() {
         }
     }
     assert_failure(&run(copy().arg("alone")), "see --help");
+}
+
+#[test]
+fn nobody_who_listens_is_no_failure() {
+    let (_around, source, dest) = folders();
+    make_tree(&source);
+    let mut child = copy()
+        .arg(&source)
+        .arg(&dest)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    drop(child.stdout.take());
+    let output = wait(child);
+    assert_success(&output);
+    assert_eq!((list(&dest), stderr(&output)), (list(&source), String::new()));
+}
+
+#[test]
+fn a_source_without_an_end_is_refused() {
+    let (around, _source, dest) = folders();
+    let socket = around.path().join("socket");
+    let _listener = UnixListener::bind(&socket).expect("bound");
+    let pipe = around.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("started").success());
+    for source in [&socket, &pipe, Path::new("/dev/zero")] {
+        assert_failure(&run(copy().arg(source).arg(&dest)), "neither file nor directory");
+        assert_failure(
+            &run(copy().arg(source).args(["--connect", "thalweg://127.0.0.1:1"])),
+            "neither file nor directory",
+        );
+        assert!(!dest.exists());
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The small programs do what they say they do.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 fn output(program: &str, words: &[&str]) -> String {
     let output = Command::new(program).args(words).output().expect("started");
@@ -17,6 +17,36 @@ fn assert_says_with(program: &str, words: &[&str], lines: &[&str]) {
     let said = output(program, words);
     for line in lines {
         assert!(said.contains(line), "{line:?} expected in:\n{said}");
+    }
+}
+
+const PROGRAMS: [&str; 3] =
+    [env!("CARGO_BIN_EXE_hello"), env!("CARGO_BIN_EXE_tags"), env!("CARGO_BIN_EXE_put_get")];
+
+/// Nobody is accepted then, and the program must end all the same.
+#[test]
+fn a_connect_that_fails_is_an_error_in_words() {
+    for program in PROGRAMS {
+        let output = Command::new(program)
+            .env("THALWEG_TRANSPORTS", "tcp")
+            .env("THALWEG_REQUIRE_ENCRYPTION", "1")
+            .output()
+            .expect("started");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        assert!(errors.starts_with("error: no usable link"), "{errors}");
+    }
+}
+
+#[test]
+fn nobody_who_listens_is_no_failure() {
+    for program in PROGRAMS {
+        let child = Command::new(program).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = child.expect("started");
+        drop(child.stdout.take());
+        let output = child.wait_with_output().expect("ended");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && errors.is_empty(), "{errors}");
     }
 }
 

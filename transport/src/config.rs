@@ -10,6 +10,9 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::LinkKind;
 use crate::memory::Allocator;
 
+/// The kernel counts in seconds, and needs one for each of silence, probe and answer.
+const KEEPALIVE_MIN: Duration = Duration::from_secs(3);
+
 /// How an operation waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -335,6 +338,11 @@ impl Config {
         Ok(config)
     }
 
+    /// The largest message that is accepted, in bytes, as [`Config::max_message_bytes`] was set.
+    pub fn message_limit_bytes(&self) -> u64 {
+        self.max_message_bytes
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         let bad = |what: String| Err(Error::new(ErrorKind::InvalidInput, Phase::Setup, what));
         if self.hello.len() > crate::proto::hello::APP_BYTES_MAX {
@@ -349,6 +357,24 @@ impl Config {
         }
         if self.message_window_bytes < 4096 || self.tag_window_bytes < 4096 {
             return bad("a window below 4 KiB".into());
+        }
+        if self.max_handshakes == 0 {
+            return bad("no handshake at all is allowed (THALWEG_MAX_HANDSHAKES)".into());
+        }
+        if self.max_frames == 0 {
+            return bad("no frame at all is allowed (THALWEG_MAX_FRAMES)".into());
+        }
+        if self.connect_timeout.is_zero() {
+            return bad("no time to connect in (THALWEG_CONNECT_TIMEOUT_MS)".into());
+        }
+        if self.handshake_timeout.is_zero() {
+            return bad("no time for the handshake (THALWEG_HANDSHAKE_TIMEOUT_MS)".into());
+        }
+        if self.keepalive < KEEPALIVE_MIN {
+            return bad(format!(
+                "a keepalive below {} ms (THALWEG_KEEPALIVE_MS)",
+                KEEPALIVE_MIN.as_millis()
+            ));
         }
         Ok(())
     }
@@ -391,6 +417,22 @@ mod tests {
         assert_eq!(config.transports, [LinkKind::Tcp]);
         assert_eq!(config.wake, Wake::Park);
         assert_eq!(config.message_window_bytes, 8 << 20);
+    }
+
+    #[test]
+    fn settings_with_which_nothing_could_work_are_refused_at_set_up() {
+        for (name, value) in [
+            ("THALWEG_MAX_HANDSHAKES", "0"),
+            ("THALWEG_MAX_FRAMES", "0"),
+            ("THALWEG_CONNECT_TIMEOUT_MS", "0"),
+            ("THALWEG_HANDSHAKE_TIMEOUT_MS", "0"),
+            ("THALWEG_KEEPALIVE_MS", "2999"),
+        ] {
+            let error = parse(&[(name, value)]).expect(name).validate().expect_err(name);
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        assert!(parse(&[("THALWEG_KEEPALIVE_MS", "3000")]).expect("valid").validate().is_ok());
     }
 
     #[test]

@@ -83,7 +83,9 @@ impl Endpoint {
     /// **Cancel safety.** A send that has not begun is withdrawn; one that has begun goes on.
     ///
     /// **Cost.** Up to [`crate::INLINE_MAX`] bytes in one frame: no allocation, no copy but the
-    /// one into the link.
+    /// one into the link. A view ([`crate::Frame::is_view`]) is copied when the send is first
+    /// polled, and it is the copy that comes back: its memory belongs to another peer, who may
+    /// take it back at any time ([`ErrorKind::ConnectionLost`] if that has happened).
     ///
     /// ```no_run
     /// # async fn example(endpoint: thalweg::Endpoint) -> thalweg::Result<()> {
@@ -110,6 +112,9 @@ impl Endpoint {
         };
         if self.shared().forked() {
             return failed(&mut message, Some(op::forked()));
+        }
+        if let Err(error) = op::own_views(&mut message, &self.shared().node) {
+            return failed(&mut message, Some(error));
         }
         let mut core = self.shared().core();
         if core.state.refusal().is_none() && message.as_ref().is_some_and(|m| !core.can_send(m)) {

@@ -257,13 +257,8 @@ impl Frame {
                 kind: MemoryKind::Shared,
                 shared: Some(block),
             },
-            Repr::View(view) => Segment {
-                ptr: view.raw.ptr,
-                len: view.raw.len,
-                kind: MemoryKind::Host,
-                shared: None,
-            },
             _ => {
+                debug_assert!(!self.is_view(), "views are copied before they are sent");
                 let bytes = self.as_slice().unwrap_or_default();
                 Segment {
                     ptr: bytes.as_ptr(),
@@ -381,6 +376,22 @@ impl Message {
     /// The frames, to change.
     pub fn frames_mut(&mut self) -> &mut [Frame] {
         &mut self.frames
+    }
+
+    /// Copies the frames that lie in a peer's memory, which may take it back at any time, into
+    /// memory of this process.
+    pub(crate) fn own_views(&mut self, allocate: impl Fn(usize) -> Option<Frame>) -> Result<()> {
+        for frame in self.frames.iter_mut().filter(|frame| frame.is_view()) {
+            let mut own = allocate(frame.len()).ok_or_else(|| {
+                let detail = format!("no memory for a copy of {} bytes", frame.len());
+                Error::new(ErrorKind::Resources, Phase::Transfer, detail)
+            })?;
+            if let Some(bytes) = own.as_mut_slice() {
+                frame.copy_to_slice(bytes)?;
+            }
+            *frame = own;
+        }
+        Ok(())
     }
 
     /// The frames, owned.

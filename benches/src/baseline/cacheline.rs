@@ -57,7 +57,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
         let back = next(lines.back, number - 1)?;
         ensure!(back == number, "warm-up message {number} came back as {back}");
     }
-    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip);
+    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip)?;
     let first = case.warmup as u64 + 1;
     let before = Usage::now();
     let start = Instant::now();

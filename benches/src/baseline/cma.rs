@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::Unavailable;
+use crate::buffer;
 use crate::case::{Case, Program};
 use crate::pattern::{self, Way};
 use crate::peer::{Duty, Peer};
@@ -53,14 +54,14 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let mut peer = Peer::spawn(case, pins.map(|pins| pins.peer), &[])?;
     let Offer { address } = peer.control().recv()?;
     let pid = libc::pid_t::try_from(peer.id())?;
-    let mut into = vec![1u8; case.size_bytes];
+    let mut into = buffer::filled(case.size_bytes, 1u8)?;
     for _ in 0..case.warmup {
         into.fill(0);
         read(pid, address, &mut into)?;
         pattern::verify(&into, 0, 0, Way::Out)?;
     }
     let mut recorder = match case.program {
-        Program::Pingpong => Some(Recorder::new(case.iters, Lap::OneWay)),
+        Program::Pingpong => Some(Recorder::new(case.iters, Lap::OneWay)?),
         Program::Bandwidth => None,
     };
     let before = Usage::now();
@@ -83,7 +84,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
 }
 
 pub(super) fn serve(mut duty: Duty) -> Result<()> {
-    let mut buffer = vec![0u8; duty.case.size_bytes];
+    let mut buffer = buffer::filled(duty.case.size_bytes, 0u8)?;
     pattern::fill(&mut buffer, 0, 0, Way::Out);
     duty.control.send(&Offer { address: std::hint::black_box(buffer.as_ptr()) as usize })?;
     // However long the parent measures, its death ends this process.

@@ -48,7 +48,7 @@ pub(super) fn measure(case: &Case, pins: Option<Pins>) -> Result<Sample> {
         let got = take(&back)?;
         ensure!(got == number, "warm-up message {number} came back as {got}");
     }
-    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip);
+    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip)?;
     let before = Usage::now();
     let start = Instant::now();
     recorder.start();

@@ -5,20 +5,21 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use crate::buffer;
 use crate::case::{Case, Program};
 use crate::pattern::{self, Way};
 use crate::stats::{Lap, Recorder, Sample, Usage};
 
 pub(super) fn measure(case: &Case) -> Result<Sample> {
-    let mut from = vec![0u8; case.size_bytes];
-    let mut to = vec![1u8; case.size_bytes];
+    let mut from = buffer::filled(case.size_bytes, 0u8)?;
+    let mut to = buffer::filled(case.size_bytes, 1u8)?;
     for index in 0..case.warmup as u64 {
         pattern::fill(&mut from, 0, index, Way::Out);
         black_box(to.as_mut_slice()).copy_from_slice(black_box(&from));
         pattern::verify(&to, 0, index, Way::Out)?;
     }
     let mut recorder = match case.program {
-        Program::Pingpong => Some(Recorder::new(case.iters, Lap::OneWay)),
+        Program::Pingpong => Some(Recorder::new(case.iters, Lap::OneWay)?),
         Program::Bandwidth => None,
     };
     let before = Usage::now();

@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
+use crate::buffer;
 use crate::case::{Case, Program};
 use crate::pattern::{self, Way};
 use crate::peer::{Duty, Peer};
@@ -101,14 +102,15 @@ async fn peer_usage(stream: &mut TcpStream) -> Result<Usage> {
 }
 
 async fn ping(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
-    let (mut out, mut back) = (vec![0u8; case.size_bytes], vec![1u8; case.size_bytes]);
+    let (mut out, mut back) =
+        (buffer::filled(case.size_bytes, 0u8)?, buffer::filled(case.size_bytes, 1u8)?);
     for index in 0..case.warmup as u64 {
         pattern::fill(&mut out, 0, index, Way::Out);
         stream.write_all(&out).await?;
         stream.read_exact(&mut back).await?;
         pattern::verify(&back, 0, index, Way::Back)?;
     }
-    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip);
+    let mut recorder = Recorder::new(case.iters, Lap::RoundTrip)?;
     let before = Usage::now();
     let start = Instant::now();
     recorder.start();
@@ -124,7 +126,8 @@ async fn ping(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
 }
 
 async fn pong(case: &Case, stream: &mut TcpStream) -> Result<Usage> {
-    let (mut out, mut back) = (vec![1u8; case.size_bytes], vec![0u8; case.size_bytes]);
+    let (mut out, mut back) =
+        (buffer::filled(case.size_bytes, 1u8)?, buffer::filled(case.size_bytes, 0u8)?);
     for index in 0..case.warmup as u64 {
         stream.read_exact(&mut out).await?;
         pattern::verify(&out, 0, index, Way::Out)?;
@@ -140,7 +143,7 @@ async fn pong(case: &Case, stream: &mut TcpStream) -> Result<Usage> {
 }
 
 async fn pour(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
-    let mut out = vec![0u8; case.size_bytes];
+    let mut out = buffer::filled(case.size_bytes, 0u8)?;
     for index in 0..case.warmup as u64 {
         pattern::fill(&mut out, 0, index, Way::Out);
         stream.write_all(&out).await?;
@@ -159,7 +162,7 @@ async fn pour(case: &Case, stream: &mut TcpStream) -> Result<Sample> {
 }
 
 async fn drain(case: &Case, stream: &mut TcpStream) -> Result<Usage> {
-    let mut out = vec![1u8; case.size_bytes];
+    let mut out = buffer::filled(case.size_bytes, 1u8)?;
     for index in 0..case.warmup as u64 {
         stream.read_exact(&mut out).await?;
         pattern::verify(&out, 0, index, Way::Out)?;

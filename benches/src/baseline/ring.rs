@@ -141,7 +141,7 @@ pub(super) fn measure<const SLOTS: usize>(case: &Case, pins: Option<Pins>) -> Re
         back.pop(&mut payload)?;
     }
     let mut recorder = match case.program {
-        Program::Pingpong => Some(Recorder::new(case.iters, Lap::RoundTrip)),
+        Program::Pingpong => Some(Recorder::new(case.iters, Lap::RoundTrip)?),
         Program::Bandwidth => None,
     };
     let before = Usage::now();

@@ -276,6 +276,13 @@ fn main() -> ExitCode {
 
 /// Prints the table; `false` if a promise is broken.
 fn measure_all(options: &Options) -> Result<bool> {
+    let wanted = options.only.as_deref().unwrap_or("");
+    let promises: Vec<_> = PROMISES.iter().filter(|row| row.name.contains(wanted)).collect();
+    ensure!(
+        !promises.is_empty(),
+        "no row has {wanted:?} in its name; these are there:\n{}",
+        PROMISES.map(|row| row.name).join("\n")
+    );
     let programs = std::env::current_exe().context("finding this program")?;
     let programs = programs.parent().context("this program lies in no folder")?;
     let mut raw = match &options.raw {
@@ -284,8 +291,7 @@ fn measure_all(options: &Options) -> Result<bool> {
     };
     let mut kept = true;
     println!("| row | must | aim | measured | |\n| --- | --- | --- | --- | --- |");
-    let wanted = options.only.as_deref().unwrap_or("");
-    for promise in PROMISES.iter().filter(|promise| promise.name.contains(wanted)) {
+    for promise in promises {
         if std::io::stderr().is_terminal() {
             eprintln!("measuring {} …", promise.name);
         }

@@ -1,20 +1,23 @@
 //! One-sided access: memory is offered once, and peers with its key write and read it without a
 //! receive on this side.
 
+use std::process::ExitCode;
+
 use thalweg::{Access, CloseReason, Endpoint, ErrorKind, Message, Node, RemoteKey, Result};
-use thalweg_examples::config;
+use thalweg_examples::{config, exit, say};
 
 const REGION_BYTES: usize = 1 << 20;
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
+    exit(run().await)
+}
+
+async fn run() -> Result<()> {
     let node = Node::new(config()?)?;
     let listener = node.listen("thalweg://127.0.0.1:0").await?;
-    let (user, owner) = tokio::join!(node.connect(listener.address()), listener.accept());
-    let (user, owner) = (user?, owner?);
-    let (offered, used) = tokio::join!(offer(&node, &owner), use_region(&user));
-    offered?;
-    used?;
+    let (user, owner) = tokio::try_join!(node.connect(listener.address()), listener.accept())?;
+    tokio::try_join!(offer(&node, &owner), use_region(&user))?;
     let (closed, _) = tokio::join!(owner.close(CloseReason::default()), user.closed());
     closed
 }
@@ -29,11 +32,11 @@ async fn offer(node: &Node, to: &Endpoint) -> Result<()> {
     let told = to.recv().await?.to_vec()?;
     let mut start = [0; 13];
     region.read(4096, &mut start)?;
-    println!("told {:?}, found {:?}", text(&told), text(&start));
+    say(format_args!("told {:?}, found {:?}", text(&told), text(&start)));
 
     // From here on the key is worthless, and the memory is ours alone again.
     let memory = region.revoke().await;
-    println!("{} bytes back", memory.len());
+    say(format_args!("{} bytes back", memory.len()));
     to.send(Message::copy_from_slice(b"revoked")).await?;
     Ok(())
 }
@@ -41,23 +44,25 @@ async fn offer(node: &Node, to: &Endpoint) -> Result<()> {
 /// The side that has the key.
 async fn use_region(from: &Endpoint) -> Result<()> {
     let key = RemoteKey::from_bytes(&from.recv().await?.to_vec()?)?;
-    println!("a region of {} bytes", key.len_bytes());
+    say(format_args!("a region of {} bytes", key.len_bytes()));
 
     from.put(b"written there".to_vec(), &key, 4096).await?;
     let got = from.get(vec![0u8; 7], &key, 4096).await?;
-    println!("read back {:?}", text(&got));
+    say(format_args!("read back {:?}", text(&got)));
 
     from.fence().await?;
     from.send(Message::copy_from_slice(b"at 4096")).await?;
 
     let _revoked = from.recv().await?;
     match from.get(got, &key, 0).await {
-        Err(failed) if failed.kind() == ErrorKind::KeyRevoked => println!("then: {failed}"),
+        Err(failed) if failed.kind() == ErrorKind::KeyRevoked => {
+            say(format_args!("then: {failed}"))
+        }
         Err(failed) => return Err(failed.into()),
         Ok(_) => unreachable!("the key was revoked before this"),
     }
     match from.put(vec![0u8; 2], &key, REGION_BYTES as u64 - 1).await {
-        Err(failed) => println!("and: {failed}"),
+        Err(failed) => say(format_args!("and: {failed}")),
         Ok(_) => unreachable!("one byte too many"),
     }
     Ok(())

@@ -209,7 +209,14 @@ async fn establish(
     }
     let reservation = reserve(node, &shown)?;
     let own = own_hello(node, token, window.bytes, reservation.as_ref());
-    let (theirs, minor) = exchange(&stream, &own, &shown, role).await?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    let (theirs, minor) =
+        within(node, left, &shown, "the hello", exchange(&stream, &own, &shown, role))
+            .await
+            .map_err(|error| match error.kind() {
+                ErrorKind::TimedOut => silent(role, config.connect_timeout, error),
+                _ => error,
+            })?;
     if role == Role::Acceptor {
         token = theirs.token;
     }
@@ -268,6 +275,15 @@ async fn establish(
     );
     node.add_endpoint(&endpoint);
     Ok(endpoint)
+}
+
+/// The same, said so that a connecting side knows how far it came.
+fn silent(role: Role, limit: Duration, error: Error) -> Error {
+    let (Role::Connector, Some(peer)) = (role, error.peer()) else { return error };
+    let what = format!("connected, but the peer said nothing within {limit:?}");
+    Error::new(ErrorKind::TimedOut, Phase::Connect, what)
+        .with_peer(peer)
+        .with_hint("check the port: something else may listen there")
 }
 
 /// A place for this connection at the node's UCX worker, if it has one.
@@ -356,6 +372,13 @@ async fn exchange(stream: &Stream, own: &Hello, shown: &str, role: Role) -> Resu
         .read_exact(&mut body)
         .await
         .map_err(|error| lost(shown, "reading the peer's hello", &error))?;
+    if role == Role::Connector && message[PREFACE_BYTES..] == body {
+        // It holds a random token: nobody says the same by chance.
+        let what = "the peer answers with our own words";
+        return Err(Error::new(ErrorKind::NotThalweg, Phase::Connect, what)
+            .with_peer(shown)
+            .with_hint("check the port: an echo server listens there"));
+    }
     let theirs =
         Hello::decode(&body).map_err(|error| bad(shown, format!("the peer's hello: {error}")))?;
     if role == Role::Acceptor {
@@ -442,7 +465,8 @@ impl SetUp<'_> {
         let (attempts, rejected) = self.plan();
         for &kind in &attempts {
             self.say(&Setup::Attempt { link: kind.name().into() }).await?;
-            if let Some(link) = self.attempt(kind, Role::Connector).await? {
+            let last = attempts.last() == Some(&kind);
+            if let Some(link) = self.attempt(kind, Role::Connector, last).await? {
                 self.say(&Setup::Go).await?;
                 return Ok((link, kind, attempts, rejected));
             }
@@ -466,7 +490,8 @@ impl SetUp<'_> {
                     };
                     tried.push(kind);
                     let up = if attempts.contains(&kind) {
-                        self.attempt(kind, Role::Acceptor).await?
+                        let last = attempts.iter().all(|kind| tried.contains(kind));
+                        self.attempt(kind, Role::Acceptor, last).await?
                     } else {
                         let why = rejected.iter().find(|candidate| candidate.link == kind);
                         let failure = Failure {
@@ -509,10 +534,15 @@ impl SetUp<'_> {
     }
 
     /// Brings one link up on this side, and compares notes. `None`: one side failed, and it is
-    /// recorded why.
-    async fn attempt(&mut self, kind: LinkKind, role: Role) -> Result<Option<Prepared>> {
+    /// recorded why. With `last` no other is left to be tried.
+    async fn attempt(
+        &mut self,
+        kind: LinkKind,
+        role: Role,
+        last: bool,
+    ) -> Result<Option<Prepared>> {
         *lock(&self.terms) = None;
-        let (own, said) = self.compare_notes(kind, role).await?;
+        let (own, said) = self.compare_notes(kind, role, last).await?;
         let theirs = match said {
             Setup::Result(result) => result,
             other => return Err(self.unexpected(&other)),
@@ -537,9 +567,11 @@ impl SetUp<'_> {
         &self,
         kind: LinkKind,
         role: Role,
+        last: bool,
     ) -> Result<(Result<Prepared, Failure>, Setup)> {
         // A peer that stalls in the set-up of one link must leave time for the next.
-        let share = self.deadline.saturating_duration_since(Instant::now()) / 2;
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let share = if last { left } else { left / 2 };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
         let mut hearing = pin!(self.hear_past_terms());
         let mut heard = None;

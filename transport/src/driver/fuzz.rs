@@ -552,7 +552,7 @@ impl Session {
         assert!(state.message_charge.resident() <= WINDOW_BYTES || alone);
         assert!(state.serving <= ONE_SIDED_MAX);
         assert!(state.one_sided_posted <= ONE_SIDED_MAX);
-        assert!(state.tables.lens() <= FRAMES_MAX as usize);
+        assert!(state.tables.within(FRAMES_MAX));
     }
 
     /// Ends the endpoint, unless the peer did; then nothing may be left of anything.
@@ -621,7 +621,7 @@ pub(crate) fn seeds() -> Vec<Seed> {
     add("table-missing", &[&[4, 0, 0, 0, 50]]);
     add("table-out-of-order", &[&[5, 0, 9, 64, 50]]);
     add(
-        "tables-too-many",
+        "tables-of-four",
         &[&[5, 0, 0, 0, 100], &[5, 1, 0, 0, 100], &[5, 2, 0, 0, 100], &[5, 3, 0, 0, 100]],
     );
     add("tags", &[&[25, 6, 0], &[6, 0, 3, 1, 0], &[6, 0, 6, OFFERED, 0], &[25, 6, 0], land]);

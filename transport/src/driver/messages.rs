@@ -13,23 +13,42 @@ use crate::message::{Frame, Message};
 use crate::proto::credit::message_cost;
 use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, one_frame_head};
 
-/// Messages whose frame lengths have begun to arrive. A peer sends the table of one message after
-/// the other; the slack allows for lanes that reorder.
-const TABLES_MAX: usize = 64;
+/// How many messages whose tables have left may themselves still be on their way out. A table
+/// overtakes what waits for room, its message does not.
+const TABLES_OUT_MAX: usize = 32;
+
+/// What a table that has begun counts for besides its lengths.
+const TABLE_COST: usize = 16;
+
+/// A sender has tables of at most `max_frames` lengths on their way out at once. On a lane that
+/// reorders, those of messages that have left may still be waited for: as much again, and so many
+/// tables.
+const TABLES_LATE: usize = 1024;
 
 /// Tables that have begun, by the number of their message.
 #[derive(Default)]
 pub(super) struct Tables {
     begun: BTreeMap<u32, Vec<u64>>,
-    /// Lengths in all of them; at most what one message may have.
+    /// Lengths in all of them.
     lens: usize,
 }
 
 impl Tables {
-    /// Lengths in all tables.
+    /// Whether the limits are kept.
     #[cfg(feature = "fuzzing")]
-    pub fn lens(&self) -> usize {
-        self.lens
+    pub fn within(&self, max_frames: u32) -> bool {
+        let lens: usize = self.begun.values().map(Vec::len).sum();
+        // The last table may have been the first over its share.
+        lens == self.lens && self.cost() <= Self::cost_max(max_frames) + TABLE_COST
+    }
+
+    /// What the tables that have begun may cost.
+    fn cost_max(max_frames: u32) -> usize {
+        2 * max_frames as usize + TABLES_LATE * TABLE_COST
+    }
+
+    fn cost(&self) -> usize {
+        self.lens + self.begun.len() * TABLE_COST
     }
 
     fn take(&mut self, seq: u32) -> Option<Vec<u64>> {
@@ -154,6 +173,7 @@ impl Core {
     /// Posts the next message in order.
     fn post_message(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
         let seq = self.state.message_seq;
+        let mut table_lens = 0;
         let post = match message.frames() {
             [] => {
                 let head = Head::Message { seq, frames: Frames::Zero };
@@ -164,43 +184,68 @@ impl Core {
                 self.post_encoded(op, Class::Message, How::Eager, &head, &[frame.segment()], len)?
             }
             frames => {
-                let lens: SmallVec<[u64; 16]> = frames.iter().map(|f| f.len() as u64).collect();
-                let segments: SmallVec<[Segment<'_>; 8]> =
-                    frames.iter().map(Frame::segment).collect();
-                let frames = if lens.len() <= INLINE_LENS_MAX {
+                let mut lens: SmallVec<[u64; INLINE_LENS_MAX]> = SmallVec::new();
+                let table = if frames.len() <= INLINE_LENS_MAX {
+                    lens.extend(frames.iter().map(|frame| frame.len() as u64));
                     Frames::Inline(Lens::new(&lens))
                 } else {
-                    self.post_tables(seq, &lens)?;
-                    Frames::Table { count: lens.len() as u32 }
+                    let lane = self.lane_for(Class::Message, len);
+                    if !self.post_table(seq, frames)?
+                        || self.lanes.get(lane).is_some_and(|lane| !lane.has_room())
+                    {
+                        return Ok(Post::Full);
+                    }
+                    table_lens = frames.len();
+                    Frames::Table { count: frames.len() as u32 }
                 };
-                let head = Head::Message { seq, frames };
+                let head = Head::Message { seq, frames: table };
+                let segments: SmallVec<[Segment<'_>; 8]> =
+                    frames.iter().map(Frame::segment).collect();
                 self.post(op, Class::Message, How::Eager, &head, &segments, len)?
             }
         };
         if post != Post::Full {
             self.state.message_seq = seq.wrapping_add(1);
-            self.state.tables_posted = false;
+            self.state.table_posted = false;
+            if post == Post::Pending && table_lens > 0 {
+                self.state.tables_out.push((op, table_lens));
+            }
             self.state.stats.messages_sent += 1;
             self.state.stats.message_bytes_sent += len as u64;
         }
         Ok(post)
     }
 
-    /// Frame lengths that do not fit the head go before it, as control parcels.
-    fn post_tables(&mut self, seq: u32, lens: &[u64]) -> Result<(), Error> {
-        if std::mem::replace(&mut self.state.tables_posted, true) {
-            return Ok(());
+    /// Frame lengths that do not fit the head go before it, as control parcels, which come in order
+    /// and before what waits for room. `false`: the receiver may still have as many tables of
+    /// earlier messages as it takes.
+    fn post_table(&mut self, seq: u32, frames: &[Frame]) -> Result<bool, Error> {
+        if self.state.table_posted {
+            return Ok(true);
         }
-        let total = lens.len() as u32;
-        for (index, part) in lens.chunks(TABLE_LENS_MAX).enumerate() {
+        let State { tables_out, ops, limits, .. } = &mut self.state;
+        tables_out.retain(|(op, _)| ops.get(*op).is_some());
+        let lens_out: usize = tables_out.iter().map(|(_, lens)| lens).sum();
+        let lens_max = limits.peer_max_frames as usize;
+        if tables_out.len() >= TABLES_OUT_MAX || lens_out + frames.len() > lens_max {
+            return Ok(false);
+        }
+        self.state.table_posted = true;
+        let total = frames.len() as u32;
+        for (index, part) in frames.chunks(TABLE_LENS_MAX).enumerate() {
             let first = (index * TABLE_LENS_MAX) as u32;
-            self.control(&Head::MessageTable { seq, total, first, lens: Lens::new(part) })?;
+            let lens: SmallVec<[u64; TABLE_LENS_MAX]> =
+                part.iter().map(|frame| frame.len() as u64).collect();
+            self.control(&Head::MessageTable { seq, total, first, lens: Lens::new(&lens) })?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Posts queued messages in order, until credit or room ends.
     pub(super) fn post_queued_messages(&mut self) -> Result<(), Error> {
+        if self.state.message_stuck {
+            return Ok(());
+        }
         while let Some(&id) = self.state.send_queue.front() {
             let Some(Slot { what: What::Send { message, cost }, .. }) = self.state.ops.get(id)
             else {
@@ -226,6 +271,7 @@ impl Core {
                 Post::Full => {
                     self.state.message_credit.give_back(cost);
                     self.state.stats.room_stalls += 1;
+                    self.state.message_stuck = true;
                     return Ok(());
                 }
                 Post::Pending => {
@@ -316,7 +362,7 @@ impl State {
             self.tables.take(seq);
         }
         let all = self.tables.lens + lens.len();
-        if all > self.limits.max_frames as usize || self.tables.begun.len() >= TABLES_MAX {
+        if self.tables.cost() + lens.len() > Tables::cost_max(self.limits.max_frames) {
             return Err(State::protocol("too many frame tables at once"));
         }
         let table = self.tables.begun.entry(seq).or_default();

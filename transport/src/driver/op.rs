@@ -6,16 +6,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::core::Core;
+use super::core::{Core, allocate_frame};
 use super::endpoint::EndpointShared;
 use super::messages::Sent;
+use super::node::NodeShared;
 use super::onesided::OneSided;
 use super::table::{RawSegment, Slot, Stage, What};
 use crate::config::Wake;
 use crate::error::{Error, ErrorKind, Failed, Phase, Result};
 use crate::link::{Armed, Budget, OpId, Progress};
 use crate::memory::{Buffer, BufferMut};
-use crate::message::Message;
+use crate::message::{Frame, Message};
 use crate::runtime::Sleep;
 
 /// Looks at the lanes in one poll of a spinning operation, before the task yields.
@@ -59,6 +60,14 @@ pub trait Kind: Unpin {
         None
     }
 
+    /// What has to be done, once, before it starts, and without the endpoint's lock.
+    #[doc(hidden)]
+    #[inline]
+    fn prepare(&mut self, node: NodeRef<'_>) -> Result<()> {
+        let _ = node;
+        Ok(())
+    }
+
     #[doc(hidden)]
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output>;
     #[doc(hidden)]
@@ -77,6 +86,10 @@ pub trait Kind: Unpin {
 
 /// The locked core, as an operation sees it.
 pub struct CoreRef<'a>(pub(crate) &'a mut Core);
+
+/// The node, as an operation sees it.
+#[derive(Clone, Copy)]
+pub struct NodeRef<'a>(pub(crate) &'a NodeShared);
 
 /// An operation in flight: a future that owns what it moves.
 ///
@@ -183,6 +196,12 @@ impl<'e, K: Kind> Op<'e, K> {
         if endpoint.forked() {
             self.finished = true;
             return Poll::Ready(self.kind.failure(forked()));
+        }
+        if self.ticket.is_none()
+            && let Err(error) = self.kind.prepare(NodeRef(&endpoint.node))
+        {
+            self.finished = true;
+            return Poll::Ready(self.kind.failure(error));
         }
         let mut core = match self.ticket {
             // Its place in the order is that of its first poll: it must not leave without one.
@@ -431,6 +450,11 @@ impl Kind for Send {
     const LAZY: bool = true;
 
     #[inline]
+    fn prepare(&mut self, node: NodeRef<'_>) -> Result<()> {
+        own_views(&mut self.message, node.0)
+    }
+
+    #[inline]
     fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
         let sent = core.0.try_send(&mut self.message).transpose()?;
         Some(self.started(sent))
@@ -489,6 +513,17 @@ impl Send {
             Ok(Sent::Waits(id)) => Started::Waits(Ticket(id)),
             Err(error) => Started::Ready(self.failure(error)),
         }
+    }
+}
+
+/// What is sent must be ours: a view can lose its memory while it waits or is read by the link.
+#[inline]
+pub(crate) fn own_views(message: &mut Option<Message>, node: &NodeShared) -> Result<()> {
+    match message {
+        Some(message) if message.frames().iter().any(Frame::is_view) => {
+            message.own_views(|len| allocate_frame(&*node.allocator, len))
+        }
+        _ => Ok(()),
     }
 }
 

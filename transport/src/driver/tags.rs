@@ -310,7 +310,7 @@ impl State {
         arrival: &Arrival<'_>,
     ) -> Option<Disposition> {
         loop {
-            let recv = self.matcher.arrive(tag)?;
+            let recv = self.matcher.arrive(seq, tag)?;
             let Some(Slot { what: What::TagRecv { to, matched, .. }, stage, .. }) =
                 self.ops.get(recv)
             else {
@@ -376,7 +376,7 @@ impl State {
         loop {
             let seq = self.early_tags.next();
             let Some((tag, stray)) = self.early_tags.pop() else { break };
-            match self.matcher.arrive(tag) {
+            match self.matcher.arrive(seq, tag) {
                 Some(recv) => self.deliveries.push((recv, Unexpected { seq, tag, value: stray })),
                 None => self.matcher.store(seq, tag, stray),
             }

@@ -331,6 +331,12 @@ pub(crate) trait Link: Send {
     /// waits for this therefore sets a limit.
     fn flushed(&self) -> bool;
 
+    /// `false`: [`post`](Self::post) would answer `Full` to anything but control. Saves whoever
+    /// asks from putting together a payload of many segments in vain.
+    fn has_room(&self) -> bool {
+        true
+    }
+
     /// Asks the system whether the peer's host still answers. Costs a system call: called now and
     /// then, not per parcel. `true`: something is owed, so look again later; `false`: nothing is,
     /// and whoever watches an idle link (the kernel's keepalive, a pidfd) sees to it. An error ends

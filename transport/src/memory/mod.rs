@@ -15,8 +15,8 @@ pub use buffer::{Buffer, BufferMut};
 pub use pool::{Allocator, HostPool, PoolBuf};
 pub use shared::Loan;
 pub(crate) use shared::{
-    OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SharedBlock,
-    SharedPool,
+    OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SEGMENTS_MAX,
+    SharedBlock, SharedPool,
 };
 
 /// The kind of a piece of memory.

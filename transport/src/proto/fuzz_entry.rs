@@ -348,7 +348,7 @@ impl Tags {
     fn arrive(&mut self, tag: u64) -> bool {
         let seq = self.next_seq;
         self.next_seq += 1;
-        let found = self.matcher.arrive(tag);
+        let found = self.matcher.arrive(self.wire(seq), tag);
         assert_eq!(found, self.model.arrive(tag));
         if found.is_some() {
             self.matched.push((seq, tag));

@@ -31,8 +31,8 @@ pub(crate) struct Unexpected<U> {
 /// Posted receives and unexpected arrivals of one endpoint.
 ///
 /// `R` names a receive; each posted one must be named differently. Numbers of arrivals may wrap:
-/// they are compared by distance from the latest, which is right for 2³¹ of them. Numbers must be
-/// unique among the stored.
+/// they are compared by distance from the latest that [`arrive`](Self::arrive) was told of, which
+/// is right for what came up to 2³¹ numbers earlier. Numbers must be unique among the stored.
 ///
 /// With `m` different masks posted and `n` arrivals stored: `arrive` and `withdraw` cost O(m),
 /// `store` O(log n), `post` O(log n) with a full mask and O(n) with another.
@@ -64,7 +64,8 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
 
     /// An arrival: the receive it goes to, which is forgotten here. With `None` it is either
     /// stored or refused.
-    pub fn arrive(&mut self, tag: u64) -> Option<R> {
+    pub fn arrive(&mut self, seq: u32, tag: u64) -> Option<R> {
+        self.stored.note(seq);
         self.posted.take_match(tag)
     }
 
@@ -76,7 +77,7 @@ impl<R: Copy + Eq + Hash, U> TagMatcher<R, U> {
     /// An arrival that had been matched, and whose receive was cancelled, comes back at its place.
     /// If a posted receive matches, that one gets it; otherwise it is stored.
     pub fn put_back(&mut self, seq: u32, tag: u64, value: U) -> Option<(R, U)> {
-        match self.arrive(tag) {
+        match self.posted.take_match(tag) {
             Some(recv) => Some((recv, value)),
             None => {
                 self.store(seq, tag, value);
@@ -276,7 +277,7 @@ type Place = u64;
 struct Stored<U> {
     by_seq: BTreeMap<Place, (u64, U)>,
     by_tag: BTreeSet<(u64, Place)>,
-    /// The latest place given out. Numbers are placed by their signed distance from it.
+    /// The latest place noted. Numbers are placed by their signed distance from it.
     latest: Place,
 }
 
@@ -291,9 +292,13 @@ impl<U> Stored<U> {
         self.latest.wrapping_add_signed(distance.into())
     }
 
+    /// Whether it is stored or not: one that is put back must find its place before it.
+    fn note(&mut self, seq: u32) {
+        self.latest = self.latest.max(self.place(seq));
+    }
+
     fn insert(&mut self, seq: u32, tag: u64, value: U) {
         let place = self.place(seq);
-        self.latest = self.latest.max(place);
         self.by_tag.insert((tag, place));
         let twice = self.by_seq.insert(place, (tag, value));
         debug_assert!(twice.is_none(), "numbers of stored arrivals are unique");
@@ -455,7 +460,9 @@ mod tests {
     proptest! {
         #[test]
         fn agrees_with_the_model(
-            start: u32, steps in prop::collection::vec(step(), 0..300), drain_at in 0usize..300,
+            // Also where a distance from 0 turns negative.
+            start in prop_oneof![any::<u32>(), (1u32 << 31) - 100..(1 << 31) + 100],
+            steps in prop::collection::vec(step(), 0..300), drain_at in 0usize..300,
         ) {
             let mut matcher = TagMatcher::new();
             let mut model = Model::default();
@@ -483,7 +490,7 @@ mod tests {
                     Step::Arrive { tag } => {
                         let seq = next_seq;
                         next_seq += 1;
-                        let found = matcher.arrive(tag);
+                        let found = matcher.arrive(wire(seq), tag);
                         prop_assert_eq!(found, model.arrive(tag));
                         if found.is_some() {
                             matched.push((seq, tag));
@@ -526,22 +533,24 @@ mod tests {
         m.post(5, EXACT, 1);
         m.post(0, 0, 2);
         m.post(5, EXACT, 3);
-        assert_eq!(
-            [m.arrive(5), m.arrive(5), m.arrive(5), m.arrive(5)],
-            [Some(1), Some(2), Some(3), None]
-        );
+        assert_eq!([0, 1, 2, 3].map(|seq| m.arrive(seq, 5)), [Some(1), Some(2), Some(3), None]);
     }
 
     #[test]
     fn what_comes_back_keeps_its_place() {
-        let mut m: TagMatcher<u32, char> = TagMatcher::new();
-        m.post(1, EXACT, 1);
-        assert_eq!(m.arrive(1), Some(1));
-        m.store(u32::MAX, 1, 'b');
-        m.store(0, 1, 'c');
-        assert_eq!(m.put_back(u32::MAX - 1, 1, 'a'), None);
-        let order = [(); 3].map(|()| m.post(0, 0, 9).map(|u| u.value));
-        assert_eq!(order, [Some('a'), Some('b'), Some('c')]);
+        for first in [u32::MAX - 1, u32::MAX, i32::MAX as u32, 5] {
+            let mut m: TagMatcher<u32, char> = TagMatcher::new();
+            let [second, third] = [1, 2].map(|after| first.wrapping_add(after));
+            assert_eq!(m.post(1, EXACT, 1), None);
+            assert_eq!(m.arrive(first, 1), Some(1));
+            for (seq, value) in [(second, 'b'), (third, 'c')] {
+                assert_eq!(m.arrive(seq, 1), None);
+                m.store(seq, 1, value);
+            }
+            assert_eq!(m.put_back(first, 1, 'a'), None);
+            let order = [(); 3].map(|()| m.post(0, 0, 9).map(|u| u.value));
+            assert_eq!(order, [Some('a'), Some('b'), Some('c')]);
+        }
     }
 
     #[test]
@@ -549,8 +558,10 @@ mod tests {
         let mut m: TagMatcher<u32, u32> = TagMatcher::new();
         for quarter in 0..6u32 {
             let seq = quarter.wrapping_mul(1 << 30);
-            m.store(seq, 1, quarter);
-            m.store(seq.wrapping_sub(1), 1, u32::MAX);
+            for (seq, value) in [(seq.wrapping_sub(1), u32::MAX), (seq, quarter)] {
+                assert_eq!(m.arrive(seq, 1), None);
+                m.store(seq, 1, value);
+            }
             assert_eq!(m.post(0, 0, 0).map(|u| u.value), Some(u32::MAX));
             assert_eq!(m.post(1, EXACT, 0).map(|u| (u.seq, u.value)), Some((seq, quarter)));
         }
@@ -560,7 +571,7 @@ mod tests {
     fn what_comes_back_goes_to_a_waiting_receive() {
         let mut m: TagMatcher<u32, char> = TagMatcher::new();
         m.post(1, EXACT, 1);
-        assert_eq!(m.arrive(1), Some(1));
+        assert_eq!(m.arrive(0, 1), Some(1));
         m.post(0, 0, 2);
         assert_eq!(m.put_back(0, 1, 'a'), Some((2, 'a')));
         assert_eq!((m.posted_len(), m.unexpected_len()), (0, 0));

@@ -7,13 +7,12 @@ mod sink;
 mod source;
 mod wire;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use thalweg::{Endpoint, Node};
-use thalweg_examples::with_transport;
+use thalweg_examples::{exit, note, say, with_transport};
 
 use crate::wire::{HELLO, MESSAGE_BYTES_MAX};
 
@@ -26,9 +25,11 @@ type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Resu
 ///   copy --listen ADDR DEST       be the receiver: takes one tree, from whoever connects first
 ///   copy SRC --connect ADDR       send to a receiver
 ///
-/// DEST must not exist yet, or be an empty directory; nothing outside it is ever written. Symbolic
-/// links are copied as links, permissions are kept, owners and times are not. Devices, sockets and
-/// pipes are left out, and named. Settings come from the THALWEG_* variables.
+/// DEST is a directory, also for a single file. It must not exist yet, or be empty;
+/// nothing outside it is ever written. A directory or file that cannot be read stops the copy.
+/// Symbolic links are copied as links. Permissions are kept; set-id and sticky bits, owners and
+/// times are not. Devices, sockets and pipes inside SRC are left out, and named. Settings come from
+/// the THALWEG_* variables.
 #[derive(Parser)]
 #[command(name = "copy", version, verbatim_doc_comment)]
 struct Options {
@@ -56,23 +57,15 @@ struct Options {
 
 fn main() -> ExitCode {
     if std::env::args_os().len() <= 1 {
-        print!("{}", Options::command().render_long_help());
+        say(Options::command().render_long_help());
         return ExitCode::SUCCESS;
     }
     let options = Options::parse();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error),
+        Err(error) => return exit(Err(error)),
     };
-    match runtime.block_on(run(&options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(error.as_ref()),
-    }
-}
-
-fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("copy: {error}");
-    ExitCode::FAILURE
+    exit(runtime.block_on(run(&options)))
 }
 
 async fn run(options: &Options) -> Result<()> {
@@ -82,7 +75,7 @@ async fn run(options: &Options) -> Result<()> {
             if options.with_parent {
                 end_with_standard_input();
             }
-            listen(address, dest, links, !options.with_parent).await
+            listen(address, dest, links, options.with_parent).await
         }
         ([source], None, Some(address)) => {
             let survey = source::survey(source)?;
@@ -110,20 +103,18 @@ fn peer_checked(endpoint: Endpoint) -> Result<Endpoint> {
     Ok(endpoint)
 }
 
-async fn listen(
-    address: &str,
-    dest: &Path,
-    links: Option<&str>,
-    show_progress: bool,
-) -> Result<()> {
+async fn listen(address: &str, dest: &Path, links: Option<&str>, with_parent: bool) -> Result<()> {
     let sink = sink::Sink::create(dest)?;
     let node = node(links)?;
     let listener = node.listen(address).await?;
-    println!("listening at {}", listener.address());
-    std::io::stdout().flush()?;
+    match with_parent {
+        // The parent reads it.
+        true => say(format_args!("listening at {}", listener.address())),
+        false => note(format_args!("listening at {}; end with Ctrl-C", listener.address())),
+    }
     let endpoint = peer_checked(listener.accept().await?)?;
     drop(listener);
-    receive::tree(&endpoint, sink, show_progress).await
+    receive::tree(&endpoint, sink, !with_parent).await
 }
 
 /// Starts the receiver as a child, and sends to it.

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use indicatif::ProgressBar;
 use thalweg::{CloseReason, Endpoint, Frame, Message};
+use thalweg_examples::say;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::sink::{Next, Sink};
@@ -30,7 +31,9 @@ pub async fn tree(from: &Endpoint, sink: Sink, show_progress: bool) -> Result<()
             let Receipt { files, bytes, checksum } = receipt;
             let seconds = start.elapsed().as_secs_f64();
             let checksum = blake3::Hash::from_bytes(checksum);
-            println!("{files} files, {bytes} bytes in {seconds:.3} s; checksum {checksum}");
+            say(format_args!(
+                "{files} files, {bytes} bytes in {seconds:.3} s; checksum {checksum}"
+            ));
             // The goodbye is the sender's, once it has read the receipt.
             from.closed().await;
             Ok(())

@@ -10,6 +10,7 @@ use std::task::Poll;
 use std::time::Instant;
 
 use thalweg::{CloseReason, Endpoint, Message, Node};
+use thalweg_examples::say;
 use tokio::sync::mpsc;
 
 use crate::source::{Source, Survey};
@@ -42,8 +43,8 @@ pub async fn tree(node: &Node, to: &Endpoint, root: &Path, survey: Survey) -> Re
         Ok(Receipt { checksum, files, bytes }) => {
             let seconds = start.elapsed().as_secs_f64();
             let checksum = blake3::Hash::from_bytes(checksum);
-            println!("{files} files, {bytes} bytes in {seconds:.3} s");
-            println!("checksum {checksum}, the same on both sides");
+            say(format_args!("{files} files, {bytes} bytes in {seconds:.3} s"));
+            say(format_args!("checksum {checksum}, the same on both sides"));
             // The receiver has everything already; whether it hears the goodbye is its affair.
             let _ = to.close(CloseReason::new(0, "all there")).await;
             Ok(())

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use blake3::Hasher;
 use thalweg::{Frame, Message, Node};
+use thalweg_examples::note;
 
 use crate::Result;
 use crate::wire::{DEPTH_MAX, PIECE_BYTES, Receipt, Record};
@@ -20,7 +21,7 @@ pub struct Survey {
 
 /// Counts, and finds directories that cannot be read before anything is sent.
 pub fn survey(root: &Path) -> Result<Survey> {
-    let meta = fs::metadata(root).map_err(|error| named("cannot read", root, &error))?;
+    let meta = root_metadata(root)?;
     let mut survey = Survey::default();
     if meta.is_dir() {
         count(root, &mut survey, 0)?
@@ -76,6 +77,15 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
+/// Of what is to be copied, behind links. Only a file or a directory has an end.
+fn root_metadata(root: &Path) -> Result<Metadata> {
+    let meta = fs::metadata(root).map_err(|error| named("cannot read", root, &error))?;
+    match meta.is_dir() || meta.is_file() {
+        true => Ok(meta),
+        false => Err(format!("{}: neither file nor directory", root.display()).into()),
+    }
+}
+
 fn link_metadata(path: &Path) -> Result<Metadata> {
     path.symlink_metadata().map_err(|error| named("cannot read", path, &error).into())
 }
@@ -106,7 +116,7 @@ impl<'a> Source<'a> {
     /// All of it, from the first message to the last. What the receiver's receipt must say.
     pub fn send(mut self, root: &Path, survey: Survey) -> Result<Receipt> {
         self.record(&Record::Begin { files: survey.files, bytes: survey.bytes })?;
-        let meta = fs::metadata(root).map_err(|error| named("cannot read", root, &error))?;
+        let meta = root_metadata(root)?;
         if meta.is_dir() {
             self.folder(root)?;
             self.record(&Record::Leave { mode: mode(&meta) })?;
@@ -141,7 +151,8 @@ impl<'a> Source<'a> {
                     .map_err(|error| named("cannot read the link", &path, &error))?;
                 self.record(&Record::Link { name, target: target.into_os_string() })?;
             } else {
-                eprintln!("copy: left out {}: neither file, directory nor link", path.display());
+                let path = path.display();
+                note(format_args!("left out {path}: neither file, directory nor link"));
             }
         }
         Ok(())

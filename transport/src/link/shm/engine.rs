@@ -81,20 +81,31 @@ fn unavailable(reason: String, fix: &str) -> Unavailable {
     Unavailable { reason, fix: fix.into() }
 }
 
+/// A step that the system refused. Whatever it was, a want of descriptors has one remedy.
+fn refused(what: &str, error: &io::Error, fix: &str) -> Unavailable {
+    let fix = match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => "raise the limit of open files (ulimit -n)",
+        _ => fix,
+    };
+    unavailable(format!("{what}: {error}"), fix)
+}
+
 /// Tries what every link needs, so that its absence is known at once.
 fn probe_memory() -> Result<(), Unavailable> {
-    let refused = |error: io::Error| {
-        unavailable(
-            format!("sealed shared memory (memfd) cannot be made: {error}"),
+    let refused_memory = |error: io::Error| {
+        refused(
+            "sealed shared memory (memfd) cannot be made",
+            &error,
             "allow memfd_create, fallocate and F_SEAL_FUTURE_WRITE (Linux 5.1) in this sandbox",
         )
     };
-    OwnMapping::create(c"thalweg-probe", size_of::<Page>()).map(drop).map_err(refused)?;
+    OwnMapping::create(c"thalweg-probe", size_of::<Page>()).map(drop).map_err(refused_memory)?;
     let pid = rustix::process::getpid();
     rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).map(drop).map_err(
         |error| {
-            unavailable(
-                format!("processes cannot be watched (pidfd_open): {error}"),
+            refused(
+                "processes cannot be watched (pidfd_open)",
+                &error.into(),
                 "allow pidfd_open (Linux 5.3) in this sandbox",
             )
         },
@@ -102,20 +113,18 @@ fn probe_memory() -> Result<(), Unavailable> {
 }
 
 fn read_boot_id() -> Result<[u8; 16], Unavailable> {
-    let refused = |what: String| {
-        unavailable(format!("this host's boot id is unknown: {what}"), "mount /proc")
-    };
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map_err(|error| refused(error.to_string()))?;
+    let unknown =
+        |error: io::Error| refused("this host's boot id is unknown", &error, "mount /proc");
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(unknown)?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     u128::from_str_radix(&digits, 16)
         .map(u128::to_be_bytes)
-        .map_err(|error| refused(error.to_string()))
+        .map_err(|error| unknown(io::Error::other(error)))
 }
 
 fn namespace(name: &str) -> Result<u64, Unavailable> {
     rustix::fs::stat(format!("/proc/self/ns/{name}")).map(|stat| stat.st_ino).map_err(|error| {
-        unavailable(format!("the {name} namespace is unknown: {error}"), "mount /proc")
+        refused(&format!("the {name} namespace is unknown"), &error.into(), "mount /proc")
     })
 }
 
@@ -142,9 +151,10 @@ impl ShmEngine {
             random().map_err(|error| unavailable(error.reason, "allow getrandom"))?;
         let name = format!("thalweg-{:032x}", u128::from_ne_bytes(secret)).into_bytes();
         let refused = |error: io::Error| {
-            unavailable(
-                format!("no Unix socket with an abstract name: {error}"),
-                "allow Unix sockets in this sandbox; raise the limit of open files (ulimit -n)",
+            refused(
+                "no Unix socket with an abstract name",
+                &error,
+                "allow Unix sockets in this sandbox",
             )
         };
         let listener = (|| {
@@ -204,7 +214,7 @@ impl ShmEngine {
         let peer = self.judge(peer_blob)?;
         let deadline = Instant::now() + self.options.handshake_timeout;
         let socket = self.connect_socket(&peer.name, deadline).await?;
-        let source = self.reactor.source(socket, Interest::ReadWrite).map_err(no_source)?;
+        let source = self.reactor.source(socket, Interest::Read).map_err(no_source)?;
         setup::establish(self, source, token, None, deadline).await
     }
 
@@ -302,7 +312,7 @@ impl Door {
             return;
         }
         // Descriptors have run out: the newcomer is turned away, and will take another link.
-        if let Ok(source) = reactor.source(fd, Interest::ReadWrite) {
+        if let Ok(source) = reactor.source(fd, Interest::Read) {
             let deadline = Instant::now() + STRANGER_PATIENCE;
             self.strangers.push(Stranger { source, deadline, hello: None });
         }

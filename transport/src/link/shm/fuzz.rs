@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Waker};
 
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use super::blob::{Blob, verdict};
 use super::cells::{RECORD_MAX, SLOTS, STRIDE};
-use super::link::{ARENA_BYTES, Arena, EventBell, OwnPage, Parts, PeerPage, ShmLink};
+use super::link::{ARENA_BYTES, Arena, BELL, OwnPage, Parts, PeerPage, ShmLink, SocketBell};
 use super::ring::{Page, Ring, Slot};
 use super::wire::{ARENA, Kind, flags};
 use super::{setup, socket};
@@ -49,11 +48,10 @@ pub(crate) fn packets(bytes: &[u8]) -> u64 {
 
 /// The far side, as wicked as the input says.
 struct Villain {
-    ring: Ring<OwnPage, PeerPage, EventBell>,
+    ring: Ring<OwnPage, PeerPage, SocketBell>,
     /// The page that it writes, also past the ring's own rules.
     page: *mut u8,
     slots_pushed: u32,
-    socket: Fd,
     pool: SharedPool,
     block: SharedBlock,
 }
@@ -75,7 +73,6 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
     let reactor = Reactor::Host(HostLoop::new().expect("an event loop"));
     let page = || OwnMapping::create(c"thalweg-fuzz", size_of::<Page>()).expect("memory");
     let ((near, near_fd), (far, far_fd)) = (page(), page());
-    let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (here, there) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .expect("a pair of sockets");
@@ -83,9 +80,7 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
     let link = ShmLink::new(Parts {
         own: OwnPage::new(near),
         peer: made(&far_fd),
-        event: source(descriptor(event()), Interest::Read),
-        peer_event: descriptor(event()),
-        socket: source(Fd::new(here), Interest::ReadWrite),
+        socket: source(Fd::new(here), Interest::Read),
         process: source(descriptor(pidfd_open(getpid(), PidfdFlags::NONBLOCK)), Interest::Read),
         pid: getpid().as_raw_nonzero().get(),
         arena: Arc::new(Arena::new(ARENA_BYTES)),
@@ -99,12 +94,11 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
     let far_page = far.as_ptr();
     let pool = SharedPool::new(1 << 20);
     let block = pool.loan(KNOWN.len()).expect("room").into_block();
-    let bell = EventBell::new(descriptor(event()));
+    let bell = SocketBell::new(source(Fd::new(there), Interest::Read));
     let villain = Villain {
         ring: Ring::new(OwnPage::new(far), made(&near_fd), bell),
         page: far_page,
         slots_pushed: 0,
-        socket: Fd::new(there),
         pool,
         block,
     };
@@ -171,7 +165,7 @@ impl Villain {
         Some(())
     }
 
-    /// Sends a packet, with its segment or with a descriptor that is none.
+    /// Sends a packet, with its segment or with a descriptor that is none; or rings, many times.
     fn packet(&mut self, input: &mut Input<'_>) -> Option<()> {
         let what = input.u8()?;
         let arena = if what & 1 == 0 { 0 } else { ARENA };
@@ -180,13 +174,20 @@ impl Villain {
             _ => input.u32()?,
         };
         let bytes = number.to_ne_bytes();
-        let bytes = &bytes[..4 - usize::from(what >> 6 == 3)];
-        // The buffer of a socket that nobody reads fills up.
-        let _ = match what >> 2 & 3 {
-            0 | 1 => socket::send(self.socket.as_fd(), bytes, &[self.block.segment_fd()]),
-            2 => socket::send(self.socket.as_fd(), bytes, &[]),
-            _ => socket::send(self.socket.as_fd(), bytes, &[self.socket.as_fd()]),
+        let (bytes, times) = match what >> 6 {
+            3 => (&bytes[..3], 1),
+            2 => (BELL, 1 << (what >> 3 & 7)),
+            _ => (&bytes[..], 1),
         };
+        let socket = self.ring.bell().socket().fd();
+        for _ in 0..times {
+            // The buffer of a socket that nobody reads fills up.
+            let _ = match what >> 2 & 3 {
+                0 | 1 => socket::send(socket, bytes, &[self.block.segment_fd()]),
+                2 => socket::send(socket, bytes, &[]),
+                _ => socket::send(socket, bytes, &[socket]),
+            };
+        }
         Some(())
     }
 }
@@ -398,15 +399,10 @@ pub(crate) fn seeds() -> Vec<Seed> {
     let turn: &[u8] = &[5];
     let (land, hold, view, discard) = (0u8, 2u8, 4u8, 6u8);
     let inline = record(Kind::Inline, Eager, 4, &[], b"headpayload");
+    let place: [&[u8]; 6] = [&[2], &[100], &[1], &[0xf2], &[0xf4, 0], &[100]];
+    let loan = record(Kind::Loan, Eager, 4, &place, b"head");
     for (name, first) in [("land", land), ("hold", hold), ("view", view), ("discard", discard)] {
         let pull = record(Kind::Pull, Eager, 4, &[&[1], &[200], &[1], &[0xf0, 0], &[200]], b"head");
-        let loan = record(
-            Kind::Loan,
-            Eager,
-            4,
-            &[&[2], &[100], &[1], &[0xf2], &[0xf4, 0], &[100]],
-            b"head",
-        );
         let push = record(Kind::Push, Offer, 0, &[&[3], &[100], &[0]], &[]);
         let pass: &[u8] = &[4, 0];
         add(&format!("inline-{name}"), first, &[&inline, turn, &inline, turn]);
@@ -454,6 +450,10 @@ pub(crate) fn seeds() -> Vec<Seed> {
     add("dying", view, &[&[4, 0], &inline, &[3, 3, 4, 1], turn, &inline, turn]);
     add("segment-twice", discard, &[&[4, 0], &[4, 0], &[9], turn]);
     add("segment-of-garbage", discard, &[&[4, 12], &[9], turn]);
+    add("bells", discard, &[&[4, 0xb8], &[9], &[4, 0xb8], &[9], &inline, turn, &[9]]);
+    add("bells-before-a-segment", view, &[&[4, 0xb8], &[4, 0], &loan, turn, &[8, 0], turn]);
+    add("bell-with-a-segment", discard, &[&[4, 0x80], &[9]]);
+    add("asleep", discard, &[&[3, 3, 32, 1], post, &[3, 3, 32, 3], post, turn]);
     add("packet-too-short", discard, &[&[4, 0xc0], &[9], turn]);
     let own = Blob {
         version: super::blob::VERSION,

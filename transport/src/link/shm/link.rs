@@ -26,6 +26,8 @@ use smallvec::SmallVec;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+#[cfg(test)]
+pub(super) use self::outgoing::{BULK_MIN_BYTES, BULK_OPEN_MAX};
 use super::cells::RECORD_MAX;
 use super::ring::{Bell, Corrupt, Page, Ring};
 use super::socket;
@@ -39,10 +41,10 @@ use crate::link::{
     LinkKind, Mapping, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::{
-    OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SharedBlock,
-    SharedPool,
+    OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SEGMENTS_MAX,
+    SharedBlock, SharedPool,
 };
-use crate::runtime::{Attempt, Fd, Source};
+use crate::runtime::{Attempt, Source};
 
 /// Open payloads that one class may have on its way; further posts of it are answered `Full`.
 const OUTGOING_MAX: usize = 1024;
@@ -58,8 +60,13 @@ const CHUNKS_MAX: usize = 4;
 pub(super) const ARENA_BYTES: usize = 8 << 20;
 /// Empty polls between two looks at whether the peer lives, when the caller spins.
 const LIFE_EVERY: u32 = 4096;
-/// Wakes taken in one call of `arm` before it gives way.
-const EVENTS_MAX: usize = 8;
+/// Packets taken in one call of `arm` before it gives way.
+const PACKETS_MAX: usize = 8;
+/// Packets that may lie before the one that passes a segment: the other segments, and two bells,
+/// for the last sleep and (rung late) for the one before.
+const PACKETS_BEFORE_MAX: usize = 2 * SEGMENTS_MAX + 2;
+/// The packet that wakes.
+pub(super) const BELL: &[u8] = b"W";
 
 // What `post` promises to copy is copied into the ring, whatever it is made of; but see
 // `Outgoing::copied`.
@@ -126,24 +133,41 @@ impl Mapping for PeerSegment<PeerPage> {
     }
 }
 
-/// Rings the peer's eventfd, which only the peer waits on.
-pub(super) struct EventBell {
-    fd: Fd,
+/// Rings the peer by a packet over the Unix socket. Each side made its own end of it, so that
+/// nothing the peer does to the other end can make a call on this one block.
+pub(super) struct SocketBell {
+    socket: Source,
     rung: u64,
+    /// Why the peer may not have heard.
+    failed: Option<io::Error>,
 }
 
-#[cfg(feature = "fuzzing")]
-impl EventBell {
-    pub fn new(fd: Fd) -> Self {
-        EventBell { fd, rung: 0 }
+impl SocketBell {
+    pub fn new(socket: Source) -> Self {
+        SocketBell { socket, rung: 0, failed: None }
+    }
+
+    pub fn socket(&self) -> &Source {
+        &self.socket
+    }
+
+    pub fn failure(&self) -> Option<&io::Error> {
+        self.failed.as_ref()
     }
 }
 
-impl Bell for EventBell {
+impl Bell for SocketBell {
     fn ring(&mut self) {
         self.rung += 1;
-        // It cannot fail but by a full counter, and then the peer has wakes in plenty.
-        let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        let Err(error) = socket::send(self.socket.fd(), BELL, &[]) else { return };
+        match error.kind() {
+            // A sleeper had read all there was when its waker was in place. So what fills the
+            // buffer has come since and has woken it, and it will look at the ring.
+            io::ErrorKind::WouldBlock => {}
+            // It is gone, as this side will hear from the socket.
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {}
+            _ => self.failed = Some(error),
+        }
     }
 }
 
@@ -183,8 +207,6 @@ impl Arena {
 pub(super) struct Parts {
     pub own: OwnPage,
     pub peer: PeerPage,
-    pub event: Source,
-    pub peer_event: Fd,
     pub socket: Source,
     pub process: Source,
     pub pid: i32,
@@ -206,13 +228,12 @@ struct Waiting {
 
 /// A lane over shared memory. See the module's docs.
 pub(crate) struct ShmLink {
-    ring: Ring<OwnPage, PeerPage, EventBell>,
+    /// With the Unix socket, which is its bell.
+    ring: Ring<OwnPage, PeerPage, SocketBell>,
     /// Where records are copied to before anything in them is looked at.
     scratch: Option<Box<[u8; RECORD_MAX]>>,
     /// Where records are put together.
     building: Option<Box<[u8; RECORD_MAX]>>,
-    event: Source,
-    socket: Source,
     process: Source,
     pid: i32,
     arena: Arc<Arena>,
@@ -223,6 +244,8 @@ pub(crate) struct ShmLink {
     passed: [u64; 2],
     outgoing: Table<Outgoing>,
     outgoing_by_class: [usize; Class::COUNT],
+    /// Large messages among them that the peer copies.
+    bulk_open: usize,
     incoming: Table<Incoming>,
     held_inline: usize,
     /// Landings to be worked on, and payloads to be staged; in turns.
@@ -250,6 +273,10 @@ fn protocol(detail: impl Into<String>) -> LinkError {
     LinkError::protocol(LinkKind::Shm, detail)
 }
 
+fn socket_failed(error: &io::Error) -> LinkError {
+    LinkError::io(LinkKind::Shm, "reading the peer's socket", error)
+}
+
 impl From<Corrupt> for LinkError {
     fn from(corrupt: Corrupt) -> Self {
         protocol(corrupt.to_string())
@@ -258,14 +285,12 @@ impl From<Corrupt> for LinkError {
 
 impl ShmLink {
     pub(super) fn new(parts: Parts) -> Self {
-        let bell = EventBell { fd: parts.peer_event, rung: 0 };
+        let bell = SocketBell::new(parts.socket);
         let page = parts.peer.clone();
         ShmLink {
             ring: Ring::new(parts.own, parts.peer, bell),
             scratch: Some(Box::new([0; RECORD_MAX])),
             building: Some(Box::new([0; RECORD_MAX])),
-            event: parts.event,
-            socket: parts.socket,
             process: parts.process,
             pid: parts.pid,
             arena: parts.arena,
@@ -277,6 +302,7 @@ impl ShmLink {
             incoming: Table::new(),
             held_inline: 0,
             landing: VecDeque::new(),
+            bulk_open: 0,
             pushing: VecDeque::new(),
             chunks: VecDeque::new(),
             arena_empty: false,
@@ -320,49 +346,54 @@ impl ShmLink {
         if self.ring.peer().trusted() { Ok(()) } else { Err(self.gone("ended the link")) }
     }
 
-    /// Looks directly whether the peer lives: one system call.
+    pub(super) fn socket(&self) -> &Source {
+        self.ring.bell().socket()
+    }
+
+    /// Looks directly whether the peer lives: one system call. Reads no packet: a bell among them
+    /// belongs to whoever sleeps, and an edge that finds nothing to read any more wakes nobody.
     fn look_for_death(&mut self) -> Result<(), LinkError> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.process.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.socket.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.socket().fd(), PollFlags::RDHUP),
         ];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut fds, Some(&now))
             .map_err(|e| LinkError::io(LinkKind::Shm, "looking at the peer", &e.into()))?;
-        let (ended, packets) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+        let (ended, closed) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
         if ended {
             self.die(self.gone("has ended"));
         }
-        if packets {
-            self.read_socket()?;
+        if closed {
+            self.die(self.gone("closed the connection"));
         }
         Ok(())
     }
 
-    /// Takes the segments that the peer has passed. Bounded: each number is taken once.
-    fn read_socket(&mut self) -> Result<(), LinkError> {
-        loop {
-            match socket::receive(self.socket.fd()) {
-                Ok(Some(packet)) => self.take_segment(packet)?,
+    /// Takes what the peer has sent over the socket, until it has passed the segment. Only where
+    /// the ring is looked at afterwards: this takes bells, too.
+    fn fetch_segment(&mut self, number: u32) -> Result<(), LinkError> {
+        for _ in 0..=PACKETS_BEFORE_MAX {
+            if self.peer_segments(number).contains(number & !ARENA) {
+                return Ok(());
+            }
+            match socket::receive(self.socket().fd()) {
+                Ok(Some(packet)) => self.take_packet(packet)?,
                 Ok(None) => {
                     self.die(self.gone("closed the connection"));
                     return Ok(());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return self.socket_failed(&error),
+                Err(error) => return Err(socket_failed(&error)),
             }
         }
+        Ok(())
     }
 
-    fn socket_failed(&mut self, error: &io::Error) -> Result<(), LinkError> {
-        if error.kind() == io::ErrorKind::ConnectionReset {
-            self.die(self.gone("closed the connection"));
+    fn take_packet(&mut self, packet: socket::Packet) -> Result<(), LinkError> {
+        if packet.bytes() == BELL && packet.fds.is_empty() {
             return Ok(());
         }
-        Err(LinkError::io(LinkKind::Shm, "reading the peer's socket", error))
-    }
-
-    fn take_segment(&mut self, packet: socket::Packet) -> Result<(), LinkError> {
         let number: Result<[u8; 4], _> = packet.bytes().try_into();
         let (Ok(number), [fd]) = (number, &packet.fds[..]) else {
             return Err(protocol("a packet that passes no segment"));
@@ -377,10 +408,8 @@ impl ShmLink {
 
     /// The memory that a descriptor of the peer's names.
     fn peer_slice(&mut self, at: LoanAt) -> Result<PeerSlice<PeerPage>, LinkError> {
-        if !self.peer_segments(at.segment).contains(at.segment & !ARENA) {
-            // It was passed before the record was written, so it is there.
-            self.read_socket()?;
-        }
+        // It was passed before the record was written, so it is there.
+        self.fetch_segment(at.segment)?;
         self.peer_segments(at.segment).slice(at.segment & !ARENA, at.offset, at.len).map_err(
             |error| match error {
                 PeerSegmentError::Unknown => protocol("a loan in a segment that was not passed"),
@@ -396,7 +425,7 @@ impl ShmLink {
             return Ok(());
         }
         let number = block.segment() | if arena { ARENA } else { 0 };
-        socket::send(self.socket.fd(), &number.to_ne_bytes(), &[block.segment_fd()])?;
+        socket::send(self.socket().fd(), &number.to_ne_bytes(), &[block.segment_fd()])?;
         self.passed[word] |= bit;
         Ok(())
     }
@@ -479,7 +508,7 @@ impl Link for ShmLink {
     ) -> Result<Progress, LinkError> {
         if self.ring.is_empty() && !self.attention {
             if spinning {
-                self.idle_polls += 1;
+                self.idle_polls = self.idle_polls.wrapping_add(1);
                 if self.idle_polls.is_multiple_of(LIFE_EVERY) {
                     self.look_for_death()?;
                 }
@@ -501,7 +530,10 @@ impl Link for ShmLink {
                 return Ok(Armed::Busy);
             }
         }
-        if self.register_event(cx)? == Armed::Busy || self.register_death(cx)? == Armed::Busy {
+        if let Some(error) = self.ring.bell().failure() {
+            return Err(LinkError::io(LinkKind::Shm, "waking the peer", error));
+        }
+        if self.register(cx)? == Armed::Busy {
             return Ok(Armed::Busy);
         }
         if self.ring.fall_asleep()? {
@@ -571,6 +603,7 @@ impl Link for ShmLink {
         }
         self.backlog.clear();
         self.outgoing_by_class = [0; Class::COUNT];
+        self.bulk_open = 0;
         self.held_inline = 0;
         for incoming in self.incoming.drain() {
             if let Some(landing) = incoming.landing {
@@ -588,6 +621,10 @@ impl Link for ShmLink {
 
     fn flushed(&self) -> bool {
         self.backlog.is_empty() && self.outgoing.is_empty()
+    }
+
+    fn has_room(&self) -> bool {
+        self.backlog.is_empty()
     }
 
     fn check(&mut self) -> Result<bool, LinkError> {
@@ -615,7 +652,7 @@ impl ShmLink {
         }
         self.ring.own().begin_dying();
         // The peer sees the end at once, although the descriptor stays open until the drop.
-        let _ = rustix::net::shutdown(self.socket.fd(), rustix::net::Shutdown::Both);
+        let _ = rustix::net::shutdown(self.socket().fd(), rustix::net::Shutdown::Both);
     }
 
     #[inline(never)]
@@ -648,23 +685,9 @@ impl ShmLink {
         }
     }
 
-    /// Asks to be woken by the peer's wake.
-    fn register_event(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
-        for _ in 0..EVENTS_MAX {
-            // Edge-triggered: the counter need not be read.
-            match self.event.poll_read(cx, |_| Ok(Attempt::Drained(()))) {
-                Poll::Pending => return Ok(Armed::Yes),
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => {
-                    return Err(LinkError::io(LinkKind::Shm, "waiting for the peer", &error));
-                }
-            }
-        }
-        Ok(Armed::Busy)
-    }
-
-    /// Asks to be woken by the peer's death, or by a segment that it passes.
-    fn register_death(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
+    /// Asks to be woken by the peer's bell, by a segment that it passes, or by its death. `Yes`:
+    /// the socket was read empty, so that a bell rung from here on makes an edge.
+    fn register(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
         match self.process.poll_readable(cx) {
             Poll::Pending => {}
             Poll::Ready(Ok(())) => {
@@ -675,20 +698,18 @@ impl ShmLink {
                 return Err(LinkError::io(LinkKind::Shm, "watching the peer's process", &error));
             }
         }
-        loop {
-            match self.socket.poll_read(cx, |fd| socket::receive(fd).map(Attempt::More)) {
+        for _ in 0..PACKETS_MAX {
+            match self.socket().poll_read(cx, |fd| socket::receive(fd).map(Attempt::More)) {
                 Poll::Pending => return Ok(Armed::Yes),
-                Poll::Ready(Ok(Some(packet))) => self.take_segment(packet)?,
+                Poll::Ready(Ok(Some(packet))) => self.take_packet(packet)?,
                 Poll::Ready(Ok(None)) => {
                     self.die(self.gone("closed the connection"));
                     return Ok(Armed::Busy);
                 }
-                Poll::Ready(Err(error)) => {
-                    self.socket_failed(&error)?;
-                    return Ok(Armed::Busy);
-                }
+                Poll::Ready(Err(error)) => return Err(socket_failed(&error)),
             }
         }
+        Ok(Armed::Busy)
     }
 }
 
@@ -702,7 +723,19 @@ impl ShmLink {
 
     /// Sends a packet over the Unix socket.
     pub(super) fn forge_packet(&mut self, bytes: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) {
-        socket::send(self.socket.fd(), bytes, fds).expect("sent");
+        socket::send(self.socket().fd(), bytes, fds).expect("sent");
+    }
+
+    /// Announces a new sleep, without a look at the socket.
+    pub(super) fn doze(&mut self) {
+        assert!(self.ring.fall_asleep().expect("sound"), "there is something to read");
+    }
+
+    /// Makes calls on its end of the Unix socket block, unless they ask not to.
+    pub(super) fn let_socket_block(&self) {
+        let flags = rustix::fs::fcntl_getfl(self.socket().fd()).expect("flags");
+        let blocking = flags - rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(self.socket().fd(), blocking).expect("set");
     }
 
     pub(super) fn passed(&mut self, block: &SharedBlock, arena: bool) {

@@ -1,7 +1,7 @@
 //! Shared memory between two processes of one host.
 //!
-//! Two rings of descriptors and small payloads, one each way; an eventfd each way, written only
-//! when the other side sleeps; and three ways to move a larger payload: a loan by reference, one
+//! Two rings of descriptors and small payloads, one each way; a Unix socket, over which the other
+//! side is woken if it sleeps; and three ways to move a larger payload: a loan by reference, one
 //! copy out of the sender's memory, or staging through an arena.
 //!
 //! | file | owns |
@@ -14,7 +14,7 @@
 //! | `link/outgoing` | posting, staging, and what the peer answers |
 //! | `copy` | copying out of a peer's memory |
 //! | `table` | keys with generations |
-//! | `socket` | packets and descriptors over the Unix socket |
+//! | `socket` | packets and descriptors over the Unix socket, which never block |
 //! | `blob` | what a node tells its peers, and the judgement on it |
 //! | `engine` | the node's Unix socket and who waits on it |
 //! | `setup` | from a Unix connection to a link: proofs and probes |

@@ -1,17 +1,16 @@
 //! From a Unix connection to a link.
 //!
-//! Both sides say hello (with their ring's memory and eventfd), read a secret out of the other's
-//! ring and another out of its private memory, send both back as proof, and say that they are
-//! ready. So each knows that they share a host, that the kernel lets the receiver of a payload
-//! read the sender's memory (this may differ by direction), and that the other got as far.
+//! Both sides say hello (with their ring's memory), read a secret out of the other's ring and
+//! another out of its private memory, send both back as proof, and say that they are ready. So each
+//! knows that they share a host, that the kernel lets the receiver of a payload read the sender's
+//! memory (this may differ by direction), and that the other got as far.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::copy::read_peer_bytes;
@@ -176,41 +175,23 @@ fn identify(socket: BorrowedFd<'_>) -> Result<(rustix::process::Pid, Fd), SetupE
     Ok((pid, Fd::new(watch)))
 }
 
-/// Checks that a descriptor is an eventfd which a write cannot block on.
-fn check_event(fd: &OwnedFd) -> Result<(), SetupError> {
-    let refused = || SetupError::new("the peer passed a descriptor that is no eventfd");
-    let stat = rustix::fs::fstat(fd).map_err(|_| refused())?;
-    let flags = rustix::fs::fcntl_getfl(fd).map_err(|_| refused())?;
-    let number = std::os::fd::AsRawFd::as_raw_fd(fd);
-    let named = std::fs::read_link(format!("/proc/self/fd/{number}"));
-    let plain = stat.st_mode & libc::S_IFMT == 0;
-    let event = named.map_or(true, |name| name.as_os_str() == "anon_inode:[eventfd]");
-    if plain && event && flags.contains(rustix::fs::OFlags::NONBLOCK) {
-        Ok(())
-    } else {
-        Err(refused())
-    }
-}
-
 /// What the peer's hello brought.
 struct Introduced {
     hello: Hello,
     page: PeerPage,
-    event: Fd,
 }
 
 fn introduce(packet: Packet, token: Token) -> Result<Introduced, SetupError> {
     let Some(hello) = Hello::read(packet.bytes()).filter(|hello| hello.token == token) else {
         return Err(SetupError::new("the peer's greeting over the Unix socket is malformed"));
     };
-    let Ok([page, event]) = packet.fds.into_inner() else {
-        return Err(SetupError::new("the peer's greeting lacks its descriptors"));
+    let Ok([page]) = packet.fds.into_inner() else {
+        return Err(SetupError::new("the peer's greeting comes without its ring"));
     };
     let mapping = PeerMapping::map(page.as_fd(), PAGE_MAX)
         .map_err(|reason| SetupError::new(format!("the peer's ring: {reason}")))?;
     let page = PeerPage::new(mapping).ok_or_else(|| SetupError::new("the peer's ring is short"))?;
-    check_event(&event)?;
-    Ok(Introduced { hello, page, event: Fd::new(event) })
+    Ok(Introduced { hello, page })
 }
 
 /// Tries to read the peer's secret out of its private memory.
@@ -282,15 +263,13 @@ pub(super) async fn establish(
     let (pid, process) = identify(source.fd())?;
     let talk = Conversation { source, timers: &engine.timers, deadline };
     let (own, page_fd, page_secret) = engine.make_page()?;
-    let event_flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-    let event = Fd::new(eventfd(0, event_flags).map_err(|error| no_source(error.into()))?);
     let private: Box<Secret> = Box::new(random()?);
     let hello = Hello {
         token,
         probe_addr: private.as_ptr().expose_provenance() as u64,
         single_copy: options.single_copy,
     };
-    talk.send(&hello.bytes(), &[page_fd.as_fd(), event.as_fd()])?;
+    talk.send(&hello.bytes(), &[page_fd.as_fd()])?;
     // From here on the mapping is enough.
     drop(page_fd);
     let packet = match first {
@@ -313,13 +292,10 @@ pub(super) async fn establish(
         return Err(malformed());
     };
     let pulls = pull_verdict(pull_code, *proved == 1);
-    let event = engine.reactor.source(event, Interest::Read).map_err(no_source)?;
     let process = engine.reactor.source(process, Interest::Read).map_err(no_source)?;
     Ok(ShmLink::new(Parts {
         own,
         peer: peer.page,
-        event,
-        peer_event: peer.event,
         socket: talk.source,
         process,
         pid: pid.as_raw_nonzero().get(),

@@ -1,11 +1,13 @@
 //! Small messages with descriptors over a Unix socket of packets.
 //!
-//! Every packet holds one message; a descriptor that comes uninvited is closed.
+//! Every packet holds one message; a descriptor that comes uninvited is closed. No call blocks,
+//! whatever the flags of the descriptor say.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -15,7 +17,7 @@ use smallvec::SmallVec;
 /// The longest message.
 pub(super) const PACKET_MAX: usize = 256;
 /// Most descriptors in one message.
-pub(super) const FDS_MAX: usize = 2;
+pub(super) const FDS_MAX: usize = 1;
 
 /// A received message.
 pub(super) struct Packet {
@@ -49,7 +51,11 @@ pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let mut slices = [IoSliceMut::new(&mut packet.bytes)];
-    let got = recvmsg(socket, &mut slices, &mut ancillary, flags)?;
+    let got = match recvmsg(socket, &mut slices, &mut ancillary, flags) {
+        // Told once, when the peer has gone and left something unread; what it sent comes after.
+        Err(Errno::CONNRESET) => recvmsg(socket, &mut slices, &mut ancillary, flags)?,
+        got => got?,
+    };
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
             packet.fds.extend(fds);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::link::ShmLink;
+use super::link::{BELL, BULK_MIN_BYTES, BULK_OPEN_MAX, ShmLink};
 use super::*;
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
@@ -150,6 +150,12 @@ fn no_single_copy() -> ShmOptions {
 
 fn turn(link: &mut ShmLink, sink: &mut Recorder) -> Result<Progress, LinkError> {
     let mut cx = Context::from_waker(Waker::noop());
+    link.poll(&mut cx, false, &mut Budget::TURN.clone(), sink)
+}
+
+/// As one who calls again at once: looks at the peer's life now and then.
+fn spin(link: &mut ShmLink, sink: &mut Recorder) -> Result<Progress, LinkError> {
+    let mut cx = Context::from_waker(Waker::noop());
     link.poll(&mut cx, true, &mut Budget::TURN.clone(), sink)
 }
 
@@ -220,6 +226,30 @@ async fn host_memory_arrives_by_single_copy() {
 }
 
 #[tokio::test]
+async fn large_messages_that_are_copied_wait_for_each_other() {
+    let mut pair = pair().await;
+    let large = pattern(BULK_MIN_BYTES as usize);
+    let small = &large[..64 << 10];
+    let loan = block(&pair.pool, &large);
+    let open = u32::try_from(BULK_OPEN_MAX).expect("few");
+    for op in 0..open {
+        assert_eq!(pair.post(op, &[segment(&large)]), Post::Pending);
+    }
+    assert_eq!(pair.post(open, &[segment(&large)]), Post::Full);
+    // Nobody else does.
+    assert_eq!(pair.post(open + 1, &[segment(small)]), Post::Pending);
+    assert_eq!(pair.post(open + 2, &[loaned(&loan)]), Post::Pending);
+    let op = OpId { index: open + 3, generation: 0 };
+    let put = pair.left.post(op, Class::OneSided, How::Eager, b"head", &[segment(&large)]);
+    assert_eq!(put.expect("post"), Post::Pending);
+    pair.pump(|pair| pair.at_left.done.contains_key(&0));
+    assert_eq!(pair.post(open, &[segment(&large)]), Post::Pending);
+    pair.pump(|pair| pair.at_left.done.len() as u32 == open + 4);
+    assert!(pair.at_left.done.values().all(Result::is_ok));
+    assert!(pair.left.flushed());
+}
+
+#[tokio::test]
 async fn host_memory_arrives_through_the_arena_when_single_copy_is_off() {
     for (left, right) in
         [(no_single_copy(), ShmOptions::default()), (ShmOptions::default(), no_single_copy())]
@@ -251,7 +281,7 @@ async fn loans_arrive_by_reference() {
 }
 
 #[tokio::test]
-async fn a_loan_seen_by_the_peer_is_done_when_released() {
+async fn a_view_pins_the_loan_until_released() {
     let mut pair = pair().await;
     pair.at_right.policy = Some(Policy::View);
     let bytes = pattern(10_000);
@@ -263,11 +293,15 @@ async fn a_loan_seen_by_the_peer_is_done_when_released() {
     // SAFETY: a mapping kept by the view; this test owns the loan and does not write it now.
     let seen = unsafe { std::slice::from_raw_parts(views[0].ptr, views[0].len) };
     assert!(seen == bytes);
-    // Until then whoever posted keeps the loans.
-    assert!(pair.at_left.done.is_empty());
+    for _ in 0..10 {
+        turn(&mut pair.left, &mut pair.at_left).expect("left");
+        assert!(pair.at_left.done.is_empty(), "whoever posted keeps the loan until then");
+    }
     pair.right.release(payload);
     pair.pump(|pair| pair.at_left.done.contains_key(&1));
-    assert!(blocks.into_iter().all(|block| block.try_into_loan().is_ok()));
+    for block in blocks {
+        assert!(block.try_into_loan().is_ok(), "the link keeps none");
+    }
 }
 
 #[tokio::test]
@@ -676,9 +710,13 @@ async fn small_parcels_do_not_allocate_or_wake_a_spinning_peer() {
     pair.at_right.policy = Some(Policy::Discard);
     for at in 0..10_000 {
         assert_eq!(pair.post(at, &[segment(b"8 bytes.")]), Post::Done);
-        turn(&mut pair.right, &mut pair.at_right).expect("right");
+        spin(&mut pair.right, &mut pair.at_right).expect("right");
     }
-    assert_eq!(pair.at_right.heads.len(), 10_000);
+    let begun = Instant::now();
+    while pair.at_right.heads.len() < 10_000 {
+        spin(&mut pair.right, &mut pair.at_right).expect("right");
+        assert!(begun.elapsed() < PATIENCE, "a look is spared for good");
+    }
     assert_eq!(pair.left.counters().wakes_sent, 0);
 }
 
@@ -848,7 +886,8 @@ mod hostile {
         let pool = SharedPool::new(4 << 20);
         let good = block(&pool, b"x");
         let number = 0u32.to_ne_bytes();
-        let cases: [(&[u8], usize, std::os::fd::BorrowedFd<'_>); 5] = [
+        let cases: [(&[u8], usize, std::os::fd::BorrowedFd<'_>); 6] = [
+            (BELL, 1, null.as_fd()),
             (b"hello", 1, null.as_fd()),
             (&number, 0, null.as_fd()),
             (&number, 1, null.as_fd()),
@@ -861,7 +900,12 @@ mod hostile {
                 0 => pair.left.forge_packet(bytes, &[]),
                 times => (0..times).for_each(|_| pair.left.forge_packet(bytes, &[fd])),
             }
-            let error = pair.right.check().expect_err("refused");
+            let mut cx = Context::from_waker(Waker::noop());
+            let refused = poll_fn(|_| match pair.right.arm(&mut cx) {
+                Err(error) => Poll::Ready(error),
+                Ok(_) => Poll::Pending,
+            });
+            let error = tokio::time::timeout(PATIENCE, refused).await.expect("refused");
             assert_eq!(error.kind, ErrorKind::Protocol);
         }
     }
@@ -910,7 +954,6 @@ mod hostile {
 mod set_up {
     use std::os::fd::AsFd;
 
-    use rustix::event::{EventfdFlags, eventfd};
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
     use super::super::socket;
@@ -938,21 +981,16 @@ mod set_up {
         let mut hello = b"thalwegM".to_vec();
         hello.extend(token);
         hello.extend([0; 9]);
-        let event = eventfd(0, EventfdFlags::NONBLOCK).expect("eventfd");
-        let blocking = eventfd(0, EventfdFlags::empty()).expect("eventfd");
         let pool = SharedPool::new(1 << 20);
         let (own, page) = crate::memory::OwnMapping::create(c"page", 20 << 10).expect("memory");
         let (_small, short) = crate::memory::OwnMapping::create(c"page", 4096).expect("memory");
         let huge = block(&pool, b"x");
         let null = std::fs::File::open("/dev/null").expect("null");
-        let cases: [(&str, Vec<std::os::fd::BorrowedFd<'_>>); 7] = [
-            ("lacks its descriptors", vec![]),
-            ("lacks its descriptors", vec![page.as_fd()]),
-            ("the peer's ring", vec![null.as_fd(), event.as_fd()]),
-            ("is short", vec![short.as_fd(), event.as_fd()]),
-            ("expected", vec![huge.segment_fd(), event.as_fd()]),
-            ("no eventfd", vec![page.as_fd(), null.as_fd()]),
-            ("no eventfd", vec![page.as_fd(), blocking.as_fd()]),
+        let cases: [(&str, Vec<std::os::fd::BorrowedFd<'_>>); 4] = [
+            ("without its ring", vec![]),
+            ("the peer's ring", vec![null.as_fd()]),
+            ("is short", vec![short.as_fd()]),
+            ("expected", vec![huge.segment_fd()]),
         ];
         for (expected, fds) in cases {
             let liar = stranger(&engine);
@@ -963,12 +1001,12 @@ mod set_up {
         }
         // Does not prove anything; then says nothing at all.
         let liar = stranger(&engine);
-        socket::send(liar.as_fd(), &hello, &[page.as_fd(), event.as_fd()]).expect("sent");
+        socket::send(liar.as_fd(), &hello, &[page.as_fd()]).expect("sent");
         socket::send(liar.as_fd(), &[b'P'; 37], &[]).expect("sent");
         let refused = engine.accept(&engine.blob(), token).await.err().expect("refused");
         assert!(refused.reason.contains("does not see"), "{refused}");
         let silent = stranger(&engine);
-        socket::send(silent.as_fd(), &hello, &[page.as_fd(), event.as_fd()]).expect("sent");
+        socket::send(silent.as_fd(), &hello, &[page.as_fd()]).expect("sent");
         let refused = engine.accept(&engine.blob(), token).await.err().expect("refused");
         assert!(refused.reason.contains("silent"), "{refused}");
         // Rubbish, and nobody.
@@ -1009,6 +1047,207 @@ mod set_up {
     }
 }
 
+/// Waking a peer that sleeps, over a socket that it need not read.
+mod bell {
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc;
+    use std::task::Wake;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::super::link::SocketBell;
+    use super::super::ring::Bell;
+    use super::super::socket;
+    use super::*;
+    use crate::runtime::{Fd, HostLoop, Interest};
+
+    #[derive(Default)]
+    struct Count(AtomicU32);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Runs `what` in a thread of its own and gives back what it gives; panics if that takes long.
+    fn in_time<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || tell.send(what()));
+        told.recv_timeout(PATIENCE).expect("a call blocks")
+    }
+
+    /// Each round: the right announces a sleep and does not look at its socket, the left posts.
+    fn ring_unheard(pair: &mut Pair, rounds: u32) {
+        for _ in 0..rounds {
+            pair.right.doze();
+            assert_eq!(pair.post(0, &[segment(b"8 bytes.")]), Post::Done);
+            turn(&mut pair.right, &mut pair.at_right).expect("right");
+        }
+    }
+
+    /// Arms as often as it takes: how often it was.
+    async fn asleep(link: &mut ShmLink) -> u32 {
+        let mut tries = 0;
+        let armed = poll_fn(|cx| {
+            tries += 1;
+            if link.arm(cx).expect("arm") == Armed::Yes {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        });
+        tokio::time::timeout(PATIENCE, armed).await.expect("it falls asleep");
+        tries
+    }
+
+    /// Waits for one more parcel than there are, asleep meanwhile.
+    async fn woken_by_a_parcel(pair: &mut Pair) {
+        asleep(&mut pair.right).await;
+        let heads = pair.at_right.heads.len();
+        let rung = pair.left.counters().wakes_sent;
+        assert_eq!(pair.post(0, &[segment(b"8 bytes.")]), Post::Done);
+        assert_eq!(pair.left.counters().wakes_sent, rung + 1);
+        let (link, sink) = (&mut pair.right, &mut pair.at_right);
+        let mut first = true;
+        let woken = poll_fn(|cx| {
+            // Only what the socket tells counts: the first look is no wake.
+            if std::mem::take(&mut first) {
+                match link.socket().poll_readable(cx) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(told) => told.expect("up"),
+                }
+            }
+            link.poll(cx, false, &mut Budget::TURN.clone(), sink).expect("poll");
+            Poll::Ready(())
+        });
+        tokio::time::timeout(PATIENCE, woken).await.expect("a lost wake");
+        assert_eq!(sink.heads.len(), heads + 1);
+    }
+
+    #[tokio::test]
+    async fn rung_unheard_a_hundred_thousand_times_it_loses_no_wake() {
+        let mut pair = pair().await;
+        pair.at_right.policy = Some(Policy::Discard);
+        let mut pair = in_time(move || {
+            ring_unheard(&mut pair, 100_000);
+            pair
+        });
+        assert_eq!(pair.at_right.heads.len(), 100_000);
+        assert_eq!(pair.left.counters().wakes_sent, 100_000);
+        let tries = asleep(&mut pair.right).await;
+        assert!((2..1000).contains(&tries), "{tries} turns to hear what a socket holds");
+        for _ in 0..10 {
+            woken_by_a_parcel(&mut pair).await;
+        }
+        // Nor does a segment get lost behind bells that nobody has heard.
+        (0..100).for_each(|_| pair.left.forge_packet(BELL, &[]));
+        pair.at_right.policy = Some(Policy::Land);
+        let bytes = pattern(9000);
+        let loan = block(&pair.pool, &bytes);
+        pair.transfer(&bytes, &[loaned(&loan)]);
+        assert_eq!(pair.left.counters().loaned_bytes_sent, 9000);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_lets_its_socket_fill_blocks_nobody() {
+        let mut pair = pair().await;
+        pair.at_right.policy = Some(Policy::Discard);
+        // Of the flags of its own end it is master; that the calls do not depend on either's is
+        // shown by changing both.
+        pair.left.let_socket_block();
+        pair.right.let_socket_block();
+        let mut pair = in_time(move || {
+            ring_unheard(&mut pair, 2000);
+            // A loan needs a segment passed, for which there is no room: it is read or staged.
+            pair.right.doze();
+            pair
+        });
+        let bytes = pattern(9000);
+        let loan = block(&pair.pool, &bytes);
+        assert_eq!(pair.post(1, &[loaned(&loan)]), Post::Pending);
+        assert_eq!(pair.left.counters().loaned_bytes_sent, 0);
+        let closed = LinkError::new(ErrorKind::Closed, LinkKind::Shm, "enough");
+        in_time(move || {
+            // The sleeper, too, reads until there is nothing and does not wait for more.
+            let mut cx = Context::from_waker(Waker::noop());
+            while pair.right.arm(&mut cx).is_ok_and(|armed| armed == Armed::Busy)
+                && turn(&mut pair.right, &mut pair.at_right).is_ok()
+            {}
+            pair.left.kill(&closed, &mut pair.at_left);
+        });
+    }
+
+    #[tokio::test]
+    async fn many_bells_are_heard_a_few_at_a_time() {
+        let Pair { left, mut right, .. } = pair().await;
+        for _ in 0..20 {
+            socket::send(left.socket().fd(), BELL, &[]).expect("sent");
+        }
+        let readable = poll_fn(|cx| right.socket().poll_readable(cx));
+        tokio::time::timeout(PATIENCE, readable).await.expect("an edge").expect("up");
+        assert_eq!(asleep(&mut right).await, 3);
+    }
+
+    #[tokio::test]
+    async fn looking_whether_the_peer_lives_takes_no_wake_away() {
+        let mut pair = pair().await;
+        pair.at_right.policy = Some(Policy::Discard);
+        let count = Arc::new(Count::default());
+        let waker = Waker::from(count.clone());
+        let mut cx = Context::from_waker(&waker);
+        for round in 1..=20 {
+            let deadline = Instant::now() + PATIENCE;
+            while pair.right.arm(&mut cx).expect("arm") == Armed::Busy {
+                assert!(Instant::now() < deadline, "no sleep");
+            }
+            let before = count.0.load(Ordering::SeqCst);
+            assert_eq!(pair.post(round, &[segment(b"8 bytes.")]), Post::Done);
+            pair.right.check().expect("alive");
+            while count.0.load(Ordering::SeqCst) == before {
+                assert!(Instant::now() < deadline, "a lost wake");
+                tokio::task::yield_now().await;
+            }
+            turn(&mut pair.right, &mut pair.at_right).expect("right");
+            assert_eq!(pair.at_right.heads.len(), round as usize);
+        }
+    }
+
+    #[test]
+    fn what_a_peer_sent_is_read_although_it_left_bells_unread() {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (here, there) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .expect("a pair of sockets");
+        socket::send(here.as_fd(), BELL, &[]).expect("sent");
+        for word in [b"last", b"word"] {
+            socket::send(there.as_fd(), word, &[]).expect("sent");
+        }
+        drop(there);
+        let read = || socket::receive(here.as_fd()).expect("no error");
+        assert_eq!(read().expect("a packet").bytes(), b"last");
+        assert_eq!(read().expect("a packet").bytes(), b"word");
+        assert!(read().is_none() && read().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_bell_that_cannot_be_rung_is_no_secret() {
+        let reactor = Reactor::Host(HostLoop::new().expect("an event loop"));
+        let bell = |fd| SocketBell::new(reactor.source(Fd::new(fd), Interest::Read).expect("up"));
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (here, there) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .expect("a pair of sockets");
+        let mut gone = bell(here);
+        drop(there);
+        gone.ring();
+        assert!(gone.failure().is_none(), "the socket tells of its end anyway");
+        let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("file");
+        let mut broken = bell(file);
+        broken.ring();
+        assert!(broken.failure().is_some());
+    }
+}
+
 /// A real second process, which dies.
 mod process {
     use std::io::{BufRead, BufReader, Write};
@@ -1042,7 +1281,7 @@ mod process {
         task.abort();
         let mut sink = Recorder::with(Policy::Land);
         loop {
-            if turn(&mut link, &mut sink).is_err() {
+            if spin(&mut link, &mut sink).is_err() {
                 return;
             }
             if sink.heads.last().is_some_and(|head| head == b"hold") {

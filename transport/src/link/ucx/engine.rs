@@ -91,17 +91,7 @@ impl UcxEngine {
         let failure = |reason: String| Failure { reason, fix: String::new() };
         let blob = Blob::from_bytes(blob)
             .ok_or_else(|| failure("the peer's offer is malformed".into()))?;
-        let ucx = self.worker.ucx;
-        let ep = {
-            let mut worker = self.worker.lock();
-            let ep = worker
-                .connect(&blob.worker, &slot.mailbox, &self.worker)
-                .map_err(|status| failure(describe(ucx, "UCX finds no way to the peer", status)))?;
-            ping(&mut worker, &ep, blob.to).map_err(|status| {
-                failure(describe(ucx, "UCX sends nothing to the peer", status))
-            })?;
-            ep
-        };
+        let ep = self.connect(&slot, &blob).map_err(failure)?;
         let limit = self.options.setup_timeout;
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
         poll_fn(|cx| {
@@ -116,6 +106,23 @@ impl UcxEngine {
         .map_err(failure)?;
         let lanes = self.worker.lock().lanes(&ep);
         Ok(Opened { slot, ep, to: blob.to, lanes, options: self.options.clone() })
+    }
+
+    /// An endpoint to the peer's worker, with a ping on its way.
+    fn connect(&self, slot: &Slot, blob: &Blob) -> Result<Ep, String> {
+        let ucx = self.worker.ucx;
+        let mut worker = self.worker.lock();
+        let ep = worker
+            .connect(&blob.worker, &slot.mailbox, &self.worker)
+            .map_err(|status| describe(ucx, "UCX finds no way to the peer", status))?;
+        match ping(&mut worker, &ep, blob.to) {
+            Ok(()) => Ok(ep),
+            Err(status) => {
+                // An endpoint that is dropped takes this lock to close itself.
+                drop(worker);
+                Err(describe(ucx, "UCX sends nothing to the peer", status))
+            }
+        }
     }
 
     /// Whether the peer's ping has come. `None`: not yet, and `cx`'s waker is called when there is

@@ -91,9 +91,8 @@ pub(super) struct Inbox {
     waker: Option<Waker>,
     parked: bool,
 
-    /// For flushing: parcels sent, those known to have left, those that somebody waits for, and
-    /// whether UCX is at it.
-    pub sent: u64,
+    /// For flushing: parcels known to have left, those that somebody waits for, and whether UCX is
+    /// at it.
     pub flushed: u64,
     pub flush_goal: Option<u64>,
     pub flushing: bool,
@@ -154,6 +153,8 @@ pub(super) struct Mailbox {
     pub dispatch: Arc<Dispatch>,
     max_bytes: usize,
     inbox: Mutex<Inbox>,
+    /// Something was put into the inbox since the link last looked.
+    news: AtomicBool,
 }
 
 impl Mailbox {
@@ -161,9 +162,15 @@ impl Mailbox {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there is something new. Asked without the lock: what is missed is seen next time.
+    pub fn take_news(&self) -> bool {
+        self.news.load(Ordering::Acquire) && self.news.swap(false, Ordering::AcqRel)
+    }
+
     /// Something is here for the link: its endpoint is woken when the worker's lock is released,
     /// if it sleeps.
     fn rouse(&self, inbox: &mut Inbox) {
+        self.news.store(true, Ordering::Release);
         if std::mem::take(&mut inbox.parked) {
             self.dispatch.parked.fetch_sub(1, Ordering::AcqRel);
             if let Some(waker) = &inbox.waker {
@@ -274,6 +281,7 @@ impl Dispatch {
             dispatch: self.clone(),
             max_bytes,
             inbox: Mutex::new(Inbox::default()),
+            news: AtomicBool::new(false),
         });
         entry.insert(mailbox.clone());
         mailbox
@@ -301,7 +309,8 @@ impl Dispatch {
 
     /// Whom callbacks wanted woken. To be woken outside of the worker's lock.
     pub fn take_wakes(&self) -> Vec<Waker> {
-        if !self.any_wakes.swap(false, Ordering::AcqRel) {
+        let any = self.any_wakes.load(Ordering::Acquire);
+        if !any || !self.any_wakes.swap(false, Ordering::AcqRel) {
             return Vec::new();
         }
         std::mem::take(&mut *self.wakes.lock().unwrap_or_else(PoisonError::into_inner))

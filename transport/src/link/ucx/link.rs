@@ -47,6 +47,8 @@ pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
 const OPEN_MAX: usize = 65_536;
 /// Boxes that are kept for the next parcels.
 const SPARE_MAX: usize = 64;
+/// What the inbox may count too much, so that its lock is not taken for each message.
+const FREED_BYTES_MAX: usize = 64 << 10;
 /// Steps of progress in one poll that does not spin.
 const STEPS: usize = 8;
 /// How long `kill` waits for requests to end before it comes back to that later.
@@ -102,6 +104,11 @@ pub(crate) struct UcxLink {
     chunks_in_flight: usize,
     next_payload: u64,
     next_seq: u32,
+    messages_sent: u64,
+    /// Handed up, and still counted as held by the inbox.
+    freed_bytes: usize,
+    /// The inbox is to be looked into even if nobody says that it has something new.
+    look_closely: bool,
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
     reporting: usize,
@@ -151,6 +158,9 @@ impl UcxLink {
             chunks_in_flight: 0,
             next_payload: 0,
             next_seq: 0,
+            messages_sent: 0,
+            freed_bytes: 0,
+            look_closely: true,
             in_flight: [0; Class::COUNT],
             reporting: 0,
             spare: Vec::new(),
@@ -217,7 +227,12 @@ impl UcxLink {
 
     /// Takes over what callbacks have left.
     fn empty_inbox(&mut self) -> Option<Fault> {
+        let news = self.slot.mailbox.take_news();
+        if !std::mem::take(&mut self.look_closely) && !news {
+            return None;
+        }
         let mut inbox = self.slot.mailbox.inbox();
+        inbox.held_bytes = inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
         self.slot.mailbox.unpark(&mut inbox);
         if self.arrived.is_empty() {
             std::mem::swap(&mut inbox.queue, &mut self.arrived);
@@ -225,6 +240,7 @@ impl UcxLink {
         if self.finished.is_empty() {
             std::mem::swap(&mut inbox.finished, &mut self.finished);
         }
+        self.look_closely = inbox.has_news();
         inbox.fault
     }
 
@@ -304,9 +320,11 @@ impl UcxLink {
                 break;
             }
         }
-        if freed > 0 {
+        self.freed_bytes += freed;
+        if self.freed_bytes >= FREED_BYTES_MAX {
             let mut inbox = self.slot.mailbox.inbox();
-            inbox.held_bytes = inbox.held_bytes.saturating_sub(freed);
+            inbox.held_bytes =
+                inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
         }
         result
     }
@@ -643,7 +661,7 @@ impl UcxLink {
         // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
         let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
         self.next_seq = self.next_seq.wrapping_add(1);
-        self.slot.mailbox.inbox().sent += 1;
+        self.messages_sent += 1;
         match sent {
             Ok(None) => {
                 self.in_flight[class as usize] += 1;
@@ -782,6 +800,7 @@ impl Link for UcxLink {
             return Ok(Armed::Busy);
         }
         mailbox.park(&mut inbox, cx.waker());
+        self.look_closely = true;
         drop(inbox);
         let armed = worker.arm(Some(cx.waker()));
         if !matches!(armed, Ok(Armed::Yes)) {
@@ -862,6 +881,7 @@ impl Link for UcxLink {
         }
         // What was taken before and not reported comes first.
         self.report_finished(sink, Some(error));
+        self.look_closely = true;
         self.empty_inbox();
         self.report_finished(sink, Some(error));
         self.set_lingers(in_flight > 0);
@@ -883,7 +903,7 @@ impl Link for UcxLink {
         }
         let mut worker = self.worker.lock();
         let mut inbox = self.slot.mailbox.inbox();
-        let sent = inbox.sent;
+        let sent = self.messages_sent;
         let goal = *inbox.flush_goal.get_or_insert(sent);
         if inbox.flushed < goal && !inbox.flushing {
             inbox.flushing = true;

@@ -28,8 +28,6 @@ use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
 
 /// Our one active message.
 const AM_ID: u32 = 1;
-/// Steps of progress before an endpoint is made.
-const SETTLE_STEPS: usize = 256;
 /// How long the end of a worker waits for UCX to let go of memory before it leaves the worker
 /// standing.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -398,10 +396,6 @@ impl Locked<'_> {
         mailbox: &Arc<Mailbox>,
         worker: &Arc<Worker>,
     ) -> Result<Ep, ucs_status_t> {
-        // A peer that has connected and died leaves a socket that UCX ends in its next step of
-        // progress. An endpoint made before that may be given this very socket (1.22 over tcp), and
-        // UCX then ends the process because something waits to be sent on it.
-        self.progress_all(SETTLE_STEPS);
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_ep_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = u64::from(
@@ -447,7 +441,9 @@ impl Locked<'_> {
         mut op: Box<SendOp>,
         header_len: usize,
     ) -> Result<Option<Box<SendOp>>, (Box<SendOp>, ucs_status_t)> {
-        op.to = Some(ep.mailbox.clone());
+        if op.to.is_none() {
+            op.to = Some(ep.mailbox.clone());
+        }
         let raw = Box::into_raw(op);
         let mut params = params(raw.cast());
         params.cb.send = Some(sent);
@@ -477,8 +473,7 @@ impl Locked<'_> {
             Begun::Failed(status) => status,
         };
         // SAFETY: UCX is finished with it, and there will be no callback.
-        let mut op = unsafe { Box::from_raw(raw) };
-        op.to = None;
+        let op = unsafe { Box::from_raw(raw) };
         if status == ffi::UCS_OK { Ok(Some(op)) } else { Err((op, status)) }
     }
 

@@ -16,6 +16,15 @@ use crate::error::{ErrorKind, LinkError};
 use crate::link::{Budget, COPIED_MAX, Class, How, LinkKind, OpId, Post, Segment, Sink};
 use crate::memory::SharedBlock;
 
+/// From this size on, messages that the peer copies wait for each other.
+pub(in super::super) const BULK_MIN_BYTES: u64 = 1 << 20;
+/// How many of them may be open at once. The peer gives each a destination when it is offered, and
+/// the more of those it fills by turns, the more often they have left its caches: a bare
+/// `process_vm_readv` of 8 MiB makes 10.2 GB/s into one destination, 9.7 into two by turns, 6.7
+/// into five. Messages arrive in order, so one that waits here loses nothing: with two open,
+/// 16 in flight run at 8.5 GB/s instead of 5.3.
+pub(in super::super) const BULK_OPEN_MAX: usize = 2;
+
 /// A payload of ours that the peer is not finished with.
 pub(super) struct Outgoing {
     pub(super) op: OpId,
@@ -26,6 +35,8 @@ pub(super) struct Outgoing {
     /// The payload itself, if it is one that `post` promises to copy, and not in the ring.
     copied: Box<[u8]>,
     push: Option<Push>,
+    /// A large message that the peer copies.
+    bulk: bool,
 }
 
 /// A payload on its way through the arena.
@@ -118,6 +129,17 @@ impl ShmLink {
                 "too many control payloads open",
             ));
         }
+        // What can be refused is refused before anything is built: of a message in thousands of
+        // pieces that takes a while, and it may be tried often.
+        if class != Class::Control && !self.backlog.is_empty() {
+            return Ok(self.stalled());
+        }
+        // What is copied here may be changed at once: no part of it may go by reference.
+        let by_reference = len > COPIED_MAX as u64 && self.by_reference(payload);
+        let bulk = class == Class::Message && len >= BULK_MIN_BYTES && !by_reference;
+        if bulk && self.bulk_open >= BULK_OPEN_MAX {
+            return Ok(self.stalled());
+        }
         let mut outgoing = Outgoing {
             op,
             class,
@@ -125,8 +147,9 @@ impl ShmLink {
             pieces: SmallVec::new(),
             copied: Box::default(),
             push: None,
+            bulk,
         };
-        let kind = if self.by_reference(payload) {
+        let kind = if by_reference {
             Kind::Loan
         } else {
             if len <= COPIED_MAX as u64 {
@@ -155,6 +178,7 @@ impl ShmLink {
             self.counters.loaned_bytes_sent += len;
         }
         self.outgoing_by_class[class as usize] += 1;
+        self.bulk_open += usize::from(bulk);
         self.outgoing.insert(outgoing);
         Ok(Post::Pending)
     }
@@ -162,6 +186,7 @@ impl ShmLink {
     fn complete(&mut self, key: u64, sink: &mut dyn Sink) {
         if let Some(outgoing) = self.outgoing.remove(key) {
             self.outgoing_by_class[outgoing.class as usize] -= 1;
+            self.bulk_open -= usize::from(outgoing.bulk);
             sink.done(outgoing.op, Ok(()));
         }
     }
