@@ -13,7 +13,12 @@ use super::request::SendOp;
 use crate::link::{Class, Landing, OpId, Segment};
 
 /// How much of a payload may be on its way at once, in bytes.
-pub(super) const WINDOW_BYTES: usize = 1 << 20;
+const WINDOW_BYTES: usize = 1 << 20;
+/// What the peer may have on its way of all payloads that are being landed, in bytes: what waits
+/// here at most, where lanes reorder, until its turn.
+const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
+/// What that may come to in an inbox: where pieces of a message are short, so are chunks.
+pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
 /// Pieces of memory shorter than this are copied together.
 const GATHERED_BELOW: usize = 1024;
 
@@ -246,6 +251,108 @@ impl Outgoings {
     }
 }
 
+/// Payloads that are being landed, by the peer's number.
+#[derive(Default)]
+pub(super) struct Incomings {
+    by_id: HashMap<u32, Incoming>,
+    /// Those that could be granted more, in turns.
+    wanting: VecDeque<u32>,
+    /// Granted to the peer, not here yet.
+    pulled_bytes: usize,
+    /// Those that have landed, until that is reported.
+    landed: Vec<OpId>,
+    /// Bytes that have landed since this was last asked for.
+    landed_bytes: usize,
+}
+
+impl Incomings {
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// Whether the link has something to do.
+    pub fn has_news(&self) -> bool {
+        !self.landed.is_empty() || self.wants()
+    }
+
+    /// Whether the peer may be granted more.
+    pub fn wants(&self) -> bool {
+        !self.wanting.is_empty() && self.room() >= WINDOW_BYTES / 2
+    }
+
+    fn room(&self) -> usize {
+        PULLED_BYTES_MAX - self.pulled_bytes
+    }
+
+    /// One more. `false`: its number is in use.
+    pub fn insert(&mut self, id: u32, incoming: Incoming) -> bool {
+        if self.by_id.contains_key(&id) {
+            return false;
+        }
+        self.by_id.insert(id, incoming);
+        self.wanting.push_back(id);
+        true
+    }
+
+    /// Grants the peer more of one of them, as far as there is room for it here: the number, and
+    /// how far the peer may send.
+    pub fn grant(&mut self) -> Option<(u32, u64)> {
+        loop {
+            let room = self.room();
+            let id = *self.wanting.front()?;
+            let Some(incoming) = self.by_id.get_mut(&id) else {
+                self.wanting.pop_front();
+                continue;
+            };
+            let more = incoming.grant(room)?;
+            let upto = incoming.granted as u64;
+            self.pulled_bytes += more;
+            self.wanting.pop_front();
+            return Some((id, upto));
+        }
+    }
+
+    /// Takes a chunk to its place. `false`: it was not asked for.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes are readable at `from`.
+    pub unsafe fn land(&mut self, id: u32, offset: u64, from: *const u8, len: usize) -> bool {
+        let expected = |incoming: &&mut Incoming| incoming.expects(offset, len);
+        let Some(incoming) = self.by_id.get_mut(&id).filter(expected) else { return false };
+        // SAFETY: the driver keeps landings until they are reported, or have been taken from here
+        // by `clear`; the rest is the caller's promise.
+        unsafe { incoming.take(from, len) };
+        self.pulled_bytes -= len;
+        self.landed_bytes += len;
+        if incoming.begins_to_want(len) {
+            self.wanting.push_back(id);
+        }
+        if incoming.is_over() {
+            self.landed.push(incoming.op);
+            self.by_id.remove(&id);
+        }
+        true
+    }
+
+    /// What has landed, and is to be reported.
+    pub fn landed(&mut self) -> &mut Vec<OpId> {
+        &mut self.landed
+    }
+
+    /// How many bytes have landed since this was last asked.
+    pub fn take_landed_bytes(&mut self) -> usize {
+        std::mem::take(&mut self.landed_bytes)
+    }
+
+    /// Ends all of them: nothing is written to a landing after this. What has not landed.
+    pub fn clear(&mut self) -> Vec<OpId> {
+        self.wanting.clear();
+        self.pulled_bytes = 0;
+        self.by_id.drain().map(|(_, incoming)| incoming.op).collect()
+    }
+}
+
 /// A payload that is being landed.
 pub(super) struct Incoming {
     pub op: OpId,
@@ -263,7 +370,7 @@ impl Incoming {
     }
 
     /// Grants the peer more, of at most `room` bytes. `None`: that is too little to be worth it.
-    pub fn grant(&mut self, room: usize) -> Option<usize> {
+    fn grant(&mut self, room: usize) -> Option<usize> {
         let wanted = (self.len - self.granted).min(WINDOW_BYTES - (self.granted - self.got));
         if room < wanted.min(WINDOW_BYTES / 2) {
             return None;
@@ -273,24 +380,19 @@ impl Incoming {
         Some(more)
     }
 
-    /// How far the peer may send.
-    pub fn granted(&self) -> u64 {
-        self.granted as u64
-    }
-
     /// Whether it is the chunk just taken, of this length, after which more should be granted.
-    pub fn begins_to_want(&self, len: usize) -> bool {
+    fn begins_to_want(&self, len: usize) -> bool {
         let waits = self.granted - self.got;
         let enough = WINDOW_BYTES / 2;
         self.granted < self.len && waits <= enough && waits + len > enough
     }
 
-    pub fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.got == self.len
     }
 
     /// Whether a chunk of this length may come now.
-    pub fn expects(&self, offset: u64, len: usize) -> bool {
+    fn expects(&self, offset: u64, len: usize) -> bool {
         offset == self.got as u64 && len > 0 && len <= self.granted - self.got
     }
 
@@ -357,9 +459,9 @@ mod tests {
                 .collect();
             let mut incoming = Incoming::new(OpId::NONE, to, whole.len());
             while !incoming.is_over() {
-                if incoming.granted() as usize == incoming.got {
+                if incoming.granted == incoming.got {
                     prop_assert!(incoming.grant(1 << 20).is_some());
-                    outgoing.granted = incoming.granted() as usize;
+                    outgoing.granted = incoming.granted;
                 }
                 let mut op = SendOp::new();
                 op.bytes.extend_from_slice(b"header");

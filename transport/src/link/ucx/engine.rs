@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
 
 use super::blob::Blob;
+use super::bulk::PULLED_INBOX_BYTES;
 use super::inbox::{Fault, Mailbox};
 use super::lanes::Lane;
-use super::link::{PULLED_INBOX_BYTES, UcxLink};
+use super::link::UcxLink;
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Worker};
@@ -131,8 +132,8 @@ impl UcxEngine {
         let ucx = self.worker.ucx;
         let mut worker = self.worker.lock();
         let mut more = worker.progress_all(STEPS);
-        let mut inbox = mailbox.inbox();
-        mailbox.park(&mut inbox, cx.waker());
+        let inbox = mailbox.inbox(&mut worker.key);
+        mailbox.park(inbox, cx.waker());
         let found = match inbox.fault {
             _ if inbox.pinged => Some(Ok(())),
             Some(Fault::Endpoint(status)) => {
@@ -141,7 +142,6 @@ impl UcxEngine {
             Some(Fault::Peer(what)) => Some(Err(format!("the peer: {what}"))),
             None => None,
         };
-        drop(inbox);
         match worker.arm(None) {
             Ok(armed) => more |= armed == Armed::Busy,
             Err(error) => return Some(Err(error.detail)),
@@ -222,11 +222,10 @@ pub(crate) struct Slot {
 impl Slot {
     /// Takes no more, and forgets what came.
     pub(super) fn close(&self, worker: &mut super::worker::Locked<'_>) {
-        self.worker.dispatch.unregister(&self.mailbox);
-        let mut inbox = self.mailbox.inbox();
-        self.mailbox.unpark(&mut inbox);
+        self.worker.dispatch.unregister(&mut worker.key, &self.mailbox);
+        let inbox = self.mailbox.inbox(&mut worker.key);
+        self.mailbox.unpark(inbox);
         let forgotten = inbox.close();
-        drop(inbox);
         for desc in forgotten {
             worker.release(desc);
         }

@@ -1,17 +1,21 @@
 //! What came for one link, in order, until the link is polled; and what ended meanwhile.
+//!
+//! All of it is guarded by the worker's gate.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
 use slab::Slab;
 use smallvec::SmallVec;
 use thalweg_ffi::ucx::{Ucx, ucs_status_t};
 
-use super::request::Finished;
+use super::bulk::Incomings;
+use super::gate::{Gate, Guarded, Key};
+use super::request::SendOp;
 use super::wire::{Address, Header, Kind};
 
 /// Payloads up to this many bytes are copied out of UCX's memory, behind the head.
@@ -24,7 +28,7 @@ const ENTRY_BYTES: usize = 256;
 #[must_use = "a descriptor that is dropped is lost to UCX"]
 pub(super) struct Desc(pub NonNull<c_void>);
 
-// SAFETY: UCX ties descriptors to a worker, not to a thread; they are used under its lock.
+// SAFETY: UCX ties descriptors to a worker, not to a thread; they are used with its gate held.
 unsafe impl Send for Desc {}
 
 /// Where a payload is.
@@ -58,6 +62,16 @@ impl Entry {
         };
         ENTRY_BYTES + self.bytes.len() + payload
     }
+
+    /// Where the payload lies: `len` bytes, which are readable for as long as this is not given
+    /// back.
+    pub fn payload(&self) -> *const u8 {
+        match &self.body {
+            Body::Inline => self.bytes[usize::from(self.header.head_len)..].as_ptr(),
+            Body::Owned(bytes) => bytes.as_ptr(),
+            Body::Held(desc) => desc.0.as_ptr().cast_const().cast(),
+        }
+    }
 }
 
 /// Why a link can go on no longer, as far as the callbacks know.
@@ -69,6 +83,9 @@ pub(super) enum Fault {
     Peer(&'static str),
 }
 
+const BEYOND_CREDIT: Fault = Fault::Peer("parcels beyond the credit");
+const UNASKED: Fault = Fault::Peer("a chunk that was not asked for");
+
 #[derive(Default)]
 pub(super) struct Inbox {
     /// In order, ready to be handed up.
@@ -78,8 +95,10 @@ pub(super) struct Inbox {
     next_seq: u32,
     /// What queue and `early` hold, and what the link has taken and not handed up.
     pub held_bytes: usize,
-    /// Requests that have ended.
-    pub finished: Vec<Finished>,
+    /// Payloads that chunks are landed into as they come.
+    pub incoming: Incomings,
+    /// Sends that have ended, and how.
+    pub finished: Vec<(Box<SendOp>, ucs_status_t)>,
     /// Requests that UCX is at work on.
     pub in_flight: usize,
     pub fault: Option<Fault>,
@@ -101,33 +120,69 @@ pub(super) struct Inbox {
 impl Inbox {
     /// Whether a poll of the link would find something.
     pub fn has_news(&self) -> bool {
-        !self.queue.is_empty() || !self.finished.is_empty() || self.fault.is_some()
+        !self.queue.is_empty()
+            || !self.finished.is_empty()
+            || self.incoming.has_news()
+            || self.fault.is_some()
     }
 
-    /// Puts a parcel in its place. `Err`: the peer went too far, and here is the parcel.
-    #[allow(clippy::result_large_err, reason = "it is handed back, not reported")]
-    fn place(&mut self, seq: u32, entry: Entry, max_bytes: usize) -> Result<(), Entry> {
+    /// Whether the message of this number is the next.
+    pub fn is_next(&self, seq: u32) -> bool {
+        seq == self.next_seq
+    }
+
+    /// Lands a chunk, whose turn it is.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes are readable at `from`.
+    pub unsafe fn land_next(&mut self, header: &Header, from: *const u8, len: usize) {
+        // SAFETY: the caller's promise.
+        if !unsafe { self.incoming.land(header.id, header.len, from, len) } {
+            self.fault.get_or_insert(UNASKED);
+        }
+        self.passed();
+    }
+
+    /// The next message is through: what came before its turn may follow.
+    fn passed(&mut self) {
+        self.next_seq = self.next_seq.wrapping_add(1);
+        while let Some(entry) = self.early.remove(&self.next_seq) {
+            self.next_seq = self.next_seq.wrapping_add(1);
+            if entry.header.kind != Kind::Chunk {
+                self.queue.push_back(entry);
+                continue;
+            }
+            self.held_bytes = self.held_bytes.saturating_sub(entry.cost());
+            // SAFETY: the entry is here, and chunks in entries own their bytes (`Message::entry`).
+            let landed = unsafe {
+                self.incoming.land(entry.header.id, entry.header.len, entry.payload(), entry.len)
+            };
+            if !landed {
+                self.fault.get_or_insert(UNASKED);
+            }
+        }
+    }
+
+    /// Puts a parcel in its place. `Some`: the peer went too far, and here is the parcel.
+    fn place(&mut self, entry: Entry, max_bytes: usize) -> Option<Entry> {
+        let seq = entry.header.seq;
         let ahead = seq.wrapping_sub(self.next_seq);
         // Numbers are used once, and half of them lie behind.
         if self.held_bytes + entry.cost() > max_bytes || ahead >= 1 << 31 {
-            return Err(entry);
+            return Some(entry);
         }
-        if ahead > 0 {
-            if self.early.contains_key(&seq) {
-                return Err(entry);
-            }
-            self.held_bytes += entry.cost();
-            self.early.insert(seq, entry);
-            return Ok(());
+        if ahead > 0 && self.early.contains_key(&seq) {
+            return Some(entry);
         }
         self.held_bytes += entry.cost();
-        self.queue.push_back(entry);
-        self.next_seq = seq.wrapping_add(1);
-        while let Some(entry) = self.early.remove(&self.next_seq) {
+        if ahead > 0 {
+            self.early.insert(seq, entry);
+        } else {
             self.queue.push_back(entry);
-            self.next_seq = self.next_seq.wrapping_add(1);
+            self.passed();
         }
-        Ok(())
+        None
     }
 
     /// Forgets everything that came, and gives UCX's memory back to whoever can release it.
@@ -152,31 +207,33 @@ pub(super) struct Mailbox {
     pub address: Address,
     pub dispatch: Arc<Dispatch>,
     max_bytes: usize,
-    inbox: Mutex<Inbox>,
-    /// Something was put into the inbox since the link last looked.
+    inbox: Guarded<Inbox>,
+    /// Something was put into the inbox since the link last looked. For whoever finds the gate
+    /// held by another.
     news: AtomicBool,
 }
 
 impl Mailbox {
-    pub fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    #[inline]
+    pub fn inbox<'a>(&'a self, key: &'a mut Key<'_>) -> &'a mut Inbox {
+        self.inbox.get(&self.dispatch.gate, key)
     }
 
-    /// Whether there is something new. Asked without the lock: what is missed is seen next time.
-    pub fn take_news(&self) -> bool {
-        self.news.load(Ordering::Acquire) && self.news.swap(false, Ordering::AcqRel)
+    /// Whether there may be something new. Asked without the gate: what is missed is seen next
+    /// time.
+    pub fn may_have_news(&self) -> bool {
+        self.news.load(Ordering::Relaxed)
     }
 
-    /// Something is here for the link: its endpoint is woken when the worker's lock is released,
-    /// if it sleeps.
-    fn rouse(&self, inbox: &mut Inbox) {
-        self.news.store(true, Ordering::Release);
-        if std::mem::take(&mut inbox.parked) {
-            self.dispatch.parked.fetch_sub(1, Ordering::AcqRel);
-            if let Some(waker) = &inbox.waker {
-                self.dispatch.wake_later(waker.clone());
-            }
+    /// The link is looked at: what came until now is no news any more.
+    #[inline]
+    pub fn look<'a>(&'a self, key: &'a mut Key<'_>) -> &'a mut Inbox {
+        if self.news.load(Ordering::Relaxed) {
+            self.news.store(false, Ordering::Relaxed);
         }
+        let inbox = self.inbox(key);
+        self.unpark(inbox);
+        inbox
     }
 
     /// The link's endpoint sleeps from now on, and is to be woken.
@@ -190,80 +247,144 @@ impl Mailbox {
         }
     }
 
-    /// The link is looked at.
     pub fn unpark(&self, inbox: &mut Inbox) {
         if std::mem::take(&mut inbox.parked) {
             self.dispatch.parked.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
-    /// A request has ended.
-    pub fn finish(&self, finished: Finished) {
-        let mut inbox = self.inbox();
-        inbox.in_flight = inbox.in_flight.saturating_sub(1);
-        self.dispatch.in_flight.fetch_sub(1, Ordering::AcqRel);
-        if let Finished::Flush { sent } = finished {
-            inbox.flushing = false;
-            inbox.flushed = sent;
-        } else {
-            inbox.finished.push(finished);
-        }
-        self.rouse(&mut inbox);
+    /// A request has begun.
+    pub fn begin(&self, key: &mut Key<'_>) {
+        self.inbox(key).in_flight += 1;
+        self.dispatch.state(key).in_flight += 1;
     }
 
-    /// A request has begun.
-    pub fn begin(&self) {
-        self.inbox().in_flight += 1;
-        self.dispatch.in_flight.fetch_add(1, Ordering::AcqRel);
+    /// A request has ended; `note` says so in the inbox.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Guarded::get_called_back`].
+    pub unsafe fn finish(&self, note: impl FnOnce(&mut Inbox)) {
+        // SAFETY: the caller's promise; the state is another thing than the inbox.
+        let (inbox, state) = unsafe { self.called_back() };
+        inbox.in_flight = inbox.in_flight.saturating_sub(1);
+        state.in_flight = state.in_flight.saturating_sub(1);
+        note(inbox);
+        self.rouse(inbox, &mut state.wakes);
     }
 
     /// The endpoint has failed.
-    pub fn fail(&self, fault: Fault) {
-        let mut inbox = self.inbox();
+    ///
+    /// # Safety
+    ///
+    /// As of [`Guarded::get_called_back`].
+    pub unsafe fn fail(&self, fault: Fault) {
+        // SAFETY: as in `finish`.
+        let (inbox, state) = unsafe { self.called_back() };
         inbox.fault.get_or_insert(fault);
-        self.rouse(&mut inbox);
+        self.rouse(inbox, &mut state.wakes);
     }
 
-    /// A message has come. `Some`: it is not wanted.
-    pub fn deliver(&self, entry: Entry) -> Option<Entry> {
-        let header = entry.header;
-        let mut inbox = self.inbox();
-        if inbox.closed {
-            return Some(entry);
+    /// # Safety
+    ///
+    /// As of [`Guarded::get_called_back`].
+    #[allow(clippy::mut_from_ref, reason = "as `Guarded::get_called_back`")]
+    unsafe fn called_back(&self) -> (&mut Inbox, &mut State) {
+        let gate = &self.dispatch.gate;
+        // SAFETY: the caller's promise.
+        unsafe { (self.inbox.get_called_back(gate), self.dispatch.state.get_called_back(gate)) }
+    }
+
+    /// Something is here for the link: its endpoint is woken once the gate is open again, if it
+    /// sleeps.
+    #[inline]
+    fn rouse(&self, inbox: &mut Inbox, wakes: &mut Vec<Waker>) {
+        if !self.news.load(Ordering::Relaxed) {
+            self.news.store(true, Ordering::Relaxed);
         }
-        let refused = if header.kind == Kind::Ping {
+        if std::mem::take(&mut inbox.parked) {
+            self.dispatch.parked.fetch_sub(1, Ordering::AcqRel);
+            wakes.extend(inbox.waker.clone());
+        }
+    }
+}
+
+/// What a callback does with a message.
+pub(super) struct Delivery<'a> {
+    mailbox: &'a Mailbox,
+    inbox: &'a mut Inbox,
+    wakes: &'a mut Vec<Waker>,
+}
+
+impl Delivery<'_> {
+    /// The peer did what it must not.
+    pub fn fail(self, what: &'static str) {
+        self.inbox.fault.get_or_insert(Fault::Peer(what));
+        self.mailbox.rouse(self.inbox, self.wakes);
+    }
+
+    /// Whether the message of this number is the next.
+    pub fn is_next(&self, seq: u32) -> bool {
+        self.inbox.is_next(seq)
+    }
+
+    /// See [`Inbox::land_next`].
+    ///
+    /// # Safety
+    ///
+    /// The same.
+    pub unsafe fn land_next(self, header: &Header, from: *const u8, len: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.inbox.land_next(header, from, len) };
+        if self.inbox.has_news() {
+            self.mailbox.rouse(self.inbox, self.wakes);
+        }
+    }
+
+    /// Puts a parcel into the inbox. `Some`: it is not wanted.
+    #[inline]
+    pub fn deliver(self, entry: Entry) -> Option<Entry> {
+        let Delivery { mailbox, inbox, wakes } = self;
+        let refused = if entry.header.kind == Kind::Ping {
             inbox.pinged = true;
             Some(entry)
         } else {
-            let placed = inbox.place(header.seq, entry, self.max_bytes);
-            placed
-                .inspect_err(|_| {
-                    inbox.fault.get_or_insert(Fault::Peer("parcels beyond the credit"));
-                })
-                .err()
+            let refused = inbox.place(entry, mailbox.max_bytes);
+            if refused.is_some() {
+                inbox.fault.get_or_insert(BEYOND_CREDIT);
+            }
+            refused
         };
-        self.rouse(&mut inbox);
+        mailbox.rouse(inbox, wakes);
         refused
     }
+}
+
+/// What the gate guards beside the inboxes.
+#[derive(Default)]
+pub(super) struct State {
+    slots: Slab<Arc<Mailbox>>,
+    /// Whom callbacks wanted woken. To be woken when the gate is open.
+    pub wakes: Vec<Waker>,
+    /// Requests that UCX is at work on, of all links.
+    pub in_flight: usize,
 }
 
 /// What the worker's callbacks may touch.
 #[derive(Default)]
 pub(super) struct Dispatch {
-    slots: Mutex<Slab<Arc<Mailbox>>>,
-    wakes: Mutex<Vec<Waker>>,
-    any_wakes: AtomicBool,
+    pub gate: Gate,
+    state: Guarded<State>,
     /// Links whose endpoints sleep.
     pub parked: AtomicUsize,
-    /// Requests that UCX is at work on, of all links.
-    pub in_flight: AtomicUsize,
     /// Endpoints that are being closed, and killed links that linger: somebody has to progress.
     pub ending: AtomicUsize,
 }
 
 impl Dispatch {
-    fn slots(&self) -> MutexGuard<'_, Slab<Arc<Mailbox>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    #[inline]
+    pub fn state<'a>(&'a self, key: &'a mut Key<'_>) -> &'a mut State {
+        self.state.get(&self.gate, key)
     }
 
     /// A new mailbox, with a slot of its own.
@@ -273,22 +394,22 @@ impl Dispatch {
         secret: u64,
         max_bytes: usize,
     ) -> Arc<Mailbox> {
-        let mut slots = self.slots();
-        let entry = slots.vacant_entry();
+        let mut key = self.gate.lock();
+        let entry = self.state(&mut key).slots.vacant_entry();
         let mailbox = Arc::new(Mailbox {
             ucx,
             address: Address { slot: entry.key() as u32, secret },
             dispatch: self.clone(),
             max_bytes,
-            inbox: Mutex::new(Inbox::default()),
+            inbox: Guarded::new(Inbox::default()),
             news: AtomicBool::new(false),
         });
         entry.insert(mailbox.clone());
         mailbox
     }
 
-    pub fn unregister(&self, mailbox: &Mailbox) {
-        let mut slots = self.slots();
+    pub fn unregister(&self, key: &mut Key<'_>, mailbox: &Mailbox) {
+        let slots = &mut self.state(key).slots;
         let slot = mailbox.address.slot as usize;
         // The slot may have a new owner by now.
         if slots.get(slot).is_some_and(|known| std::ptr::eq(&raw const **known, mailbox)) {
@@ -296,23 +417,19 @@ impl Dispatch {
         }
     }
 
-    /// The mailbox of a slot, if whoever asks knows its secret.
-    pub fn find(&self, slot: u32, secret: u64) -> Option<Arc<Mailbox>> {
-        let slots = self.slots();
-        slots.get(slot as usize).filter(|mailbox| mailbox.address.secret == secret).cloned()
-    }
-
-    fn wake_later(&self, waker: Waker) {
-        self.wakes.lock().unwrap_or_else(PoisonError::into_inner).push(waker);
-        self.any_wakes.store(true, Ordering::Release);
-    }
-
-    /// Whom callbacks wanted woken. To be woken outside of the worker's lock.
-    pub fn take_wakes(&self) -> Vec<Waker> {
-        let any = self.any_wakes.load(Ordering::Acquire);
-        if !any || !self.any_wakes.swap(false, Ordering::AcqRel) {
-            return Vec::new();
-        }
-        std::mem::take(&mut *self.wakes.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The mailbox of a slot, if whoever asks knows its secret and something is still wanted.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Guarded::get_called_back`], for this and for the inbox.
+    #[inline]
+    pub unsafe fn find(&self, slot: u32, secret: u64) -> Option<Delivery<'_>> {
+        // SAFETY: the caller's promise.
+        let State { slots, wakes, .. } = unsafe { self.state.get_called_back(&self.gate) };
+        let mailbox =
+            slots.get(slot as usize).filter(|mailbox| mailbox.address.secret == secret)?;
+        // SAFETY: the caller's promise.
+        let inbox = unsafe { mailbox.inbox.get_called_back(&self.gate) };
+        (!inbox.closed).then_some(Delivery { mailbox, inbox, wakes })
     }
 }

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
-use super::bulk::{Incoming, Outgoing, Outgoings, WINDOW_BYTES, append};
+use super::bulk::{Incoming, Outgoing, Outgoings, append};
 use super::engine::{Opened, Slot};
-use super::inbox::{Body, Entry, Fault, INLINE_MAX};
-use super::request::{Begun, Finished, SendOp};
+use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox};
+use super::request::{Begun, SendOp};
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Locked, Worker};
 use super::{UcxOptions, lanes, link_error};
@@ -38,17 +38,10 @@ const CONTROL_MAX: usize = 65_536;
 /// at once over sockets (64 KiB), so that UCX does not put it together again.
 const CHUNK_BYTES_SHARED_MEMORY: usize = 8000;
 const CHUNK_BYTES: usize = 64_000;
-/// What the peer may have on its way of all payloads that are being landed, in bytes: what waits
-/// here at most until it is copied to its place.
-const PULLED_BYTES_MAX: usize = 4 * WINDOW_BYTES;
-/// What that may come to in an inbox: where pieces of a message are short, so are chunks.
-pub(super) const PULLED_INBOX_BYTES: usize = 2 * PULLED_BYTES_MAX;
 /// Payloads that may wait at the peer without having been landed.
 const OPEN_MAX: usize = 65_536;
 /// Boxes that are kept for the next parcels.
 const SPARE_MAX: usize = 64;
-/// What the inbox may count too much, so that its lock is not taken for each message.
-const FREED_BYTES_MAX: usize = 64 << 10;
 /// Steps of progress in one poll that does not spin.
 const STEPS: usize = 8;
 /// How long `kill` waits for requests to end before it comes back to that later.
@@ -90,15 +83,10 @@ pub(crate) struct UcxLink {
     /// Taken from the inbox, not handed up yet.
     arrived: VecDeque<Entry>,
     /// Taken from the inbox, not reported yet.
-    finished: Vec<Finished>,
+    finished: Vec<(Box<SendOp>, ucs_status_t)>,
+    landed: Vec<OpId>,
     /// Payloads that were handed up and wait to be landed: the peer's number, and the length.
     open: HashMap<u64, (u32, usize)>,
-    /// Payloads that are being landed, by the peer's number.
-    incoming: HashMap<u32, Incoming>,
-    /// Those among them that could be granted more, in turns.
-    wanting: VecDeque<u32>,
-    /// Granted to the peer, not here yet.
-    pulled_bytes: usize,
     outgoing: Outgoings,
     chunk_bytes: usize,
     chunks_in_flight: usize,
@@ -107,8 +95,6 @@ pub(crate) struct UcxLink {
     messages_sent: u64,
     /// Handed up, and still counted as held by the inbox.
     freed_bytes: usize,
-    /// The inbox is to be looked into even if nobody says that it has something new.
-    look_closely: bool,
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
     reporting: usize,
@@ -118,6 +104,8 @@ pub(crate) struct UcxLink {
     /// Killed; counted among the worker's endings for as long as UCX is at work on something.
     killed: bool,
     lingers: bool,
+    /// Landings that were ended by that.
+    unlanded: Vec<OpId>,
     counters: LinkCounters,
 }
 
@@ -149,10 +137,8 @@ impl UcxLink {
             waker: None,
             arrived: VecDeque::new(),
             finished: Vec::new(),
+            landed: Vec::new(),
             open: HashMap::new(),
-            incoming: HashMap::new(),
-            wanting: VecDeque::new(),
-            pulled_bytes: 0,
             outgoing: Outgoings::default(),
             chunk_bytes,
             chunks_in_flight: 0,
@@ -160,13 +146,13 @@ impl UcxLink {
             next_seq: 0,
             messages_sent: 0,
             freed_bytes: 0,
-            look_closely: true,
             in_flight: [0; Class::COUNT],
             reporting: 0,
             spare: Vec::new(),
             dead: None,
             killed: false,
             lingers: false,
+            unlanded: Vec::new(),
             counters: LinkCounters::default(),
         }
     }
@@ -208,50 +194,52 @@ impl UcxLink {
         };
     }
 
-    /// Moves the worker on, if nobody else does at this moment.
-    fn progress(&mut self, spinning: bool, sink: &mut dyn Sink) -> bool {
-        let Some(mut worker) = self.worker.try_lock() else { return false };
+    /// Moves the worker on, and takes over what callbacks have left. Does nothing if somebody else
+    /// is at it, unless they may have left something.
+    fn progress(&mut self, spinning: bool, sink: &mut dyn Sink) -> News {
+        let shared = &self.worker;
+        let mut worker = match shared.try_lock() {
+            Some(worker) => worker,
+            None if spinning && !self.slot.mailbox.may_have_news() => return News::default(),
+            None => shared.lock(),
+        };
         let steps = match spinning {
             true => 1,
             false if self.hung_up.is_some() => LAST_STEPS,
             false => STEPS,
         };
-        let more = worker.progress_all(steps);
+        let more = worker.progress_all(steps) && !spinning;
         let wakes = worker.take_wakes();
+        let inbox = self.slot.mailbox.look(&mut worker.key);
+        inbox.held_bytes = inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
+        if self.arrived.is_empty() && !inbox.queue.is_empty() {
+            std::mem::swap(&mut inbox.queue, &mut self.arrived);
+        }
+        take_endings(inbox, &mut self.finished, &mut self.landed);
+        let news = News {
+            more,
+            fault: inbox.fault,
+            landed_bytes: inbox.incoming.take_landed_bytes(),
+            wants: inbox.incoming.wants(),
+        };
         drop(worker);
         for waker in wakes {
             sink.wake(waker);
         }
-        more && !spinning
-    }
-
-    /// Takes over what callbacks have left.
-    fn empty_inbox(&mut self) -> Option<Fault> {
-        let news = self.slot.mailbox.take_news();
-        if !std::mem::take(&mut self.look_closely) && !news {
-            return None;
-        }
-        let mut inbox = self.slot.mailbox.inbox();
-        inbox.held_bytes = inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
-        self.slot.mailbox.unpark(&mut inbox);
-        if self.arrived.is_empty() {
-            std::mem::swap(&mut inbox.queue, &mut self.arrived);
-        }
-        if self.finished.is_empty() {
-            std::mem::swap(&mut inbox.finished, &mut self.finished);
-        }
-        self.look_closely = inbox.has_news();
-        inbox.fault
+        news
     }
 
     /// Reports what has ended. `failed`: what to say of requests that were ended by force.
     fn report_finished(&mut self, sink: &mut dyn Sink, failed: Option<&LinkError>) -> bool {
-        let any = !self.finished.is_empty();
-        for finished in std::mem::take(&mut self.finished) {
-            match finished {
-                Finished::Send(op, status) => self.sent(op, status, sink, failed),
-                Finished::Flush { .. } => {}
-            }
+        let any = !self.finished.is_empty() || !self.landed.is_empty();
+        let mut all = std::mem::take(&mut self.finished);
+        for (op, status) in all.drain(..) {
+            self.sent(op, status, sink, failed);
+        }
+        // Its memory serves again.
+        self.finished = all;
+        for op in self.landed.drain(..).filter(|op| *op != OpId::NONE) {
+            sink.done(op, Ok(()));
         }
         any
     }
@@ -321,11 +309,6 @@ impl UcxLink {
             }
         }
         self.freed_bytes += freed;
-        if self.freed_bytes >= FREED_BYTES_MAX {
-            let mut inbox = self.slot.mailbox.inbox();
-            inbox.held_bytes =
-                inbox.held_bytes.saturating_sub(std::mem::take(&mut self.freed_bytes));
-        }
         result
     }
 
@@ -335,12 +318,13 @@ impl UcxLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        let Entry { header, bytes, len, body } = entry;
+        let (header, len) = (entry.header, entry.len);
         let bad = |what: &str| Err(LinkError::protocol(LinkKind::Ucx, what));
         match header.kind {
-            Kind::Eager => return self.eager(&header, &bytes, len, body, budget, sink),
-            Kind::Chunk => return self.chunk(&header, &bytes, len, body, budget, sink),
-            Kind::Offer | Kind::Bulk if len == 0 => return self.offer(&header, &bytes, sink),
+            Kind::Eager => return self.eager(entry, budget, sink),
+            Kind::Offer | Kind::Bulk if len == 0 => {
+                return self.offer(&header, &entry.bytes, sink);
+            }
             Kind::Pull if len == 0 => {
                 if !self.outgoing.pulled(header.id, header.len) {
                     return bad("a payload is pulled that is not there");
@@ -356,9 +340,10 @@ impl UcxLink {
                 }
                 return Ok(());
             }
-            Kind::Offer | Kind::Bulk | Kind::Pull | Kind::Refuse | Kind::Ping => {}
+            // Chunks and pings are the callback's.
+            Kind::Offer | Kind::Bulk | Kind::Pull | Kind::Refuse | Kind::Chunk | Kind::Ping => {}
         }
-        self.give_back(body);
+        self.give_back(entry.body);
         bad("a message with more behind it than there may be")
     }
 
@@ -373,17 +358,15 @@ impl UcxLink {
     /// A parcel with its payload.
     fn eager(
         &mut self,
-        header: &Header,
-        bytes: &[u8],
-        len: usize,
-        body: Body,
+        entry: Entry,
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
         let payload = self.arrived();
+        let len = entry.len;
         self.counters.inline_bytes_received += len as u64;
-        let (head, inline) = bytes.split_at(usize::from(header.head_len));
-        let inline = matches!(body, Body::Inline).then_some(inline);
+        let (head, inline) = entry.bytes.split_at(usize::from(entry.header.head_len));
+        let inline = matches!(entry.body, Body::Inline).then_some(inline);
         let how = How::Eager;
         let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
         let result = match sink.parcel(arrival) {
@@ -391,26 +374,21 @@ impl UcxLink {
             Disposition::Discard => Ok(()),
             Disposition::Land { to, op } => {
                 budget.bytes = budget.bytes.saturating_sub(len);
-                let mut landing = landing(to, op, len)?;
-                let from = match &body {
-                    Body::Inline => bytes[usize::from(header.head_len)..].as_ptr(),
-                    Body::Owned(bytes) => bytes.as_ptr(),
-                    Body::Held(desc) => desc.0.as_ptr().cast_const().cast(),
-                };
-                // SAFETY: `len` bytes lie there, UCX's until they are given back below; the driver
-                // keeps the landing, which has room for as many.
-                unsafe { landing.take(from, len) };
-                if op != OpId::NONE {
-                    sink.done(op, Ok(()));
-                }
-                Ok(())
+                landing(to, op, len).map(|mut landing| {
+                    // SAFETY: `len` bytes lie there, UCX's until they are given back below; the
+                    // driver keeps the landing, which has room for as many.
+                    unsafe { landing.take(entry.payload(), len) };
+                    if op != OpId::NONE {
+                        sink.done(op, Ok(()));
+                    }
+                })
             }
             Disposition::Fatal(error) => Err(error),
             Disposition::Taken | Disposition::Hold | Disposition::View => {
                 Err(internal("an eager payload was neither landed nor discarded"))
             }
         };
-        self.give_back(body);
+        self.give_back(entry.body);
         result
     }
 
@@ -426,7 +404,7 @@ impl UcxLink {
             return bad("a payload of a length that may not be");
         }
         let Ok(len) = usize::try_from(header.len) else { return bad("a payload over the limit") };
-        if self.open.len() + self.incoming.len() >= OPEN_MAX {
+        if self.open.len() >= OPEN_MAX {
             return bad("too many open payloads");
         }
         let payload = self.arrived();
@@ -449,69 +427,27 @@ impl UcxLink {
     /// Lands a payload that waits at the peer.
     fn pull(&mut self, id: u32, len: usize, to: Landing, op: OpId) -> Result<(), LinkError> {
         let incoming = landing(to, op, len)?;
-        if self.incoming.insert(id, incoming).is_some() {
+        let mut worker = self.worker.lock();
+        let inbox = self.slot.mailbox.inbox(&mut worker.key);
+        if inbox.incoming.len() >= OPEN_MAX {
+            return Err(LinkError::protocol(LinkKind::Ucx, "too many open payloads"));
+        }
+        if !inbox.incoming.insert(id, incoming) {
             return Err(LinkError::protocol(LinkKind::Ucx, "a payload's number is in use"));
         }
-        self.wanting.push_back(id);
+        drop(worker);
         self.grant()
     }
 
     /// Lets the peer send more, as far as there is room for it here.
     fn grant(&mut self) -> Result<(), LinkError> {
-        while let Some(id) = self.wanting.front().copied() {
-            if let Some(incoming) = self.incoming.get_mut(&id) {
-                let room = PULLED_BYTES_MAX - self.pulled_bytes;
-                let Some(more) = incoming.grant(room) else { return Ok(()) };
-                let upto = incoming.granted();
-                self.pulled_bytes += more;
-                self.answer(Kind::Pull, id, upto)?;
-            }
-            self.wanting.pop_front();
+        loop {
+            let mut worker = self.worker.lock();
+            let granted = self.slot.mailbox.inbox(&mut worker.key).incoming.grant();
+            drop(worker);
+            let Some((id, upto)) = granted else { return Ok(()) };
+            self.answer(Kind::Pull, id, upto)?;
         }
-        Ok(())
-    }
-
-    /// A piece of a payload that was pulled.
-    fn chunk(
-        &mut self,
-        header: &Header,
-        bytes: &[u8],
-        len: usize,
-        body: Body,
-        budget: &mut Budget,
-        sink: &mut dyn Sink,
-    ) -> Result<(), LinkError> {
-        let id = header.id;
-        let expected = |incoming: &&mut Incoming| incoming.expects(header.len, len);
-        let Some(incoming) = self.incoming.get_mut(&id).filter(expected) else {
-            self.give_back(body);
-            return Err(LinkError::protocol(LinkKind::Ucx, "a chunk that was not asked for"));
-        };
-        let from = match &body {
-            Body::Inline => bytes[usize::from(header.head_len)..].as_ptr(),
-            Body::Owned(bytes) => bytes.as_ptr(),
-            Body::Held(desc) => desc.0.as_ptr().cast_const().cast(),
-        };
-        // SAFETY: `len` bytes lie there, UCX's until they are given back below; it was asked for,
-        // and the driver keeps the landing.
-        unsafe { incoming.take(from, len) };
-        self.pulled_bytes -= len;
-        if incoming.begins_to_want(len) {
-            self.wanting.push_back(id);
-        }
-        let over = incoming.is_over().then_some(incoming.op);
-        self.give_back(body);
-        budget.bytes = budget.bytes.saturating_sub(len);
-        // Chunks are no parcels: their bytes limit a turn.
-        budget.parcels += 1;
-        self.counters.inline_bytes_received += len as u64;
-        if let Some(op) = over {
-            self.incoming.remove(&id);
-            if op != OpId::NONE {
-                sink.done(op, Ok(()));
-            }
-        }
-        self.grant()
     }
 
     /// Says something about a payload of the peer's.
@@ -561,7 +497,6 @@ impl UcxLink {
             header = Header { id, class: outgoing.class, len: outgoing.sent as u64, ..header };
             sending.class = outgoing.class;
             sending.chunk_of = Some(id);
-            sending.bytes.reserve(header.encode().len() + chunk_bytes.min(outgoing.len));
             sending.bytes.extend_from_slice(&header.encode());
             let header_len = sending.bytes.len();
             outgoing.in_flight += 1;
@@ -672,7 +607,7 @@ impl UcxLink {
                 if chunk_of.is_some() {
                     // Reported with the others, outside of what is at work here.
                     self.in_flight[class as usize] += 1;
-                    self.finished.push(Finished::Send(over, ffi::UCS_OK));
+                    self.finished.push((over, ffi::UCS_OK));
                 } else {
                     self.spare(over);
                 }
@@ -681,7 +616,7 @@ impl UcxLink {
             Err((failed, status)) => {
                 if chunk_of.is_some() {
                     self.in_flight[class as usize] += 1;
-                    self.finished.push(Finished::Send(failed, status));
+                    self.finished.push((failed, status));
                 }
                 Err(self.status_error("sending", status))
             }
@@ -700,6 +635,8 @@ impl UcxLink {
                 worker.release(desc);
             }
         }
+        // From here on nothing is written to what the driver lent for landing.
+        self.unlanded = self.slot.mailbox.inbox(&mut worker.key).incoming.clear();
         self.open.clear();
         worker.close(&mut self.ep);
     }
@@ -714,6 +651,28 @@ impl UcxLink {
             }
         }
     }
+}
+
+/// What a look at the worker has found.
+#[derive(Default)]
+struct News {
+    /// There may be more.
+    more: bool,
+    fault: Option<Fault>,
+    /// Bytes of payloads that have come to their place since the last look.
+    landed_bytes: usize,
+    /// The peer may be granted more.
+    wants: bool,
+}
+
+/// Takes over what has ended.
+fn take_endings(
+    inbox: &mut Inbox,
+    finished: &mut Vec<(Box<SendOp>, ucs_status_t)>,
+    landed: &mut Vec<OpId>,
+) {
+    finished.append(&mut inbox.finished);
+    landed.append(inbox.incoming.landed());
 }
 
 /// A landing for a payload of this length.
@@ -748,9 +707,15 @@ impl Link for UcxLink {
         if !spinning {
             self.look_at_bootstrap(cx);
         }
-        let more = self.progress(spinning, sink);
-        let fault = self.empty_inbox();
-        let mut moved = self.report_finished(sink, None);
+        let News { more, fault, landed_bytes, wants } = self.progress(spinning, sink);
+        budget.bytes = budget.bytes.saturating_sub(landed_bytes);
+        self.counters.inline_bytes_received += landed_bytes as u64;
+        let mut moved = landed_bytes > 0;
+        moved |= self.report_finished(sink, None);
+        if wants {
+            let granted = self.grant();
+            self.ended(granted)?;
+        }
         moved |= !self.arrived.is_empty();
         let spent = self.hand_up(budget, sink);
         let spent = self.ended(spent)?;
@@ -779,13 +744,14 @@ impl Link for UcxLink {
 
     fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
         if self.killed {
-            let mut inbox = self.slot.mailbox.inbox();
-            self.slot.mailbox.park(&mut inbox, cx.waker());
+            let mailbox = &self.slot.mailbox;
+            mailbox.park(mailbox.inbox(&mut self.worker.lock().key), cx.waker());
             return Ok(Armed::Yes);
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let waits = !self.arrived.is_empty() || !self.finished.is_empty();
+        let waits =
+            !self.arrived.is_empty() || !self.finished.is_empty() || !self.landed.is_empty();
         if self.hung_up.is_some() || waits || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
@@ -795,16 +761,14 @@ impl Link for UcxLink {
         }
         let mut worker = self.worker.lock();
         let mailbox = &self.slot.mailbox;
-        let mut inbox = mailbox.inbox();
+        let inbox = mailbox.inbox(&mut worker.key);
         if inbox.has_news() {
             return Ok(Armed::Busy);
         }
-        mailbox.park(&mut inbox, cx.waker());
-        self.look_closely = true;
-        drop(inbox);
+        mailbox.park(inbox, cx.waker());
         let armed = worker.arm(Some(cx.waker()));
         if !matches!(armed, Ok(Armed::Yes)) {
-            mailbox.unpark(&mut mailbox.inbox());
+            mailbox.unpark(mailbox.inbox(&mut worker.key));
         }
         drop(worker);
         self.ended(armed)
@@ -869,25 +833,23 @@ impl Link for UcxLink {
         }
         let in_flight = loop {
             worker.progress_all(STEPS);
-            let in_flight = self.slot.mailbox.inbox().in_flight;
+            let in_flight = self.slot.mailbox.inbox(&mut worker.key).in_flight;
             if in_flight == 0 || Instant::now() >= until {
                 break in_flight;
             }
         };
+        let inbox = self.slot.mailbox.inbox(&mut worker.key);
+        take_endings(inbox, &mut self.finished, &mut self.landed);
         let wakes = worker.take_wakes();
         drop(worker);
         for waker in wakes {
             sink.wake(waker);
         }
-        // What was taken before and not reported comes first.
-        self.report_finished(sink, Some(error));
-        self.look_closely = true;
-        self.empty_inbox();
         self.report_finished(sink, Some(error));
         self.set_lingers(in_flight > 0);
-        // Landings are written by this process only, and what no chunk of is under way is not read.
-        let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
-        for op in landings.into_iter().chain(self.outgoing.clear_idle()) {
+        // What no chunk of is under way is not read any more, and `begin_to_end` saw to the rest.
+        let unlanded = std::mem::take(&mut self.unlanded);
+        for op in unlanded.into_iter().chain(self.outgoing.clear_idle()) {
             if op != OpId::NONE {
                 sink.done(op, Err(error.clone()));
             }
@@ -901,21 +863,22 @@ impl Link for UcxLink {
         if self.killed {
             return true;
         }
+        let mailbox = &self.slot.mailbox;
         let mut worker = self.worker.lock();
-        let mut inbox = self.slot.mailbox.inbox();
         let sent = self.messages_sent;
+        let inbox = mailbox.inbox(&mut worker.key);
         let goal = *inbox.flush_goal.get_or_insert(sent);
         if inbox.flushed < goal && !inbox.flushing {
             inbox.flushing = true;
-            drop(inbox);
             let begun = worker.flush(&self.ep, sent);
-            inbox = self.slot.mailbox.inbox();
             // A flush that fails is followed by the error handler's call.
             if !matches!(begun, Begun::Pending) {
+                let inbox = mailbox.inbox(&mut worker.key);
                 inbox.flushing = false;
                 inbox.flushed = sent;
             }
         }
+        let inbox = mailbox.inbox(&mut worker.key);
         let flushed = inbox.flushed >= goal && self.reporting == 0 && !self.outgoing.any_owed();
         if flushed {
             inbox.flush_goal = None;

@@ -1,13 +1,14 @@
 //! Parcels through UCX: whatever lanes libucp finds between two processes, behind one worker.
 //!
-//! A node has one worker, found at run time (`thalweg-ffi`), under one lock. Parcels are active
+//! A node has one worker, found at run time (`thalweg-ffi`), behind one gate. Parcels are active
 //! messages; matching and order are `proto`'s, so UCX's own tags and streams are not used. The
 //! bootstrap connection stays open beside it: its end is the peer's death, seen by the kernel.
 //!
 //! | file | owns |
 //! | --- | --- |
 //! | `context` | the library's context and its settings |
-//! | `worker` | the worker, its lock, and what its callbacks may touch |
+//! | `gate` | the worker's lock, and how callbacks get at what it guards |
+//! | `worker` | the worker, and its callbacks |
 //! | `request` | operations that UCX is at work on, and the callbacks that end them |
 //! | `inbox` | what came for one link, in order, until the link is polled |
 //! | `wire` | the header before each message |
@@ -26,8 +27,8 @@
 //!
 //! # Locks
 //!
-//! In this order, none of them across user code: the endpoint's, the worker's, a link's inbox.
-//! Callbacks run inside of calls into UCX, so with the worker's lock held; they take an inbox only.
+//! In this order, none of them across user code: the endpoint's, and the worker's gate. Callbacks
+//! run inside of calls into UCX, so with the gate held, which guards all that they touch.
 //!
 //! # What is trusted
 //!
@@ -39,6 +40,7 @@ mod blob;
 mod bulk;
 mod context;
 mod engine;
+mod gate;
 mod inbox;
 mod lanes;
 mod link;

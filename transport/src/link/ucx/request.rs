@@ -16,12 +16,6 @@ use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_
 use super::inbox::{Dispatch, Mailbox};
 use crate::link::{Class, OpId};
 
-/// A request that has ended.
-pub(super) enum Finished {
-    Send(Box<SendOp>, ucs_status_t),
-    Flush { sent: u64 },
-}
-
 /// A message on its way out.
 pub(super) struct SendOp {
     pub op: OpId,
@@ -157,7 +151,8 @@ pub(super) unsafe extern "C" fn sent(
         let Some(to) = op.to.take() else { return };
         // SAFETY: the request is over, and nobody else frees it.
         unsafe { (to.ucx.functions.ucp_request_free)(request) };
-        to.finish(Finished::Send(op, status));
+        // SAFETY: called back, with no other reference to what the gate guards.
+        unsafe { to.finish(|inbox| inbox.finished.push((op, status))) };
     });
 }
 
@@ -177,7 +172,13 @@ pub(super) unsafe extern "C" fn flushed(
         // SAFETY: as in `sent`.
         unsafe { (op.to.ucx.functions.ucp_request_free)(request) };
         // A flush that fails is followed by the error handler's call.
-        op.to.finish(Finished::Flush { sent: op.sent });
+        // SAFETY: as in `sent`.
+        unsafe {
+            op.to.finish(|inbox| {
+                inbox.flushing = false;
+                inbox.flushed = op.sent;
+            });
+        }
     });
 }
 

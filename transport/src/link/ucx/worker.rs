@@ -1,4 +1,4 @@
-//! The worker: every call into UCX goes through its lock.
+//! The worker: every call into UCX is made with its gate held.
 
 use std::ffi::{CStr, c_void};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,12 +15,13 @@ use thalweg_ffi::ucx::{
 };
 
 use super::context::Context;
+use super::gate::Key;
 use super::inbox::{Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
 use super::lanes::{self, Lane};
 use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
-use super::wire::{HEADER_BYTES, Header};
+use super::wire::{HEADER_BYTES, Header, Kind};
 use super::{Unavailable, describe, link_error};
 use crate::error::LinkError;
 use crate::link::{Armed, HEAD_MAX};
@@ -93,7 +94,6 @@ pub(super) struct Worker {
     pub ucx: &'static Ucx,
     context: Context,
     raw: ucp_worker_h,
-    gate: Mutex<()>,
     pub dispatch: Arc<Dispatch>,
     /// What peers connect to.
     pub address: Vec<u8>,
@@ -103,7 +103,7 @@ pub(super) struct Worker {
     fork: ForkGuard,
 }
 
-// SAFETY: the handle is used under `gate` only, and UCX was told so (serialised thread mode).
+// SAFETY: the handle is used with the gate held only, and UCX was told so (serialised thread mode).
 unsafe impl Send for Worker {}
 // SAFETY: as above.
 unsafe impl Sync for Worker {}
@@ -156,7 +156,6 @@ impl Worker {
             ucx,
             context,
             raw,
-            gate: Mutex::new(()),
             dispatch,
             address,
             source,
@@ -183,19 +182,13 @@ impl Worker {
         }
     }
 
-    /// The lock. Blocks for at most the turns of others.
+    /// Takes the gate. Blocks for at most the turns of others.
     pub fn lock(&self) -> Locked<'_> {
-        Locked { worker: self, _gate: lock(&self.gate) }
+        Locked { worker: self, key: self.dispatch.gate.lock() }
     }
 
     pub fn try_lock(&self) -> Option<Locked<'_>> {
-        match self.gate.try_lock() {
-            Ok(gate) => Some(Locked { worker: self, _gate: gate }),
-            Err(std::sync::TryLockError::Poisoned(gate)) => {
-                Some(Locked { worker: self, _gate: gate.into_inner() })
-            }
-            Err(std::sync::TryLockError::WouldBlock) => None,
-        }
+        Some(Locked { worker: self, key: self.dispatch.gate.try_lock()? })
     }
 
     pub fn forked(&self) -> bool {
@@ -210,13 +203,13 @@ impl Drop for Worker {
             return;
         }
         let until = Instant::now() + PATIENCE;
-        let busy = |dispatch: &Dispatch| {
-            dispatch.in_flight.load(Ordering::Acquire) + dispatch.ending.load(Ordering::Acquire) > 0
-        };
-        while busy(&self.dispatch) && Instant::now() < until {
-            self.lock().progress();
+        let mut worker = self.lock();
+        while worker.is_busy() && Instant::now() < until {
+            worker.progress();
         }
-        if busy(&self.dispatch) {
+        let busy = worker.is_busy();
+        drop(worker);
+        if busy {
             tracing::error!("UCX does not let go of memory: its worker is left standing");
             std::mem::forget(self.dispatch.clone());
             return;
@@ -325,10 +318,11 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut fds, Some(&now)).map_or(true, |ready| ready > 0)
 }
 
-/// The worker, locked.
+/// The worker, with its gate held. Calls into UCX borrow it as a whole, and with it the key: while
+/// one is made, nobody but callbacks gets at what the gate guards.
 pub(super) struct Locked<'a> {
     pub worker: &'a Worker,
-    _gate: MutexGuard<'a, ()>,
+    pub key: Key<'a>,
 }
 
 impl Locked<'_> {
@@ -344,9 +338,15 @@ impl Locked<'_> {
         (0..limit).all(|_| self.progress())
     }
 
-    /// Whom callbacks wanted woken, to be woken outside of the lock.
+    /// Whom callbacks wanted woken, to be woken when the gate is open.
     pub fn take_wakes(&mut self) -> Vec<Waker> {
-        self.worker.dispatch.take_wakes()
+        std::mem::take(&mut self.worker.dispatch.state(&mut self.key).wakes)
+    }
+
+    /// Whether UCX is at work on something.
+    fn is_busy(&mut self) -> bool {
+        let dispatch = &self.worker.dispatch;
+        dispatch.ending.load(Ordering::Acquire) > 0 || dispatch.state(&mut self.key).in_flight > 0
     }
 
     /// Makes the descriptor fire for what comes next; `last` is woken first then. After `Yes`
@@ -452,7 +452,7 @@ impl Locked<'_> {
         // so nothing is left to be fetched by it.
         params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
         params.flags = ffi::UCP_AM_SEND_FLAG_EAGER;
-        // SAFETY: nobody else has the box until the callback, which runs under this lock.
+        // SAFETY: nobody else has the box until the callback, which runs with the gate held.
         let op = unsafe { &*raw };
         let (header, (buffer, count)) = match header_len {
             0 => (std::ptr::null(), (op.bytes.as_ptr().cast_mut().cast(), op.bytes.len())),
@@ -466,7 +466,7 @@ impl Locked<'_> {
         };
         let status = match begun(pointer) {
             Begun::Pending => {
-                ep.mailbox.begin();
+                ep.mailbox.begin(&mut self.key);
                 return Ok(None);
             }
             Begun::Done => ffi::UCS_OK,
@@ -495,7 +495,7 @@ impl Locked<'_> {
             unsafe { (self.worker.ucx.functions.ucp_ep_flush_nbx)(ep.raw, &raw const params) };
         let begun = begun(pointer);
         match begun {
-            Begun::Pending => ep.mailbox.begin(),
+            Begun::Pending => ep.mailbox.begin(&mut self.key),
             // SAFETY: UCX is finished with it, and there will be no callback.
             Begun::Done | Begun::Failed(_) => drop(unsafe { Box::from_raw(raw) }),
         }
@@ -640,43 +640,81 @@ unsafe fn take(
     // A lane may have its memory shared with the peer: nothing is looked at before it is copied.
     // SAFETY: `first_len` bytes are readable there.
     unsafe { std::ptr::copy_nonoverlapping(first, fixed.as_mut_ptr(), HEADER_BYTES) };
-    let Some(parsed) = Header::decode(&fixed) else { return false };
-    let Some(mailbox) = dispatch.find(parsed.slot, parsed.secret) else { return false };
-    let head_len = usize::from(parsed.head_len);
+    let Some(header) = Header::decode(&fixed) else { return false };
+    // SAFETY: called back, with no other reference to what the gate guards.
+    let found = unsafe { dispatch.find(header.slot, header.secret) };
+    let Some(delivery) = found else { return false };
+    let head_len = usize::from(header.head_len);
     let rest = first_len - HEADER_BYTES;
     if rest < head_len || (!packed && rest != head_len) {
-        mailbox.fail(Fault::Peer("a message with a bad head"));
+        delivery.fail("a message with a bad head");
         return false;
     }
-    let payload_len = if packed { rest - head_len } else { len };
-    let mut bytes = SmallVec::new();
     // SAFETY: `rest` bytes follow the header.
-    unsafe { append(&mut bytes, first.add(HEADER_BYTES), rest) };
+    let behind = unsafe { first.add(HEADER_BYTES) };
     let keepable = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_DATA) != 0;
-    let mut kept = false;
-    let body = if packed || payload_len == 0 {
-        Body::Inline
-    } else if keepable && payload_len > INLINE_MAX {
-        let Some(desc) = NonNull::new(data) else { return false };
-        kept = true;
-        Body::Held(Desc(desc))
-    } else if payload_len <= INLINE_MAX {
-        // SAFETY: the payload is here: `len` bytes at `data`.
-        unsafe { append(&mut bytes, data.cast(), payload_len) };
-        Body::Inline
-    } else {
-        let mut own = Vec::with_capacity(payload_len);
-        // SAFETY: as above, into memory with room for them.
-        unsafe {
-            std::ptr::copy_nonoverlapping(data.cast::<u8>(), own.as_mut_ptr(), payload_len);
-            own.set_len(payload_len);
-        }
-        Body::Owned(own)
+    let (payload, len, keep) = match packed {
+        true => (behind.wrapping_add(head_len), rest - head_len, None),
+        false => (data.cast::<u8>().cast_const(), len, NonNull::new(data).filter(|_| keepable)),
     };
-    let entry = Entry { header: parsed, bytes, len: payload_len, body };
+    let message = Message { head: behind, payload, len, keep };
+    if header.kind == Kind::Chunk {
+        if delivery.is_next(header.seq) {
+            // SAFETY: the payload is here.
+            unsafe { delivery.land_next(&header, message.payload, len) };
+        } else {
+            // SAFETY: head and payload are here.
+            let _ = delivery.deliver(unsafe { Message { keep: None, ..message }.entry(header) });
+        }
+        return false;
+    }
+    // SAFETY: head and payload are here.
+    let entry = unsafe { message.entry(header) };
+    let kept = matches!(entry.body, Body::Held(_));
     // What is refused was never kept: UCX takes its memory back when this returns.
-    let refused = mailbox.deliver(entry).is_some();
+    let refused = delivery.deliver(entry).is_some();
     kept && !refused
+}
+
+/// Where the parts of a message lie. A lane may have that memory shared with the peer: it is copied
+/// before anything in it is looked at.
+struct Message {
+    head: *const u8,
+    payload: *const u8,
+    /// Of the payload, in bytes.
+    len: usize,
+    /// UCX's memory with the payload, if it may be kept.
+    keep: Option<NonNull<c_void>>,
+}
+
+impl Message {
+    /// The entry that it becomes.
+    ///
+    /// # Safety
+    ///
+    /// Head and payload are valid for reads of their lengths.
+    unsafe fn entry(self, header: Header) -> Entry {
+        let len = self.len;
+        let mut bytes = SmallVec::new();
+        // SAFETY: the caller's promise.
+        unsafe { append(&mut bytes, self.head, header.head_len.into()) };
+        let body = if len <= INLINE_MAX {
+            // SAFETY: the caller's promise.
+            unsafe { append(&mut bytes, self.payload, len) };
+            Body::Inline
+        } else if let Some(data) = self.keep {
+            Body::Held(Desc(data))
+        } else {
+            let mut own = Vec::with_capacity(len);
+            // SAFETY: the caller's promise, into memory with room for them.
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.payload, own.as_mut_ptr(), len);
+                own.set_len(len);
+            }
+            Body::Owned(own)
+        };
+        Entry { header, bytes, len, body }
+    }
 }
 
 /// Copies into the end of `bytes`.
@@ -702,7 +740,8 @@ unsafe extern "C" fn endpoint_failed(arg: *mut c_void, _ep: ucp_ep_h, status: uc
     let tell = || {
         // SAFETY: as this function's.
         let mailbox = unsafe { &*arg.cast::<Mailbox>() };
-        mailbox.fail(Fault::Endpoint(status));
+        // SAFETY: called back, with no other reference to what the gate guards.
+        unsafe { mailbox.fail(Fault::Endpoint(status)) };
     };
     // Nothing unwinds into C.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(tell));
