@@ -25,7 +25,7 @@ pub struct Info {
 /// One link.
 #[derive(Clone, Debug, Serialize)]
 pub struct LinkInfo {
-    /// `shm`, `tcp`, `ucx`.
+    /// `shm`, `tcp`, `ucx`, `verbs`.
     pub link: &'static str,
     /// Whether it can be used here.
     pub present: bool,

@@ -182,8 +182,9 @@ if [ -e /rdma-devices ] && ! sh -e /rdma-devices >/dev/ttyS0 2>&1; then
 fi
 ulimit -l unlimited
 stty -F /dev/ttyS1 raw
-sh /program >/dev/ttyS1 2>&1 </dev/null
-echo "STATUS $?" >/dev/ttyS1
+# Through a pipe, so that no program believes that it talks to a person.
+{ sh /program 2>&1 </dev/null; echo $? >/status; } | cat >/dev/ttyS1
+cat /status >/dev/ttyS2
 poweroff -f
 INIT
 chmod +x "$root/init"
@@ -192,10 +193,11 @@ chmod +x "$root/init"
 state=0
 timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 \
   -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
-  -append "console=ttyS0 panic=-1 mitigations=off loglevel=4" \
-  -serial "file:$work/log" -serial "file:$work/output" </dev/null || state=$?
-tr -d '\r' <"$work/output" | grep -v '^STATUS ' || :
-status=$(sed -n 's/^STATUS \([0-9]*\).*/\1/p' "$work/output" | tail -1)
+  -append "console=ttyS0 panic=-1 mitigations=off loglevel=4 tsc=reliable clocksource=tsc" \
+  -serial "file:$work/log" -serial "file:$work/output" -serial "file:$work/status" \
+  </dev/null || state=$?
+tr -d '\r' <"$work/output"
+status=$(tr -cd '0-9' <"$work/status")
 [ -z "$status" ] || exit "$status"
 [ "$state" != 124 ] || { echo "no end within $limit s" >&2; exit 124; }
 tail -15 "$work/log" >&2

@@ -188,6 +188,8 @@ impl VerbsLink {
             ffi::IBV_WC_RETRY_EXC_ERR
             | ffi::IBV_WC_RNR_RETRY_EXC_ERR
             | ffi::IBV_WC_WR_FLUSH_ERR
+            // Soft-RoCE's word for a packet that it cannot get rid of: the interface is down.
+            | ffi::IBV_WC_LOC_QP_OP_ERR
             | ffi::IBV_WC_REM_OP_ERR
             | ffi::IBV_WC_REM_ABORT_ERR
             // The peer's memory is registered no more: its link is at an end.

@@ -24,8 +24,9 @@ pub(super) const BATCH: usize = 16;
 
 /// How long an unacknowledged packet waits before it is sent again: 4.096 µs · 2^16 = 268 ms.
 const TIMEOUT: u8 = 16;
-/// How often, before the connection counts as lost.
-const RETRIES: u8 = 7;
+/// How often, before the connection counts as lost. The largest number, 7, is seven times for
+/// adapters, and for ever for the kernel's soft-RoCE.
+const RETRIES: u8 = 6;
 /// A receiver that is not ready is waited for as long as it takes. It does not happen: there is a
 /// buffer for every message that may be sent.
 const RECEIVER_RETRIES: u8 = 7;
