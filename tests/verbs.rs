@@ -5,16 +5,24 @@
 
 mod support;
 
-use std::process::{Command, Output};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
-use support::{Peer, measured, note, serially, short_or_long};
-use thalweg::{Config, LinkKind, Message, Node};
+use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
+use thalweg::{Config, Endpoint, ErrorKind, LinkKind, Message, Node};
 use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped};
 
 /// How long the adapter tries before it gives a connection up, and what a slow machine adds.
 const LOST_MAX: Duration = Duration::from_secs(30);
 const LONG_BYTES: usize = 1 << 20;
+const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
+/// A user who may do nothing in particular.
+const NOBODY: u32 = 65_534;
+/// Those of the virtual machine, and of which interfaces they are made.
+const DEVICES: [(&str, &str); 3] = [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb")];
 
 /// Whether this is the machine with a wire between `rxa` and `rxb`; says what is left out if not.
 fn in_the_machine(test: &str) -> bool {
@@ -87,6 +95,129 @@ fn verbs_registers_memory_once() {
     });
 }
 
+/// Not by itself.
+#[test]
+fn verbs_is_absent_and_the_rest_works() {
+    if inside() {
+        support::without(LinkKind::Verbs);
+    }
+}
+
+/// Whether a process in these circumstances does without, says why, and what would help.
+#[track_caller]
+fn assert_absent(
+    settings: &[(&str, &Path)],
+    more: impl FnOnce(&mut Command),
+    because: &str,
+    fix: &str,
+) {
+    let output = support::outside_as("verbs_is_absent_and_the_rest_works", settings, more);
+    let (reason, advice) = support::reason_and_fix(&output);
+    assert!(reason.contains(because), "{reason:?} does not say {because:?}");
+    assert!(advice.contains(fix), "{advice:?} does not say {fix:?}");
+}
+
+/// As `assert_absent`, of a library.
+#[track_caller]
+fn assert_no_library(file: &Path, because: &str) {
+    assert_absent(&[(LIBRARY, file)], |_| {}, because, LIBRARY);
+}
+
+#[test]
+fn verbs_without_a_library() {
+    assert_no_library(Path::new("/nonexistent/libibverbs.so.1"), "not there");
+    let folder = Folder::new("verbs");
+    let path = folder.0.join("libibverbs.so.1");
+    std::fs::write(&path, "INPUT(-libverbs)\n".repeat(20)).expect("writable");
+    assert_no_library(&path, "not a 64-bit shared object");
+    let old = "int ibv_fork_init(void) { return 0; }\n";
+    match folder.library("libibverbs.so.1", old) {
+        Some(path) => assert_no_library(&path, "too old: has no function ibv_"),
+        None => skipped("verbs_without_a_library: an old one", "no C compiler"),
+    }
+}
+
+/// A device is there, but not for this process.
+#[test]
+fn verbs_without_permission_or_memory() {
+    if !in_the_machine("verbs_without_permission_or_memory") {
+        return;
+    }
+    let _alone = serially();
+    let nobody = |command: &mut Command, bytes: u64| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+        command.uid(NOBODY);
+        // SAFETY: the closure runs in the forked child, and makes one system call.
+        unsafe {
+            command.pre_exec(move || {
+                match libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            });
+        }
+    };
+    let device = [("THALWEG_VERBS_DEVICES", Path::new("rxe0"))];
+    let little = |command: &mut Command| nobody(command, 64 << 10);
+    assert_absent(&device, little, "RLIMIT_MEMLOCK is 65536 bytes", "ulimit -l");
+    let files: Vec<_> = std::fs::read_dir("/dev/infiniband")
+        .expect("devices")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    let permit = |mode| {
+        for file in &files {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(file, permissions).expect("changing permissions");
+        }
+    };
+    permit(0o600);
+    let much = |command: &mut Command| nobody(command, 1 << 30);
+    assert_absent(&device, much, "cannot be opened", "/dev/infiniband/uverbs");
+    permit(0o666);
+}
+
+/// Makes a device anew, and waits until it has an address.
+fn make_device(device: &str, interface: &str) {
+    tool("RDMA", &["link", "add", device, "type", "rxe", "netdev", interface]);
+    wait_for_address(device);
+}
+
+fn wait_for_address(device: &str) {
+    let until = Instant::now() + LOST_MAX;
+    let file = format!("/sys/class/infiniband/{device}/ports/1/gids");
+    let has_address = || {
+        (0..8).any(|index| {
+            let gid = std::fs::read_to_string(format!("{file}/{index}"));
+            gid.is_ok_and(|gid| gid.contains(":ffff:"))
+        })
+    };
+    while !has_address() {
+        assert!(Instant::now() < until, "{device} has no address");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn verbs_without_a_device_or_a_port() {
+    if !in_the_machine("verbs_without_a_device_or_a_port") {
+        return;
+    }
+    let _alone = serially();
+    let of = |names: &'static str| [("THALWEG_VERBS_DEVICES", Path::new(names))];
+    assert_absent(&of("nobody's"), |_| {}, "none of the devices named", "THALWEG_VERBS_DEVICES");
+    tool("IP", &["link", "set", "dummy0", "down"]);
+    assert_absent(&of("rxe0"), |_| {}, "no port is up: rxe0 port 1 is", "ip link");
+    tool("IP", &["link", "set", "dummy0", "up"]);
+    wait_for_address("rxe0");
+    for (device, _) in DEVICES {
+        tool("RDMA", &["link", "delete", device]);
+    }
+    assert_absent(&[], |_| {}, "the kernel knows no RDMA device", "rdma link add");
+    for (device, interface) in DEVICES {
+        make_device(device, interface);
+    }
+}
+
 fn across_the_wire(mode: [&str; 2], words: [&[&str]; 2]) -> [Peer; 2] {
     let start = |mode: &str, device: &str, words: &[&str], address: String| {
         let mut all = vec![mode.to_owned(), "way=Verbs".to_owned(), format!("device={device}")];
@@ -131,6 +262,107 @@ fn verbs_wire_cut_mid_transfer() {
     for peer in peers {
         assert!(peer.finish(), "a peer failed");
     }
+}
+
+/// What happens to the device of one of two nodes while both use it.
+fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn()) {
+    if !in_the_machine(name) {
+        return;
+    }
+    let _alone = serially();
+    run_once(name, async {
+        let config = |device: &str| {
+            Config::new().transports([LinkKind::Verbs, LinkKind::Tcp]).verbs_devices([device])
+        };
+        let nodes = ["rxa", "rxb"].map(|device| Node::new(config(device)).expect("a node"));
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Verbs, "{}", a.route());
+        let mut errors = Vec::new();
+        let lost = {
+            let streaming = |from: &Endpoint| {
+                let from = from.clone();
+                async move {
+                    loop {
+                        if let Err(failed) = from.send(vec![7u8; LONG_BYTES]).await {
+                            return failed.error;
+                        }
+                    }
+                }
+            };
+            let reading = |at: &Endpoint| {
+                let at = at.clone();
+                async move {
+                    loop {
+                        if let Err(error) = at.recv().await {
+                            return error;
+                        }
+                    }
+                }
+            };
+            let ends = tokio::spawn(futures_util::future::join4(
+                streaming(&a),
+                reading(&a),
+                streaming(&b),
+                reading(&b),
+            ));
+            let waiting = a.tag_recv(1, u64::MAX, vec![0; 64]);
+            thalweg_tests::until("some messages", || a.stats().messages_received > 4).await;
+            let (began, lost) = (Instant::now(), lose());
+            let (ends, waiting) = tokio::time::timeout(LOST_MAX, async {
+                (ends.await.expect("its end"), waiting.await)
+            })
+            .await
+            .expect("an operation still waits");
+            measured(name, began.elapsed().as_secs_f64(), "s to the last error");
+            errors.extend([ends.0, ends.1, ends.2, ends.3]);
+            errors.push(waiting.expect_err("nobody sent it").error);
+            lost
+        };
+        for error in &errors {
+            note(format_args!("{name}: {error}"));
+            let kind = error.kind();
+            assert!(matches!(kind, ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
+        }
+        drop((a, b));
+        // The nodes go on, without the device.
+        let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Tcp, "{}", a.route());
+        let (sent, got) = tokio::join!(a.send(vec![1u8; 70_000]), b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 70_000);
+        if let Some(mut lost) = lost {
+            // Nothing holds it any more, though the node is there.
+            thalweg_tests::until("the device to go", || {
+                lost.try_wait().expect("its status").is_some_and(|status| status.success())
+            })
+            .await;
+        }
+    });
+    restore();
+}
+
+#[test]
+fn verbs_device_is_removed() {
+    let remove = || {
+        let program = std::env::var("RDMA").expect("the machine says where its tools are");
+        // It waits until nobody uses the device.
+        Some(Command::new(program).args(["link", "delete", "rxb"]).spawn().expect("rdma"))
+    };
+    lose_a_device("verbs_device_is_removed", remove, || make_device("rxb", "vb"));
+}
+
+#[test]
+fn verbs_port_goes_down() {
+    let down = || {
+        tool("IP", &["link", "set", "va", "down"]);
+        None
+    };
+    lose_a_device("verbs_port_goes_down", down, || {
+        tool("IP", &["link", "set", "va", "up"]);
+        tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
+        wait_for_address("rxa");
+    });
 }
 
 #[test]

@@ -89,9 +89,16 @@ impl Absent {
 pub struct Verbs {
     /// Its functions.
     pub functions: Functions,
+    /// `ibv_reg_dmabuf_mr`, which registers memory of other devices: rdma-core has it since 34.
+    pub reg_dmabuf_mr: Option<RegDmabufMr>,
     /// The file.
     pub path: PathBuf,
 }
+
+/// Domain, offset into the buffer, bytes, address in requests, descriptor of the buffer, access.
+/// Null: refused, and `errno` says why.
+pub type RegDmabufMr =
+    unsafe extern "C" fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
 
 static LOADED: OnceLock<Result<Verbs, Absent>> = OnceLock::new();
 
@@ -130,6 +137,10 @@ fn open(path: &Path) -> Result<Verbs, Fault> {
     // person who set the variable vouches for.
     let library = unsafe { Library::open(OsStr::new(path)) }.map_err(broken)?;
     let functions = Functions::load(library).map_err(Fault::Symbol)?;
+    let reg_dmabuf_mr = library.symbol(c"ibv_reg_dmabuf_mr").map(|address| {
+        // SAFETY: the public headers declare a function of this name and type.
+        unsafe { std::mem::transmute::<*mut c_void, RegDmabufMr>(address) }
+    });
     let path =
         file_of(functions.ibv_fork_init as *const c_void).unwrap_or_else(|| path.to_path_buf());
     // A child that is forked off shares pinned pages with its parent, and whoever writes first
@@ -138,7 +149,7 @@ fn open(path: &Path) -> Result<Verbs, Fault> {
     // been registered before, by somebody who has then made that choice.
     // SAFETY: takes nothing.
     unsafe { (functions.ibv_fork_init)() };
-    Ok(Verbs { functions, path })
+    Ok(Verbs { functions, reg_dmabuf_mr, path })
 }
 
 impl Verbs {

@@ -117,6 +117,8 @@ pub(super) struct Device {
     pub verbs: &'static Verbs,
     raw: *mut ibv_context,
     pub name: String,
+    /// Of its file in `/dev/infiniband`.
+    pub file_name: String,
     pub limits: Limits,
     fork: ForkGuard,
     _tracked: [Tracked; 2],
@@ -136,6 +138,16 @@ pub(super) struct Limits {
     pub reads_answered: u8,
     pub reads_issued: u8,
     pub ports: u8,
+}
+
+/// Why a device was not opened. libibverbs looks in several places, and does not say what was wrong
+/// with the first.
+fn refused(device: String, file_name: &str, error: &io::Error) -> Unusable {
+    let file = format!("/dev/infiniband/{file_name}");
+    match std::fs::File::options().read(true).write(true).open(&file) {
+        Ok(_) => Unusable::Failed { what: format!("opening {device}: {error}") },
+        Err(error) => Unusable::NoPermission { device, error: format!("{file}: {error}") },
+    }
 }
 
 /// The list of devices, given back when dropped.
@@ -203,14 +215,12 @@ impl Device {
     ) -> Result<Device, Unusable> {
         // SAFETY: an entry of a live list.
         let raw = unsafe { (verbs.functions.ibv_open_device)(device) };
+        // SAFETY: an entry of a live list; the library ends the name with a zero.
+        let file_name = unsafe { CStr::from_ptr((&raw const (*device).dev_name).cast()) };
+        let file_name = file_name.to_string_lossy().into_owned();
         if raw.is_null() {
             let error = io::Error::last_os_error();
-            return Err(match error.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) => {
-                    Unusable::NoPermission { device: name, error: error.to_string() }
-                }
-                _ => Unusable::Failed { what: format!("opening {name}: {error}") },
-            });
+            return Err(refused(name, &file_name, &error));
         }
         // SAFETY: a live context.
         let (command, events) = unsafe { ((*raw).cmd_fd, (*raw).async_fd) };
@@ -218,8 +228,15 @@ impl Device {
             Limits { queue_depth: 0, completions: 0, reads_answered: 1, reads_issued: 1, ports: 0 };
         let tracked = [Tracked::new(command), Tracked::new(events)];
         // From here on it is closed if something fails.
-        let mut device =
-            Device { verbs, raw, name, limits, fork: ForkGuard::get(), _tracked: tracked };
+        let mut device = Device {
+            verbs,
+            raw,
+            name,
+            file_name,
+            limits,
+            fork: ForkGuard::get(),
+            _tracked: tracked,
+        };
         set_nonblocking(device.events())
             .map_err(|error| Unusable::Failed { what: format!("events of a device: {error}") })?;
         // SAFETY: zero is valid for every field, and the call fills them in.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -13,11 +13,12 @@ use thalweg_ffi::ibverbs as ffi;
 use super::VerbsOptions;
 use super::alarm::{Alarm, Alarms};
 use super::blob::{self, PORTS_MAX, Port, Terms};
-use super::device::{Device, Domain, LocalPort, Unusable, memory_lock_limit};
+use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
 use super::messenger::{BUFFERS, Messenger};
 use super::queues::Side;
 use super::registrations::Registrations;
+use super::removal::Removals;
 use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header, Kind};
 use crate::link::{Budget, Engine, Progress};
@@ -33,11 +34,18 @@ struct Adapter {
     registrations: Arc<Registrations>,
 }
 
-/// A node's devices.
-pub(crate) struct VerbsEngine {
-    adapters: Vec<Adapter>,
+/// What there is to use.
+struct Adapters {
+    /// `None`: it was taken away.
+    all: Vec<Option<Adapter>>,
     /// Every address of every port that is up, and whose it is.
     ports: Vec<(LocalPort, usize)>,
+}
+
+/// A node's devices.
+pub(crate) struct VerbsEngine {
+    adapters: Mutex<Adapters>,
+    removals: Option<Removals>,
     reactor: Reactor,
     timers: Arc<Timers>,
     alarms: Alarms,
@@ -96,24 +104,59 @@ impl VerbsEngine {
                     what: format!("watching the events of {}: {error}", device.name),
                 })?;
             let registrations = Registrations::new(&domain);
-            adapters.push(Adapter { device: device.clone(), events, slabs, registrations });
+            let adapter = Adapter { device: device.clone(), events, slabs, registrations };
+            adapters.push(Some(adapter));
         }
         if ports.is_empty() {
             return Err(Unusable::PortDown { ports: down.join(", ") });
         }
         ports.truncate(PORTS_MAX);
+        let removals = Removals::new(reactor)
+            .inspect_err(|error| tracing::debug!(%error, "removals of devices are not announced"))
+            .ok();
         let (reactor, alarms) = (reactor.clone(), Alarms::default());
-        Ok(Arc::new(VerbsEngine { adapters, ports, reactor, timers, alarms, options }))
+        let adapters = Mutex::new(Adapters { all: adapters, ports });
+        Ok(Arc::new(VerbsEngine { adapters, removals, reactor, timers, alarms, options }))
+    }
+
+    fn adapters(&self) -> MutexGuard<'_, Adapters> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the links of a device that it is gone, and lets go of it, so that it can go.
+    fn let_go(&self, adapters: &mut Adapters, which: usize, why: String) {
+        self.alarms.hear(which, &Event::DeviceGone { why });
+        adapters.ports.retain(|(_, whose)| *whose != which);
+        adapters.all[which] = None;
+    }
+
+    fn hear_removals(&self, adapters: &mut Adapters, cx: &mut Context<'_>) -> Progress {
+        let Some(removals) = &self.removals else { return Progress::Idle };
+        for _ in 0..EVENTS_MAX {
+            let file_name = match removals.poll(cx) {
+                Poll::Ready(Ok(Some(file_name))) => file_name,
+                Poll::Ready(Ok(None)) => continue,
+                Poll::Ready(Err(_)) | Poll::Pending => return Progress::Idle,
+            };
+            let is_it = |adapter: &Adapter| adapter.device.file_name == file_name;
+            let which = adapters.all.iter().position(|adapter| adapter.as_ref().is_some_and(is_it));
+            if let Some(which) = which {
+                let why = format!("the device {file_name} is being removed");
+                self.let_go(adapters, which, why);
+            }
+        }
+        Progress::More
     }
 
     /// What was found, for people.
     pub fn found(&self) -> String {
-        let ports: Vec<String> = self.ports.iter().map(|(port, _)| port.to_string()).collect();
+        let adapters = self.adapters();
+        let ports: Vec<String> = adapters.ports.iter().map(|(port, _)| port.to_string()).collect();
         ports.join(", ")
     }
 
     fn own(&self) -> Vec<Port> {
-        self.ports.iter().map(|(port, _)| port.port).collect()
+        self.adapters().ports.iter().map(|(port, _)| port.port).collect()
     }
 
     /// What the hello says.
@@ -123,7 +166,11 @@ impl VerbsEngine {
 
     /// Whether a pair of ports can be tried.
     pub fn verdict(&self, theirs: &[u8]) -> Result<(), (String, Option<String>)> {
-        blob::verdict(&self.own(), theirs)
+        let own = self.own();
+        if own.is_empty() {
+            return Err(("every device of this side was taken away".into(), None));
+        }
+        blob::verdict(&own, theirs)
     }
 
     /// Chooses a pair of ports, and makes queues at this side's.
@@ -136,12 +183,13 @@ impl VerbsEngine {
             false => blob::choose(&theirs, &own).map(|(theirs, own)| (own, theirs)),
         };
         let (at, to) = chosen.ok_or_else(|| failure("no port reaches one of the peer's"))?;
-        let (port, which) = &self.ports[at];
+        let adapters = self.adapters();
+        let (port, which) = adapters.ports.get(at).ok_or_else(|| failure("the port is gone"))?;
         let mut random = [0; 4];
         getrandom::fill(&mut random)
             .map_err(|error| failure(format!("random numbers: {error}")))?;
         let first_packet = u32::from_ne_bytes(random) & 0xff_ffff;
-        let adapter = &self.adapters[*which];
+        let adapter = adapters.all[*which].as_ref().ok_or_else(|| failure("the device is gone"))?;
         let mut messenger = Messenger::new(&adapter.slabs, port, first_packet)
             .map_err(|error| failure(format!("queues at {port}: {error}")))?;
         let ports = if connects { (at as u8, to as u8) } else { (to as u8, at as u8) };
@@ -192,11 +240,17 @@ impl VerbsEngine {
 
 impl Engine for VerbsEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
-        for (which, Adapter { device, events, .. }) in self.adapters.iter().enumerate() {
+        let mut adapters = self.adapters();
+        for which in 0..adapters.all.len() {
             let mut left = EVENTS_MAX;
-            while left > 0 {
+            while left > 0
+                && let Some(Adapter { device, events, .. }) = &adapters.all[which]
+            {
                 left -= 1;
                 match events.poll_read(cx, |_| device.take_event().map(Attempt::More)) {
+                    Poll::Ready(Ok(Event::DeviceGone { why })) => {
+                        self.let_go(&mut adapters, which, why);
+                    }
                     Poll::Ready(Ok(event)) => self.alarms.hear(which, &event),
                     // An error is the runtime's, which others report, or the device's, which has
                     // nothing more to say.
@@ -207,7 +261,7 @@ impl Engine for VerbsEngine {
                 return Progress::More;
             }
         }
-        Progress::Idle
+        self.hear_removals(&mut adapters, cx)
     }
 }
 

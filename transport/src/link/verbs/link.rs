@@ -65,6 +65,14 @@ fn io_error(doing: &str, error: &io::Error) -> LinkError {
     made
 }
 
+/// In words, what a completion on the sending side was about.
+fn doing(ended: &Ended) -> &'static str {
+    match ended {
+        Ended::Send => "sending",
+        Ended::Read(_) => "reading",
+    }
+}
+
 /// A payload at the peer that nobody has asked for yet.
 struct Offered {
     id: u32,
@@ -206,6 +214,23 @@ impl VerbsLink {
         error(kind, detail)
     }
 
+    /// A request has failed: the link ends once everything that came before has been handed up. One
+    /// that was flushed says only that another failed, which may be known by now.
+    fn breaks(&mut self, how: &str, completion: &Completion) {
+        if self.broken.is_some() {
+            return;
+        }
+        let cause = |known: &&Completion| {
+            !matches!(known.status, ffi::IBV_WC_SUCCESS | ffi::IBV_WC_WR_FLUSH_ERR)
+        };
+        let flushed = completion.status == ffi::IBV_WC_WR_FLUSH_ERR;
+        let cause = self.ended.iter().find(cause).filter(|_| flushed);
+        self.broken = Some(match cause {
+            Some(cause) => self.failed(doing(&self.messenger.what(cause)), cause),
+            None => self.failed(how, completion),
+        });
+    }
+
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
         let into = match side {
             Side::Receive => &mut self.received,
@@ -223,9 +248,7 @@ impl VerbsLink {
             let ended = self.messenger.ended(&completion);
             if completion.status != ffi::IBV_WC_SUCCESS {
                 // What the peer sent before is handed up first.
-                let doing = if ended == Ended::Send { "sending" } else { "reading" };
-                let why = self.failed(doing, &completion);
-                self.broken.get_or_insert(why);
+                self.breaks(doing(&ended), &completion);
                 continue;
             }
             if let Ended::Read(id) = ended {
@@ -268,8 +291,8 @@ impl VerbsLink {
             }
             budget.parcels -= 1;
             if completion.status != ffi::IBV_WC_SUCCESS {
-                let why = self.failed("receiving", &completion);
-                self.broken.get_or_insert(why);
+                self.take(Side::Send)?;
+                self.breaks("receiving", &completion);
                 continue;
             }
             self.message(&completion, budget, sink)?;

@@ -224,14 +224,22 @@ impl Messenger {
         Ok(!self.taken.is_empty())
     }
 
-    /// What a completion on the sending side was about. Its buffer is free.
-    pub fn ended(&mut self, completion: &Completion) -> Ended {
-        if completion.id & READ_BIT != 0 {
-            return Ended::Read(completion.id as u32);
+    /// What a completion on the sending side is about.
+    pub fn what(&self, completion: &Completion) -> Ended {
+        match completion.id & READ_BIT {
+            0 => Ended::Send,
+            _ => Ended::Read(completion.id as u32),
         }
-        self.free.push(completion.id as u16);
-        self.arrived += 1;
-        Ended::Send
+    }
+
+    /// Deals with a completion on the sending side: a message's buffer is free.
+    pub fn ended(&mut self, completion: &Completion) -> Ended {
+        let ended = self.what(completion);
+        if ended == Ended::Send {
+            self.free.push(completion.id as u16);
+            self.arrived += 1;
+        }
+        ended
     }
 
     /// A message that has come, and its header, whose credit has been booked. `None`: not from

@@ -16,6 +16,7 @@
 //! | `bulk` | long payloads |
 //! | `blob` | what sides tell each other, and the choice of ports |
 //! | `alarm` | what devices say by themselves |
+//! | `removal` | what the kernel says of devices that are taken away |
 //! | `engine` | devices of a node, set-up |
 //! | `link` | the link |
 //!
@@ -43,6 +44,7 @@ mod link;
 mod messenger;
 mod queues;
 mod registrations;
+mod removal;
 mod slab;
 mod wire;
 
