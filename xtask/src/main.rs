@@ -9,6 +9,7 @@ mod setup;
 mod soak;
 mod summary;
 mod ucx;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -22,6 +23,7 @@ cargo xtask test [--no-install]   every test; installs what they need where it m
 cargo xtask lint                  format, clippy, documentation, licences and sources
 cargo xtask deny                  licences and sources of the dependencies alone
 cargo xtask ucx                   the tests over UCX alone: each library, each choice of lanes
+cargo xtask verbs                 the tests over verbs alone, in a virtual machine
 cargo xtask soak                  the tests in their long forms; writes tests/SOAK.md
 ";
 
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
             summary
         }
         ["ucx"] => ucx::tests(&root(), true, false),
+        ["verbs"] => verbs::tests(&root(), false),
         ["soak"] => soak::run(&root()),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -85,6 +88,7 @@ fn test(install: bool) -> Summary {
     let tests = cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES);
     summary.extend(run::tests(tests, minutes(6), minutes(20)));
     summary.extend(ucx::tests(&root(), install, false).into_rows());
+    summary.extend(verbs::tests(&root(), false).into_rows());
     for (name, arguments) in PROGRAMS {
         let command = Command::new(built_programs().join(name)).with(arguments);
         summary.add(Step::new(name, minutes(3)).checks_leftovers().run(command));

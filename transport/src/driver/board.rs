@@ -57,6 +57,8 @@ pub(crate) struct Pulse {
     leader: Mutex<Option<(OpId, Waker)>>,
     queued: AtomicBool,
     watched: AtomicBool,
+    /// An operation has let others run, and is polled again at once.
+    polled_soon: AtomicBool,
 }
 
 impl Pulse {
@@ -67,6 +69,7 @@ impl Pulse {
             leader: Mutex::new(None),
             queued: AtomicBool::new(false),
             watched: AtomicBool::new(false),
+            polled_soon: AtomicBool::new(false),
         })
     }
 
@@ -124,9 +127,26 @@ impl Pulse {
         }
     }
 
+    /// An operation lets others run, and is polled again at once: until then a beat is for it, and
+    /// not for the resident task, which would arm the endpoint that is being polled, and so cause
+    /// the next beat. The watch sees to it that the operation is indeed polled.
+    pub fn yielding(self: &Arc<Self>) {
+        self.polled_soon.store(true, Ordering::Release);
+        self.watch();
+    }
+
+    /// An operation is being polled.
+    #[inline]
+    pub fn polled(&self) {
+        if self.polled_soon.load(Ordering::Relaxed) {
+            self.polled_soon.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// The watch takes the endpoint off its list. Before arming, so that whatever happens after
     /// puts it on again.
     pub fn unwatched(&self) {
+        self.polled();
         self.watched.store(false, Ordering::Release);
     }
 
@@ -148,6 +168,7 @@ impl Wake for Pulse {
                 self.watch();
                 waker.wake();
             }
+            None if self.polled_soon.load(Ordering::Acquire) => self.watch(),
             None => self.enqueue(),
         }
     }

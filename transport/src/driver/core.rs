@@ -927,6 +927,10 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         single_copy_bytes_received: a.single_copy_bytes_received + b.single_copy_bytes_received,
         arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
+        rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,
+        registrations: a.registrations + b.registrations,
+        registrations_reused: a.registrations_reused + b.registrations_reused,
+        registrations_refused: a.registrations_refused + b.registrations_refused,
         wakes_sent: a.wakes_sent + b.wakes_sent,
         stalls: a.stalls + b.stalls,
     }

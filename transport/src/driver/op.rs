@@ -211,6 +211,7 @@ impl<'e, K: Kind> Op<'e, K> {
                 None => return Poll::Pending,
             },
         };
+        endpoint.pulse.polled();
         if let Some(output) = self.step(&mut core) {
             drop(core);
             return self.ready(output);
@@ -285,7 +286,7 @@ impl<'e, K: Kind> Op<'e, K> {
             return self.ready(output);
         }
         self.store_waker(&mut core, cx);
-        self.endpoint.pulse.watch();
+        self.endpoint.pulse.yielding();
         drop(core);
         cx.waker().wake_by_ref();
         Poll::Pending

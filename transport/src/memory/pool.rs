@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use super::{Buffer, BufferMut, Region};
+use super::{Buffer, BufferMut, Region, arenas};
 
 /// Where received frames land. Called by the driver, outside of its locks' fast path but with the
 /// endpoint's lock held: it must not block and must not call back into this crate.
@@ -22,6 +22,8 @@ const CLASS_MIN: usize = 4096;
 const CLASSES: usize = 32;
 /// From this size on, the kernel is asked to back memory with huge pages.
 const HUGE: usize = 2 << 20;
+/// From this size on, others may keep something for a mapping, and are told when it goes.
+const ARENA_MIN: usize = 32 << 10;
 
 struct Cache {
     free: [Vec<NonNull<u8>>; CLASSES],
@@ -68,13 +70,20 @@ fn map(class: usize) -> Option<NonNull<u8>> {
         // SAFETY: advice on the mapping just made; a refusal costs speed only.
         let _ = unsafe { madvise(ptr, size, Advice::LinuxHugepage) };
     }
-    NonNull::new(ptr.cast())
+    let ptr = NonNull::new(ptr.cast())?;
+    if size >= ARENA_MIN {
+        arenas::mapped(ptr, size);
+    }
+    Some(ptr)
 }
 
 /// # Safety
 ///
 /// `ptr` came from [`map`] with this class, and nobody uses the memory any more.
 unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
+    if CLASS_MIN << class >= ARENA_MIN {
+        arenas::unmapping(ptr);
+    }
     // SAFETY: the caller's. It fails only for what was not mapped.
     let _ = unsafe { munmap(ptr.as_ptr().cast(), CLASS_MIN << class) };
 }
