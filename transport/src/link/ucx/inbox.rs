@@ -129,32 +129,27 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
+    /// Whether no parcel, no end of a send and no fault waits for the link.
+    #[inline]
+    fn nothing_waits(&self) -> bool {
+        self.queue.is_empty() && self.finished.is_empty() && self.fault.is_none()
+    }
+
     /// Whether a poll of the link would find something.
     pub fn has_news(&self) -> bool {
-        !self.queue.is_empty()
-            || !self.finished.is_empty()
-            || self.incoming.has_news()
-            || self.flush_ended
-            || self.fault.is_some()
+        !self.nothing_waits() || self.incoming.has_news() || self.flush_ended
     }
 
     /// Whether nothing has come since the link last looked, but what was handed up already.
     #[inline]
     pub fn is_quiet(&self) -> bool {
-        self.queue.is_empty()
-            && self.finished.is_empty()
-            && self.incoming.is_quiet()
-            && self.fault.is_none()
-            && !self.parked
+        self.nothing_waits() && self.incoming.is_quiet() && !self.parked
     }
 
     /// Whether nothing has come since the link last looked but chunks of payloads, not too many.
     #[inline]
     pub fn only_lands(&self) -> bool {
-        self.queue.is_empty()
-            && self.finished.is_empty()
-            && self.incoming.only_lands()
-            && self.fault.is_none()
+        self.nothing_waits() && self.incoming.only_lands()
     }
 
     /// Whether the message of this number is the next.
@@ -167,12 +162,20 @@ impl Inbox {
     /// # Safety
     ///
     /// `len` bytes are readable at `from`.
-    pub unsafe fn land_next(&mut self, header: &Header, from: *const u8, len: usize) {
+    unsafe fn land_next(&mut self, header: &Header, from: *const u8, len: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.land(header, from, len) };
+        self.passed();
+    }
+
+    /// # Safety
+    ///
+    /// `len` bytes are readable at `from`.
+    unsafe fn land(&mut self, header: &Header, from: *const u8, len: usize) {
         // SAFETY: the caller's promise.
         if !unsafe { self.incoming.land(header.id, header.len, from, len) } {
             self.fault.get_or_insert(UNASKED);
         }
-        self.passed();
     }
 
     /// The next message is through: what came before its turn may follow.
@@ -194,12 +197,7 @@ impl Inbox {
             }
             self.held_bytes = self.held_bytes.saturating_sub(entry.cost());
             // SAFETY: the entry is here, and chunks in entries own their bytes (`Message::entry`).
-            let landed = unsafe {
-                self.incoming.land(entry.header.id, entry.header.len, entry.payload(), entry.len)
-            };
-            if !landed {
-                self.fault.get_or_insert(UNASKED);
-            }
+            unsafe { self.land(&entry.header, entry.payload(), entry.len) };
         }
     }
 
@@ -278,12 +276,6 @@ impl Mailbox {
     #[inline]
     pub fn inbox<'a>(&'a self, key: &'a mut Key<'_>) -> &'a mut Inbox {
         self.inbox.get(&self.dispatch.gate, key)
-    }
-
-    /// Whether nothing waits to be handed up.
-    #[inline]
-    pub fn is_empty(&self, key: &mut Key<'_>) -> bool {
-        self.inbox(key).queue.is_empty()
     }
 
     /// Whether there may be something new. Asked without the gate: what is missed is seen next

@@ -242,7 +242,8 @@ impl UcxLink {
             }
             false => worker.progress_all(if last { LAST_STEPS } else { STEPS }),
         };
-        let moved = if self.arrived.is_empty() && mailbox.is_empty(&mut worker.key) {
+        let in_order = self.arrived.is_empty() && mailbox.inbox(&mut worker.key).queue.is_empty();
+        let moved = if in_order {
             mailbox.while_polled(&mut worker, &mut polled, progress)
         } else {
             progress(&mut worker)
@@ -505,12 +506,9 @@ impl UcxLink {
         Ok(any)
     }
 
-    /// Whether something of what was taken from the inbox, or has been pulled, waits here.
-    fn has_work(&self) -> bool {
-        !self.arrived.is_empty()
-            || !self.finished.is_empty()
-            || !self.landed.is_empty()
-            || self.outgoing.has_work()
+    /// Whether something waits here of what was taken from the inbox.
+    fn has_taken(&self) -> bool {
+        !self.arrived.is_empty() || !self.finished.is_empty() || !self.landed.is_empty()
     }
 
     fn may_send_chunks(&self) -> bool {
@@ -822,7 +820,7 @@ impl Link for UcxLink {
         // Something is left for what is not landed: chunks come without end for a while.
         budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
         self.count.counters.inline_bytes_received += landed_bytes as u64;
-        if spinning && handed_up && !self.has_work() {
+        if spinning && handed_up && !self.has_taken() && !self.outgoing.has_work() {
             return Ok(Progress::Some);
         }
         let mut moved = handed_up || landed_bytes > 0;
@@ -871,9 +869,7 @@ impl Link for UcxLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let waits =
-            !self.arrived.is_empty() || !self.finished.is_empty() || !self.landed.is_empty();
-        if self.hung_up.is_some() || waits || self.may_send_chunks() {
+        if self.hung_up.is_some() || self.has_taken() || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
         match &self.waker {

@@ -15,6 +15,7 @@ use thalweg_ffi::ucx::{
     self as ffi, Ucx, ucp_address_t, ucp_am_recv_param_t, ucp_ep_h, ucp_worker_h, ucs_status_t,
 };
 
+use super::bulk;
 use super::context::Context;
 use super::gate::Key;
 use super::inbox::{AT_ONCE_MAX, Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
@@ -734,12 +735,9 @@ impl Message {
         } else if let Some(data) = self.keep {
             Body::Held(Desc(data))
         } else {
-            let mut own = Vec::with_capacity(len);
-            // SAFETY: the caller's promise, into memory with room for them.
-            unsafe {
-                std::ptr::copy_nonoverlapping(self.payload, own.as_mut_ptr(), len);
-                own.set_len(len);
-            }
+            let mut own = Vec::new();
+            // SAFETY: the caller's promise.
+            unsafe { bulk::append(&mut own, self.payload, len) };
             Body::Owned(own)
         };
         Entry { header, bytes, len, body }
