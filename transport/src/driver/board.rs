@@ -9,14 +9,14 @@
 //! on the *watch list*: while the list is not empty, the resident task looks at it every
 //! millisecond and takes over each endpoint that nobody drove since the last look. An idle
 //! endpoint is armed and on no list, and costs nothing.
+//!
+//! What it is made of comes from `sync` beside it, so that `loom` runs this very code (see
+//! `board_model`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};
 
-use futures_util::task::AtomicWaker;
-
-use super::sync::{Mutex, lock};
+use super::sync::{AtomicBool, AtomicWaker, Mutex, Ordering, lock};
 use crate::link::OpId;
 
 /// Identifies an endpoint within its node; never reused.
@@ -97,6 +97,14 @@ impl Pulse {
         }
     }
 
+    /// The operation was dropped or withdrawn, and may have been the one that was woken or about to
+    /// be polled: the resident task takes over.
+    pub fn ended_early(self: &Arc<Self>, op: OpId) {
+        self.unlead(op);
+        self.polled();
+        self.enqueue();
+    }
+
     /// Puts the endpoint before the resident task.
     pub fn enqueue(self: &Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
@@ -135,7 +143,7 @@ impl Pulse {
         self.watch();
     }
 
-    /// An operation is being polled.
+    /// An operation is being polled, or will not be: beats are for whoever waits again.
     #[inline]
     pub fn polled(&self) {
         if self.polled_soon.load(Ordering::Relaxed) {
@@ -171,5 +179,23 @@ impl Wake for Pulse {
             None if self.polled_soon.load(Ordering::Acquire) => self.watch(),
             None => self.enqueue(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Pulse {
+    /// Whether it is before the resident task.
+    pub fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Acquire)
+    }
+
+    /// Whether it is on the watch list.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Acquire)
+    }
+
+    /// Whether a beat is left to an operation that is polled again at once.
+    pub fn is_polled_soon(&self) -> bool {
+        self.polled_soon.load(Ordering::Acquire)
     }
 }

@@ -322,12 +322,10 @@ impl<'e, K: Kind> Op<'e, K> {
         }
     }
 
-    /// The operation's task may have been the one to be woken: the resident task takes over.
     fn ended_early(&mut self, id: OpId) {
         self.ticket = None;
         self.finished = true;
-        self.endpoint.pulse.unlead(id);
-        self.endpoint.pulse.enqueue();
+        self.endpoint.pulse.ended_early(id);
     }
 }
 
