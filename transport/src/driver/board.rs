@@ -155,7 +155,8 @@ impl Pulse {
     /// puts it on again.
     pub fn unwatched(&self) {
         self.polled();
-        self.watched.store(false, Ordering::Release);
+        // An exchange, as in `dequeued`: in one line with those that found it on the list.
+        self.watched.swap(false, Ordering::AcqRel);
     }
 
     /// The watch keeps the endpoint after all. `false`: somebody has put it on the list already.
