@@ -187,8 +187,10 @@ pub async fn pair_of(way: Way, config_a: Config, config_b: Config) -> Pair {
 
 /// One more pair of endpoints.
 pub async fn connect(node: &Node, listener: &Listener) -> (Endpoint, Endpoint) {
-    let (a, b) = tokio::join!(node.connect(listener.address()), listener.accept());
-    (a.expect("connecting"), b.expect("accepting"))
+    // Each fails at once: the listener waits for ever for one that could not connect.
+    tokio::join!(async { node.connect(listener.address()).await.expect("connecting") }, async {
+        listener.accept().await.expect("accepting")
+    },)
 }
 
 impl Pair {

@@ -6,6 +6,8 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,8 @@ use std::time::{Duration, Instant};
 use thalweg::{Config, LinkKind, Message, Node};
 use thalweg_tests::{connect, run_once};
 
+/// What is shown of a peer's complaints, in bytes.
+const COMPLAINTS_MAX: usize = 64 << 10;
 /// How long a peer may take to say what is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -144,6 +148,8 @@ pub struct Peer {
     child: Child,
     lines: Option<BufReader<ChildStdout>>,
     stdin: Option<ChildStdin>,
+    /// What it complains of, unless that is shown as it comes.
+    complaints: Option<fs::File>,
 }
 
 impl Peer {
@@ -160,14 +166,17 @@ impl Peer {
     /// A peer that this command starts.
     pub fn of(mut command: Command) -> Peer {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        // A victim complains on its way out.
+        // A victim complains on its way out, which is shown if something else is missed of it.
+        let mut complaints = None;
         if std::env::var_os("THALWEG_TEST_VERBOSE").is_none() {
-            command.stderr(Stdio::null());
+            let file = nameless_file();
+            command.stderr(file.try_clone().expect("another number for a file"));
+            complaints = Some(file);
         }
         let mut child = command.spawn().expect("starting a peer");
         let lines = child.stdout.take().map(BufReader::new);
         let stdin = child.stdin.take();
-        Peer { child, lines, stdin }
+        Peer { child, lines, stdin, complaints }
     }
 
     /// The next line that the peer says.
@@ -183,8 +192,18 @@ impl Peer {
 
     /// Waits until the peer says a line that begins with this word: the rest of it.
     pub fn said(&mut self, word: &str) -> String {
-        self.said_by(word, Instant::now() + PATIENCE)
-            .unwrap_or_else(|| panic!("the peer did not say {word}"))
+        self.said_by(word, Instant::now() + PATIENCE).unwrap_or_else(|| {
+            let status = self.child.try_wait();
+            panic!("the peer did not say {word} ({status:?}): {}", self.complaints())
+        })
+    }
+
+    /// What it has complained of so far.
+    pub fn complaints(&self) -> String {
+        let mut said = vec![0; COMPLAINTS_MAX];
+        let read = self.complaints.as_ref().map(|file| file.read_at(&mut said, 0));
+        said.truncate(read.and_then(Result::ok).unwrap_or(0));
+        String::from_utf8_lossy(&said).into_owned()
     }
 
     /// As `said`, until a point in time.
@@ -221,6 +240,15 @@ impl Drop for Peer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A file of this process and of who is given it.
+fn nameless_file() -> fs::File {
+    // SAFETY: the name ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"complaints".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "no file: {}", std::io::Error::last_os_error());
+    // SAFETY: made above, and owned by nobody else.
+    unsafe { fs::File::from_raw_fd(fd) }
 }
 
 fn readable(from: &ChildStdout, until: Instant) -> bool {

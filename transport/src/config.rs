@@ -327,6 +327,9 @@ impl Config {
                 "VERBS_DEVICES" => {
                     let names = value.split(',').map(str::trim).filter(|name| !name.is_empty());
                     config.verbs_devices = names.map(str::to_owned).collect();
+                    if config.verbs_devices.is_empty() && !value.is_empty() {
+                        return Err(bad("names no device"));
+                    }
                 }
                 // Read when these libraries are first looked for: there is one of each a process.
                 "UCX_LIBRARY" | "VERBS_LIBRARY" => {}
@@ -459,6 +462,8 @@ mod tests {
             ("THALWEG_TCP_BUFFER", "12 furlongs"),
             ("THALWEG_TYPO", "1"),
             ("THALWEG_NODE_BUDGET", "99999999999999999999"),
+            ("THALWEG_VERBS_DEVICES", ","),
+            ("THALWEG_VERBS_DEVICES", " "),
         ] {
             let error = parse(&[(name, value)]).err().expect(name);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);

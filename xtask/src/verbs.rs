@@ -27,10 +27,11 @@ const ACROSS: [&str; 6] = [
 
 /// Those that are run over UCX, with InfiniBand's reliable connections as its lanes, and in which
 /// there is always an operation that polls: UCX's way of sleeping hangs now and then on soft-RoCE.
+/// (In `cancel_after_it_has_begun` there is none while a receive is left alone.)
 const OVER_UCX: [&str; 7] = [
     "order_of_pipelined_messages::ucx",
     "both_directions_at_once::ucx",
-    "cancel_after_it_has_begun::ucx",
+    "cancel_before_it_begins::ucx",
     "credit_is_respected::ucx",
     "one_sided_bounds::ucx",
     "sizes_of_messages::ucx",

@@ -288,6 +288,10 @@ mod tests {
         match load() {
             Ok(verbs) => {
                 assert!(verbs.path.is_file());
+                // SAFETY: a handle that is looked at only.
+                let library = unsafe { Library::open(verbs.path.as_os_str()) }.expect("loaded");
+                let registers = library.symbol(c"ibv_reg_dmabuf_mr");
+                assert_eq!(verbs.reg_dmabuf_mr.map(|bound| bound as *mut c_void), registers);
                 assert!(!verbs.describe(IBV_WC_RETRY_EXC_ERR).is_empty());
                 assert!(!verbs.describe(9999).is_empty());
             }

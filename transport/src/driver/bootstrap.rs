@@ -573,10 +573,15 @@ impl SetUp<'_> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let share = if last { left } else { left / 2 };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
+        let begun = self.begin(kind, role);
+        // Written whole, before there is anything that could cut it short.
+        if let Ok(Some(prepared)) = &begun {
+            self.say(&Setup::Terms(prepared.terms())).await?;
+        }
         let mut hearing = pin!(self.hear_past_terms());
         let mut heard = None;
         let own = {
-            let mut bringing = pin!(self.bring_up(kind, role));
+            let mut bringing = pin!(self.bring_up(kind, role, begun));
             poll_fn(|cx| {
                 if heard.is_none()
                     && let Poll::Ready(said) = hearing.as_mut().poll(cx)
@@ -612,7 +617,24 @@ impl SetUp<'_> {
         Ok((own, said?))
     }
 
-    async fn bring_up(&self, kind: LinkKind, role: Role) -> Result<Prepared, Failure> {
+    /// What a link needs before the peer is told of its terms.
+    fn begin(&self, kind: LinkKind, role: Role) -> Result<Option<verbs::Prepared>, Failure> {
+        if kind != LinkKind::Verbs {
+            return Ok(None);
+        }
+        let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+        let engine = self.node.verbs.as_ref().ok_or_else(absent)?;
+        let blob = self.blob(kind).ok_or_else(absent)?;
+        engine.prepare(blob, role == Role::Connector).map(Some)
+    }
+
+    async fn bring_up(
+        &self,
+        kind: LinkKind,
+        role: Role,
+        begun: Result<Option<verbs::Prepared>, Failure>,
+    ) -> Result<Prepared, Failure> {
+        let begun = begun?;
         match kind {
             LinkKind::Tcp => Ok(Prepared::Bootstrap),
             LinkKind::Shm => {
@@ -637,10 +659,7 @@ impl SetUp<'_> {
             LinkKind::Verbs => {
                 let absent = || Failure { reason: "not offered".into(), fix: String::new() };
                 let engine = self.node.verbs.as_ref().ok_or_else(absent)?;
-                let blob = self.blob(kind).ok_or_else(absent)?;
-                let prepared = engine.prepare(blob, role == Role::Connector)?;
-                let said = self.say(&Setup::Terms(prepared.terms())).await;
-                said.map_err(|error| Failure { reason: error.to_string(), ..Failure::default() })?;
+                let prepared = begun.ok_or_else(absent)?;
                 let theirs = self.their_terms().await;
                 let opened = engine.open(prepared, &theirs).await?;
                 Ok(Prepared::Verbs(Box::new(opened)))

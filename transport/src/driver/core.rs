@@ -19,8 +19,8 @@ use super::tags::Stray;
 use super::view::Views;
 use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::link::{
-    Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters, OpId,
-    PayloadId, Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, Check, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters,
+    OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::Allocator;
 use crate::message::{Frame, Message};
@@ -1015,19 +1015,21 @@ impl State {
 }
 
 impl Core {
-    /// Asks the lanes whether the peer has fallen silent. `true`: something is owed, ask again.
-    pub fn check(&mut self) -> bool {
-        let mut again = false;
+    /// Asks the lanes whether the peer has fallen silent.
+    pub fn check(&mut self) -> Check {
+        let mut all = Check::Quiet;
         for lane in 0..self.lanes.len() {
-            match self.lanes[lane].check() {
-                Ok(owed) => again |= owed,
-                Err(error) => {
+            match (all, self.lanes[lane].check()) {
+                (_, Ok(Check::Drive)) => all = Check::Drive,
+                (Check::Quiet, Ok(Check::Owed)) => all = Check::Owed,
+                (_, Ok(_)) => {}
+                (_, Err(error)) => {
                     self.fail_link(&error);
-                    return false;
+                    return Check::Quiet;
                 }
             }
         }
-        again
+        all
     }
 
     /// Whether a message is here.

@@ -267,6 +267,17 @@ pub(crate) enum Killed {
     Lingers,
 }
 
+/// What a link knows of a peer that says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Check {
+    /// Nothing is owed: whoever watches an idle link (the kernel's keepalive, a pidfd) sees to it.
+    Quiet,
+    /// Something is owed: look again later.
+    Owed,
+    /// Something was found out that a poll will tell.
+    Drive,
+}
+
 /// What a link can do; fixed once it is up.
 #[derive(Clone, Debug)]
 pub(crate) struct Caps {
@@ -338,11 +349,9 @@ pub(crate) trait Link: Send {
     }
 
     /// Asks the system whether the peer's host still answers. Costs a system call: called now and
-    /// then, not per parcel. `true`: something is owed, so look again later; `false`: nothing is,
-    /// and whoever watches an idle link (the kernel's keepalive, a pidfd) sees to it. An error ends
-    /// the link.
-    fn check(&mut self) -> Result<bool, LinkError> {
-        Ok(false)
+    /// then, not per parcel. An error ends the link.
+    fn check(&mut self) -> Result<Check, LinkError> {
+        Ok(Check::Quiet)
     }
 
     /// Payload bytes and counts by way of moving, since the link came up.

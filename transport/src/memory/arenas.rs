@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::runtime::ForkGuard;
+
 /// A mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Arena {
@@ -36,6 +38,11 @@ pub(super) fn mapped(ptr: NonNull<u8>, len: usize) {
 
 /// A mapping is about to go. Others than those of [`mapped`] are no matter.
 pub(super) fn unmapping(ptr: NonNull<u8>) {
+    // A forked child has none of what is kept, and must not wait for a lock that another thread
+    // held when it was forked off.
+    if ForkGuard::get().forked() {
+        return;
+    }
     let start = ptr.as_ptr() as usize;
     let mut arenas = arenas();
     if arenas.lens.remove(&start).is_none() {

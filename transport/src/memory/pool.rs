@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::{Buffer, BufferMut, Region, arenas};
+use crate::runtime::ForkGuard;
 
 /// Where received frames land. Called by the driver, outside of its locks' fast path but with the
 /// endpoint's lock held: it must not block and must not call back into this crate.
@@ -81,6 +82,9 @@ fn map(class: usize) -> Option<NonNull<u8>> {
 ///
 /// `ptr` came from [`map`] with this class, and nobody uses the memory any more.
 unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
+    if ForkGuard::get().forked() {
+        return;
+    }
     if CLASS_MIN << class >= ARENA_MIN {
         arenas::unmapping(ptr);
     }
@@ -97,6 +101,11 @@ impl HostPool {
     pub fn new(limit_bytes: usize) -> Self {
         let cache = Cache { free: [const { Vec::new() }; CLASSES], bytes: 0 };
         HostPool(Arc::new(Inner { cache: Mutex::new(cache), limit_bytes }))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lock_for_test(&self) -> impl Drop + '_ {
+        self.0.cache.lock().expect("not poisoned")
     }
 
     /// Bytes that lie unused in the pool.
@@ -185,6 +194,10 @@ unsafe impl BufferMut for PoolBuf {
 
 impl Drop for PoolBuf {
     fn drop(&mut self) {
+        // In a forked child another thread of the parent's may seem to hold a lock, for ever.
+        if ForkGuard::get().forked() {
+            return;
+        }
         let size = CLASS_MIN << self.class;
         {
             let mut cache = self.pool.cache.lock().unwrap_or_else(PoisonError::into_inner);

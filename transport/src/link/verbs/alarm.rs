@@ -37,22 +37,23 @@ impl Alarm {
     /// From now on, this waker is called. `true`: it has been raised already.
     pub fn watch(&self, waker: &Waker) -> bool {
         let mut state = lock(&self.state);
-        match &state.waker {
-            Some(known) if known.will_wake(waker) => {}
-            _ => state.waker = Some(waker.clone()),
-        }
-        state.why.is_some()
+        let replaced = match &state.waker {
+            Some(known) if known.will_wake(waker) => None,
+            _ => state.waker.replace(waker.clone()),
+        };
+        let raised = state.why.is_some();
+        drop(state);
+        // Its end may run somebody's code: not under the lock.
+        drop(replaced);
+        raised
     }
 
-    fn raise(&self, why: &str) {
+    /// Who is to be called.
+    fn raise(&self, why: &str) -> Option<Waker> {
         let mut state = lock(&self.state);
         state.why.get_or_insert_with(|| why.to_owned());
         self.raised.store(true, Ordering::Release);
-        let waker = state.waker.clone();
-        drop(state);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        state.waker.clone()
     }
 }
 
@@ -74,8 +75,10 @@ impl Alarms {
         alarm
     }
 
-    /// Tells those that an event is about.
-    pub fn hear(&self, device: usize, event: &Event) {
+    /// Tells those that an event is about. Their wakers are to be called once the caller's locks
+    /// are released.
+    #[must_use]
+    pub fn hear(&self, device: usize, event: &Event) -> Vec<Waker> {
         let concerned: Vec<Arc<Alarm>> = lock(&self.0)
             .iter()
             .filter_map(Weak::upgrade)
@@ -86,8 +89,11 @@ impl Alarms {
                 Event::Other => false,
             })
             .collect();
-        if let Event::DeviceGone { why } | Event::QueuePair { why, .. } = event {
-            concerned.iter().for_each(|alarm| alarm.raise(why));
+        match event {
+            Event::DeviceGone { why } | Event::QueuePair { why, .. } => {
+                concerned.iter().filter_map(|alarm| alarm.raise(why)).collect()
+            }
+            Event::Other => Vec::new(),
         }
     }
 }
@@ -101,11 +107,13 @@ mod tests {
         let alarms = Alarms::default();
         let links = [alarms.add(0, [1, 2]), alarms.add(0, [3, 4]), alarms.add(1, [1, 2])];
         let raised = || links.each_ref().map(|alarm| alarm.raised().is_some());
-        alarms.hear(0, &Event::Other);
+        assert!(!links[0].watch(Waker::noop()));
+        let hear = |event| alarms.hear(0, &event).len();
+        assert_eq!(hear(Event::Other), 0);
         assert_eq!(raised(), [false; 3]);
-        alarms.hear(0, &Event::QueuePair { which: 4, why: "broken".into() });
+        assert_eq!(hear(Event::QueuePair { which: 4, why: "broken".into() }), 0);
         assert_eq!(raised(), [false, true, false]);
-        alarms.hear(0, &Event::DeviceGone { why: "gone".into() });
+        assert_eq!(hear(Event::DeviceGone { why: "gone".into() }), 1, "who watches is called");
         assert_eq!(raised(), [true, true, false]);
         assert_eq!(links[1].raised().as_deref(), Some("broken"), "the first reason stays");
         assert!(links[0].watch(Waker::noop()));

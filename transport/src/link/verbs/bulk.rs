@@ -209,14 +209,57 @@ pub(super) struct Read {
     pub bytes: u32,
 }
 
+/// What is to be done next for a payload that is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// This memory is to be registered, or the beginning of it.
+    Register {
+        ptr: *const u8,
+        bytes: usize,
+    },
+    Read(Read),
+    /// Nothing: all is posted, or what was posted has to end first.
+    Nothing,
+}
+
+/// What the end of a read leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Everything has come.
+    Nothing,
+    /// More is to come.
+    More,
+    /// Memory could not be registered, and no read is under way: all of it is to come in chunks.
+    All,
+}
+
+/// A part of a segment of the landing that is registered.
+struct Slice {
+    held: Held,
+    segment: usize,
+    /// Within the segment.
+    end: usize,
+    under_way: u32,
+}
+
 /// A payload that is being landed by reading the peer's memory.
 struct Reading {
     pieces: Vec<Piece>,
     /// The piece that the next read begins in, and how far into it.
     from: (usize, u64),
-    /// One for each segment of the landing.
-    held: SmallVec<[Held; 1]>,
-    under_way: u32,
+    /// Those with reads under way, and the one that the next read goes to.
+    slices: VecDeque<Slice>,
+    /// No more memory can be registered.
+    refused: bool,
+}
+
+impl Reading {
+    /// Lets go of what has been filled.
+    fn let_go(&mut self) {
+        while self.slices.len() > 1 && self.slices[0].under_way == 0 {
+            self.slices.pop_front();
+        }
+    }
 }
 
 /// A payload that is being landed.
@@ -244,28 +287,38 @@ impl Incoming {
         self.to.iter().map(|segment| (segment.ptr.cast_const(), segment.len)).collect()
     }
 
-    /// It is to be read: `pieces` come to its length, and each segment of the landing is
-    /// registered under the key in the same place of `held`.
-    pub fn read_from(&mut self, pieces: Vec<Piece>, held: SmallVec<[Held; 1]>) {
-        self.reading = Some(Reading { pieces, from: (0, 0), held, under_way: 0 });
+    /// It is to be read: `pieces` come to its length.
+    pub fn read_from(&mut self, pieces: Vec<Piece>) {
+        let (from, slices) = ((0, 0), VecDeque::new());
+        self.reading = Some(Reading { pieces, from, slices, refused: false });
     }
 
-    /// The next read, unless all are posted.
-    pub fn next_read(&mut self) -> Option<Read> {
-        let reading = self.reading.as_mut()?;
-        let segment = self.to.get(self.at.0)?;
-        let held = reading.held.get(self.at.0)?;
-        let piece = reading.pieces.get(reading.from.0)?;
+    /// What is to be done next. A read that is named counts as posted.
+    pub fn next_read(&mut self) -> Next {
+        let (segment_at, offset) = self.at;
+        let Some(reading) = self.reading.as_mut().filter(|reading| !reading.refused) else {
+            return Next::Nothing;
+        };
+        let segment = self.to.get(segment_at);
+        let (Some(segment), Some(piece)) = (segment, reading.pieces.get(reading.from.0)) else {
+            return Next::Nothing;
+        };
+        // SAFETY: within the segment.
+        let to = unsafe { segment.ptr.add(offset) };
+        let goes_on = |slice: &&mut Slice| slice.segment == segment_at && slice.end > offset;
+        let Some(slice) = reading.slices.back_mut().filter(goes_on) else {
+            return Next::Register { ptr: to, bytes: segment.len - offset };
+        };
         let there = usize::try_from(piece.len - reading.from.1).unwrap_or(usize::MAX);
-        let bytes = there.min(segment.len - self.at.1).min(READ_BYTES_MAX);
+        let bytes = there.min(slice.end - offset).min(READ_BYTES_MAX);
         let read = Read {
-            // SAFETY: within the segment.
-            to: unsafe { segment.ptr.add(self.at.1) },
-            local_key: held.local_key(),
+            to,
+            local_key: slice.held.local_key(),
             from: piece.address + reading.from.1,
             remote_key: piece.key,
             bytes: bytes as u32,
         };
+        slice.under_way += 1;
         self.at.1 += bytes;
         if self.at.1 == segment.len {
             self.at = (self.at.0 + 1, 0);
@@ -274,21 +327,54 @@ impl Incoming {
         if reading.from.1 == piece.len {
             reading.from = (reading.from.0 + 1, 0);
         }
-        reading.under_way += 1;
         self.got += bytes;
-        Some(read)
+        Next::Read(read)
+    }
+
+    /// What was to be registered is, as far as this.
+    pub fn registered(&mut self, held: Held, bytes: usize) {
+        let (segment, offset) = self.at;
+        if let Some(reading) = &mut self.reading {
+            let slice = Slice { held, segment, end: offset + bytes, under_way: 0 };
+            reading.slices.push_back(slice);
+            reading.let_go();
+        }
+    }
+
+    /// What was to be registered cannot be.
+    pub fn refused(&mut self) -> Left {
+        if let Some(reading) = &mut self.reading {
+            reading.refused = true;
+        }
+        self.left()
     }
 
     /// Whether there is more to be read.
     pub fn wants_reads(&self) -> bool {
-        self.reading.is_some() && self.got < self.len
+        self.reading.as_ref().is_some_and(|reading| !reading.refused) && self.got < self.len
     }
 
-    /// One of the reads has ended. `true`: it was the last.
-    pub fn read_ended(&mut self) -> bool {
-        let Some(reading) = &mut self.reading else { return false };
-        reading.under_way = reading.under_way.saturating_sub(1);
-        reading.under_way == 0 && self.got == self.len
+    /// One of the reads has ended, the first that was posted.
+    pub fn read_ended(&mut self) -> Left {
+        if let Some(reading) = &mut self.reading {
+            if let Some(first) = reading.slices.iter_mut().find(|slice| slice.under_way > 0) {
+                first.under_way -= 1;
+            }
+            reading.let_go();
+        }
+        self.left()
+    }
+
+    fn left(&mut self) -> Left {
+        let Some(reading) = &self.reading else { return Left::More };
+        match reading.slices.iter().any(|slice| slice.under_way > 0) {
+            false if self.got == self.len => Left::Nothing,
+            false if reading.refused => {
+                (self.reading, self.at, self.got) = (None, (0, 0), 0);
+                Left::All
+            }
+            _ => Left::More,
+        }
     }
 
     /// Grants the peer more chunks. `None`: that would be too little to be worth it.

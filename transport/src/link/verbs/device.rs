@@ -6,10 +6,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thalweg_ffi::ibverbs::{self as ffi, Verbs, ibv_context, ibv_device, ibv_mr, ibv_pd};
 
 use super::blob::{Fabric, Port};
+use super::topology;
 use crate::runtime::{ForkGuard, Tracked};
 
 /// Why this node cannot use verbs at all.
@@ -21,6 +23,8 @@ pub(crate) enum Unusable {
     NoDevice,
     /// None of the devices that were named is here.
     NotNamed { named: Vec<String>, here: Vec<String> },
+    /// Some that were named are not here.
+    NotHere { named: Vec<String> },
     /// The kernel knows devices, but libibverbs has no driver for them.
     NoProvider { devices: Vec<String> },
     /// This user may not open it.
@@ -44,6 +48,9 @@ impl fmt::Display for Unusable {
                 named.join(", "),
                 here.join(", ")
             ),
+            Unusable::NotHere { named } => {
+                write!(f, "{}: named by THALWEG_VERBS_DEVICES, not here", named.join(", "))
+            }
             Unusable::NoProvider { devices } => {
                 write!(f, "libibverbs has no driver for {}", devices.join(", "))
             }
@@ -71,7 +78,9 @@ impl Unusable {
                 "load the driver of the adapter; for tests without one: modprobe rdma_rxe, then \
                  rdma link add rxe0 type rxe netdev NAME"
             }
-            Unusable::NotNamed { .. } => "correct or unset THALWEG_VERBS_DEVICES",
+            Unusable::NotNamed { .. } | Unusable::NotHere { .. } => {
+                "correct or unset THALWEG_VERBS_DEVICES"
+            }
             Unusable::NoProvider { .. } => {
                 "install the drivers (Debian: ibverbs-providers; Fedora: libibverbs)"
             }
@@ -96,7 +105,7 @@ pub(super) fn os_error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code.saturating_abs())
 }
 
-/// Whether the kernel says that the device is no more: it has let go of everything then.
+/// Whether this may be how the kernel says that the device is no more.
 pub(super) fn is_removed(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODEV | libc::ENXIO))
 }
@@ -121,7 +130,10 @@ pub(super) struct Device {
     pub file_name: String,
     pub limits: Limits,
     fork: ForkGuard,
-    _tracked: [Tracked; 2],
+    /// It was heard to be gone.
+    gone: AtomicBool,
+    /// `None` while it is being closed.
+    tracked: Option<[Tracked; 2]>,
 }
 
 // SAFETY: libibverbs may be used from any thread.
@@ -150,6 +162,12 @@ fn refused(device: String, file_name: &str, error: &io::Error) -> Unusable {
     }
 }
 
+/// Of the devices that were named, those that are not here.
+fn missing(wanted: &[String], here: &[String]) -> Option<Unusable> {
+    let named: Vec<_> = wanted.iter().filter(|name| !here.contains(name)).cloned().collect();
+    (!named.is_empty()).then_some(Unusable::NotHere { named })
+}
+
 /// The list of devices, given back when dropped.
 struct List {
     verbs: &'static Verbs,
@@ -165,11 +183,12 @@ impl Drop for List {
 }
 
 impl Device {
-    /// Opens every device that may be used; `wanted` names them, or is empty.
+    /// Opens every device that may be used; `wanted` names them, or is empty. Beside them: what
+    /// keeps others from being used.
     pub fn open_all(
         verbs: &'static Verbs,
         wanted: &[String],
-    ) -> Result<Vec<Arc<Device>>, Unusable> {
+    ) -> Result<(Vec<Arc<Device>>, Vec<Unusable>), Unusable> {
         let here = ffi::kernel_devices();
         if here.is_empty() {
             return Err(Unusable::NoDevice);
@@ -187,7 +206,7 @@ impl Device {
         }
         let list = List { verbs, raw, count: usize::try_from(count).unwrap_or(0) };
         let mut open = Vec::new();
-        let mut refused = None;
+        let mut others: Vec<_> = missing(wanted, &here).into_iter().collect();
         for at in 0..list.count {
             // SAFETY: within the list.
             let device = unsafe { *list.raw.add(at) };
@@ -199,13 +218,14 @@ impl Device {
             }
             match Device::open(verbs, device, name) {
                 Ok(device) => open.push(Arc::new(device)),
-                Err(unusable) => refused = Some(unusable),
+                Err(unusable) => others.push(unusable),
             }
         }
         if !open.is_empty() {
-            return Ok(open);
+            return Ok((open, others));
         }
-        Err(refused.unwrap_or(Unusable::NoProvider { devices: here }))
+        let is_here = |unusable: &Unusable| !matches!(unusable, Unusable::NotHere { .. });
+        Err(others.into_iter().rfind(is_here).unwrap_or(Unusable::NoProvider { devices: here }))
     }
 
     fn open(
@@ -222,6 +242,19 @@ impl Device {
             let error = io::Error::last_os_error();
             return Err(refused(name, &file_name, &error));
         }
+        // SAFETY: opened above, and handed on.
+        unsafe { Device::of_context(verbs, raw, name, file_name) }
+    }
+
+    /// # Safety
+    ///
+    /// `raw` is an open context, which is given away.
+    pub(super) unsafe fn of_context(
+        verbs: &'static Verbs,
+        raw: *mut ibv_context,
+        name: String,
+        file_name: String,
+    ) -> Result<Device, Unusable> {
         // SAFETY: a live context.
         let (command, events) = unsafe { ((*raw).cmd_fd, (*raw).async_fd) };
         let limits =
@@ -235,7 +268,8 @@ impl Device {
             file_name,
             limits,
             fork: ForkGuard::get(),
-            _tracked: tracked,
+            gone: AtomicBool::new(false),
+            tracked: Some(tracked),
         };
         set_nonblocking(device.events())
             .map_err(|error| Unusable::Failed { what: format!("events of a device: {error}") })?;
@@ -286,7 +320,10 @@ impl Device {
         unsafe { (functions.ibv_ack_async_event)(&raw mut event) };
         let why = || format!("{}: {} (event {kind})", self.name, self.verbs.describe_event(kind));
         Ok(match kind {
-            ffi::IBV_EVENT_DEVICE_FATAL => Event::DeviceGone { why: why() },
+            ffi::IBV_EVENT_DEVICE_FATAL => {
+                self.set_gone();
+                Event::DeviceGone { why: why() }
+            }
             ffi::IBV_EVENT_QP_FATAL | ffi::IBV_EVENT_QP_REQ_ERR | ffi::IBV_EVENT_QP_ACCESS_ERR => {
                 Event::QueuePair { which, why: why() }
             }
@@ -298,6 +335,29 @@ impl Device {
 
     pub fn forked(&self) -> bool {
         self.fork.forked()
+    }
+
+    /// It was heard to be gone.
+    pub fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Whether an object that could not be destroyed went with the device. `EIO` says so only of a
+    /// device that was heard to be gone: drivers have it for failures of the firmware's too, and
+    /// then the object is still there.
+    pub fn took_along(&self, error: &io::Error) -> bool {
+        match error.raw_os_error() {
+            Some(libc::ENODEV | libc::ENXIO) => {
+                self.set_gone();
+                true
+            }
+            Some(libc::EIO) => self.is_gone(),
+            _ => false,
+        }
     }
 
     /// What the kernel says of a port's GID (`type`, `ndev`).
@@ -350,6 +410,7 @@ impl Device {
         up: &mut Vec<LocalPort>,
     ) {
         let infiniband = u32::from(attributes.link_layer) != ffi::IBV_LINK_LAYER_ETHERNET;
+        let distance = topology::distance(&self.name);
         // An InfiniBand port has one address that matters, its first.
         let count = if infiniband { 1 } else { attributes.gid_tbl_len.min(256) };
         for index in 0..count {
@@ -372,7 +433,9 @@ impl Device {
                 None => continue,
             };
             let mtu = attributes.active_mtu.clamp(1, 5) as u8;
-            let port = Port { fabric, mtu, lid: attributes.lid, gid };
+            let rate = topology::rate(attributes.active_speed, attributes.active_width);
+            let lid = attributes.lid;
+            let port = Port { fabric, mtu, lid, gid, rate, distance };
             up.push(LocalPort { device: self.clone(), number, gid_index: index, port });
         }
     }
@@ -382,6 +445,8 @@ impl Drop for Device {
     fn drop(&mut self) {
         // In a forked child the descriptors are closed, and the device is the parent's.
         if !self.forked() {
+            // Its numbers may be another's as soon as it is closed.
+            self.tracked = None;
             // SAFETY: opened once; everything made of it holds it, and is gone.
             unsafe { (self.verbs.functions.ibv_close_device)(self.raw) };
         }
@@ -530,4 +595,19 @@ pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// How much memory this process may lock; `None`: as much as it likes.
 pub(super) fn memory_lock_limit() -> Option<u64> {
     rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_named_and_not_here_is_said() {
+        let here = ["a".to_owned(), "b".to_owned()];
+        assert_eq!(missing(&[], &here), None);
+        assert_eq!(missing(&here[..1], &here), None);
+        let why = missing(&["b".to_owned(), "c".to_owned()], &here).expect("c");
+        assert_eq!(why.to_string(), "c: named by THALWEG_VERBS_DEVICES, not here");
+        assert!(why.fix().is_some());
+    }
 }

@@ -5,7 +5,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use thalweg_ffi::ibverbs as ffi;
@@ -38,8 +38,30 @@ struct Adapter {
 struct Adapters {
     /// `None`: it was taken away.
     all: Vec<Option<Adapter>>,
-    /// Every address of every port that is up, and whose it is.
-    ports: Vec<(LocalPort, usize)>,
+    /// Every address of every port that was up, as peers are told of them. A place in this list is
+    /// what both sides call a port by, so it stays when its device is taken away.
+    ports: Vec<Announced>,
+}
+
+/// A port that peers are told of.
+struct Announced {
+    port: Port,
+    /// Where it is, and whose: `None`: its device was taken away.
+    here: Option<(LocalPort, usize)>,
+}
+
+/// What is to be done once the lock is released.
+#[derive(Default)]
+struct After {
+    wakers: Vec<Waker>,
+    gone: Vec<Adapter>,
+}
+
+impl After {
+    fn run(self) {
+        drop(self.gone);
+        self.wakers.into_iter().for_each(Waker::wake);
+    }
 }
 
 /// A node's devices.
@@ -50,6 +72,8 @@ pub(crate) struct VerbsEngine {
     timers: Arc<Timers>,
     alarms: Alarms,
     options: VerbsOptions,
+    /// Why some devices are not used.
+    left_out: Vec<Unusable>,
 }
 
 /// Events of one device taken in a turn.
@@ -68,6 +92,39 @@ fn memory_failed(error: &io::Error) -> Unusable {
     }
 }
 
+/// Of devices none of which has a port that is up.
+fn down_only(left_out: &[Unusable]) -> Unusable {
+    let ports: Vec<_> = left_out
+        .iter()
+        .filter_map(|why| match why {
+            Unusable::PortDown { ports } => Some(ports.as_str()),
+            _ => None,
+        })
+        .collect();
+    Unusable::PortDown { ports: ports.join(", ") }
+}
+
+impl Adapter {
+    /// Tries whether memory can be registered, too.
+    fn new(reactor: &Reactor, device: &Arc<Device>) -> Result<Adapter, Unusable> {
+        let failed = |what: &str, error: io::Error| Unusable::Failed {
+            what: format!("{what} {}: {error}", device.name),
+        };
+        let domain =
+            Domain::new(device).map_err(|error| failed("a protection domain of", error))?;
+        let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
+        let slab = slabs.take().map_err(|error| memory_failed(&error))?;
+        slabs.give(slab);
+        let events = device
+            .events()
+            .try_clone_to_owned()
+            .and_then(|fd| reactor.source(Fd::new(fd), Interest::Read))
+            .map_err(|error| failed("watching the events of", error))?;
+        let registrations = Registrations::new(&domain);
+        Ok(Adapter { device: device.clone(), events, slabs, registrations })
+    }
+}
+
 impl VerbsEngine {
     /// Finds libibverbs, opens the devices, and tries whether memory can be registered.
     pub fn new(
@@ -79,36 +136,37 @@ impl VerbsEngine {
             reason: absent.to_string(),
             fix: absent.fix(),
         })?;
-        let devices = Device::open_all(verbs, &options.devices)?;
+        let (devices, mut left_out) = Device::open_all(verbs, &options.devices)?;
         let mut adapters = Vec::new();
         let mut ports = Vec::new();
-        let mut down = Vec::new();
+        let mut failed = None;
         for device in &devices {
-            let (up, others) = device.ports();
-            down.extend(others);
+            let (up, down) = device.ports();
+            if !down.is_empty() {
+                left_out.push(Unusable::PortDown { ports: down.join(", ") });
+            }
             if up.is_empty() {
                 continue;
             }
-            let domain = Domain::new(device).map_err(|error| Unusable::Failed {
-                what: format!("a protection domain of {}: {error}", device.name),
-            })?;
-            let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
-            let slab = slabs.take().map_err(|error| memory_failed(&error))?;
-            slabs.give(slab);
-            ports.extend(up.into_iter().map(|port| (port, adapters.len())));
-            let events = device
-                .events()
-                .try_clone_to_owned()
-                .and_then(|fd| reactor.source(Fd::new(fd), Interest::Read))
-                .map_err(|error| Unusable::Failed {
-                    what: format!("watching the events of {}: {error}", device.name),
-                })?;
-            let registrations = Registrations::new(&domain);
-            let adapter = Adapter { device: device.clone(), events, slabs, registrations };
-            adapters.push(Some(adapter));
+            match Adapter::new(reactor, device) {
+                Ok(adapter) => {
+                    let here = |local| Some((local, adapters.len()));
+                    let announced =
+                        |local: LocalPort| Announced { port: local.port, here: here(local) };
+                    ports.extend(up.into_iter().map(announced));
+                    adapters.push(Some(adapter));
+                }
+                Err(why) => {
+                    failed.get_or_insert_with(|| why.clone());
+                    left_out.push(why);
+                }
+            }
         }
         if ports.is_empty() {
-            return Err(Unusable::PortDown { ports: down.join(", ") });
+            return Err(failed.unwrap_or_else(|| down_only(&left_out)));
+        }
+        for why in &left_out {
+            tracing::warn!(%why, "an RDMA device is not used");
         }
         ports.truncate(PORTS_MAX);
         let removals = Removals::new(reactor)
@@ -116,7 +174,8 @@ impl VerbsEngine {
             .ok();
         let (reactor, alarms) = (reactor.clone(), Alarms::default());
         let adapters = Mutex::new(Adapters { all: adapters, ports });
-        Ok(Arc::new(VerbsEngine { adapters, removals, reactor, timers, alarms, options }))
+        let engine = VerbsEngine { adapters, removals, reactor, timers, alarms, options, left_out };
+        Ok(Arc::new(engine))
     }
 
     fn adapters(&self) -> MutexGuard<'_, Adapters> {
@@ -124,13 +183,20 @@ impl VerbsEngine {
     }
 
     /// Tells the links of a device that it is gone, and lets go of it, so that it can go.
-    fn let_go(&self, adapters: &mut Adapters, which: usize, why: String) {
-        self.alarms.hear(which, &Event::DeviceGone { why });
-        adapters.ports.retain(|(_, whose)| *whose != which);
-        adapters.all[which] = None;
+    fn let_go(&self, adapters: &mut Adapters, which: usize, why: String, after: &mut After) {
+        after.wakers.extend(self.alarms.hear(which, &Event::DeviceGone { why }));
+        for announced in &mut adapters.ports {
+            announced.here.take_if(|(_, whose)| *whose == which);
+        }
+        after.gone.extend(adapters.all[which].take());
     }
 
-    fn hear_removals(&self, adapters: &mut Adapters, cx: &mut Context<'_>) -> Progress {
+    fn hear_removals(
+        &self,
+        adapters: &mut Adapters,
+        cx: &mut Context<'_>,
+        after: &mut After,
+    ) -> Progress {
         let Some(removals) = &self.removals else { return Progress::Idle };
         for _ in 0..EVENTS_MAX {
             let file_name = match removals.poll(cx) {
@@ -141,8 +207,11 @@ impl VerbsEngine {
             let is_it = |adapter: &Adapter| adapter.device.file_name == file_name;
             let which = adapters.all.iter().position(|adapter| adapter.as_ref().is_some_and(is_it));
             if let Some(which) = which {
+                if let Some(adapter) = &adapters.all[which] {
+                    adapter.device.set_gone();
+                }
                 let why = format!("the device {file_name} is being removed");
-                self.let_go(adapters, which, why);
+                self.let_go(adapters, which, why, after);
             }
         }
         Progress::More
@@ -151,12 +220,22 @@ impl VerbsEngine {
     /// What was found, for people.
     pub fn found(&self) -> String {
         let adapters = self.adapters();
-        let ports: Vec<String> = adapters.ports.iter().map(|(port, _)| port.to_string()).collect();
-        ports.join(", ")
+        let here = adapters.ports.iter().filter_map(|announced| announced.here.as_ref());
+        let mut found = here.map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ");
+        for why in &self.left_out {
+            found.push_str(&format!("; not used: {why}"));
+        }
+        found
     }
 
+    /// The ports in the order in which they are announced. Those that are gone reach nobody.
     fn own(&self) -> Vec<Port> {
-        self.adapters().ports.iter().map(|(port, _)| port.port).collect()
+        let adapters = self.adapters();
+        let port = |announced: &Announced| match announced.here {
+            Some(_) => announced.port,
+            None => announced.port.gone(),
+        };
+        adapters.ports.iter().map(port).collect()
     }
 
     /// What the hello says.
@@ -167,7 +246,7 @@ impl VerbsEngine {
     /// Whether a pair of ports can be tried.
     pub fn verdict(&self, theirs: &[u8]) -> Result<(), (String, Option<String>)> {
         let own = self.own();
-        if own.is_empty() {
+        if own.iter().all(Port::is_gone) {
             return Err(("every device of this side was taken away".into(), None));
         }
         blob::verdict(&own, theirs)
@@ -184,7 +263,8 @@ impl VerbsEngine {
         };
         let (at, to) = chosen.ok_or_else(|| failure("no port reaches one of the peer's"))?;
         let adapters = self.adapters();
-        let (port, which) = adapters.ports.get(at).ok_or_else(|| failure("the port is gone"))?;
+        let announced = adapters.ports.get(at).and_then(|announced| announced.here.as_ref());
+        let (port, which) = announced.ok_or_else(|| failure("the port is gone"))?;
         let mut random = [0; 4];
         getrandom::fill(&mut random)
             .map_err(|error| failure(format!("random numbers: {error}")))?;
@@ -195,12 +275,14 @@ impl VerbsEngine {
         let ports = if connects { (at as u8, to as u8) } else { (to as u8, at as u8) };
         let registrations = adapter.registrations.clone();
         let alarm = self.alarms.add(*which, messenger.queues().identities());
-        Ok(Prepared { messenger, ports, to: theirs[to], registrations, alarm })
+        let to = theirs[to];
+        let why = blob::reason(&own[at], &to);
+        Ok(Prepared { messenger, ports, to, registrations, alarm, why })
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
     pub async fn open(&self, prepared: Prepared, terms: &[u8]) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations, alarm } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm, why } = prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -234,12 +316,23 @@ impl VerbsEngine {
         .await
         .map_err(failure)?;
         let options = self.options.clone();
-        Ok(Opened { messenger, channel, registrations, alarm, received: seen.early, options })
+        let (timers, received) = (self.timers.clone(), seen.early);
+        Ok(Opened { messenger, channel, registrations, alarm, received, options, timers, why })
     }
 }
 
 impl Engine for VerbsEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
+        let mut after = After::default();
+        let progress = self.hear(cx, &mut after);
+        after.run();
+        progress
+    }
+}
+
+impl VerbsEngine {
+    /// Hears what devices and the kernel say.
+    fn hear(&self, cx: &mut Context<'_>, after: &mut After) -> Progress {
         let mut adapters = self.adapters();
         for which in 0..adapters.all.len() {
             let mut left = EVENTS_MAX;
@@ -249,9 +342,9 @@ impl Engine for VerbsEngine {
                 left -= 1;
                 match events.poll_read(cx, |_| device.take_event().map(Attempt::More)) {
                     Poll::Ready(Ok(Event::DeviceGone { why })) => {
-                        self.let_go(&mut adapters, which, why);
+                        self.let_go(&mut adapters, which, why, after);
                     }
-                    Poll::Ready(Ok(event)) => self.alarms.hear(which, &event),
+                    Poll::Ready(Ok(event)) => after.wakers.extend(self.alarms.hear(which, &event)),
                     // An error is the runtime's, which others report, or the device's, which has
                     // nothing more to say.
                     Poll::Ready(Err(_)) | Poll::Pending => break,
@@ -261,7 +354,7 @@ impl Engine for VerbsEngine {
                 return Progress::More;
             }
         }
-        self.hear_removals(&mut adapters, cx)
+        self.hear_removals(&mut adapters, cx, after)
     }
 }
 
@@ -340,6 +433,8 @@ pub(crate) struct Prepared {
     to: Port,
     registrations: Arc<Registrations>,
     alarm: Arc<Alarm>,
+    /// Why this pair of ports.
+    why: String,
 }
 
 impl Prepared {
@@ -357,11 +452,89 @@ pub(crate) struct Opened {
     pub(super) alarm: Arc<Alarm>,
     pub(super) received: VecDeque<super::queues::Completion>,
     pub(super) options: VerbsOptions,
+    pub(super) timers: Arc<Timers>,
+    pub(super) why: String,
 }
 
 impl Opened {
     /// The link. `bootstrap` stays open, and is silent from now on.
     pub fn into_link(self, bootstrap: Source) -> VerbsLink {
         VerbsLink::new(self, bootstrap)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Wake;
+
+    use super::super::fake::Fake;
+    use super::*;
+    use crate::runtime::HostLoop;
+
+    fn engine(fakes: &[Fake]) -> Arc<VerbsEngine> {
+        let reactor = Reactor::Host(HostLoop::new().expect("an event loop"));
+        let adapter = |fake: &Fake| Adapter {
+            device: fake.device.clone(),
+            events: reactor.source(Fd::new(fake.events()), Interest::Read).expect("a source"),
+            slabs: fake.slabs.clone(),
+            registrations: Registrations::new(fake.slabs.domain()),
+        };
+        let all = fakes.iter().map(|fake| Some(adapter(fake))).collect();
+        let ports = fakes.iter().enumerate().map(|(which, fake)| {
+            let local = fake.port();
+            Announced { port: local.port, here: Some((local, which)) }
+        });
+        let adapters = Mutex::new(Adapters { all, ports: ports.collect() });
+        let timers = Arc::new(Timers::new(&reactor).expect("timers"));
+        let options = VerbsOptions {
+            eager_max: 0,
+            max_payload: 0,
+            setup_timeout: std::time::Duration::ZERO,
+            devices: Vec::new(),
+        };
+        let (removals, alarms, left_out) = (None, Alarms::default(), Vec::new());
+        let made = VerbsEngine { adapters, removals, reactor, timers, alarms, options, left_out };
+        Arc::new(made)
+    }
+
+    /// Asks the engine for something when it is woken.
+    struct Asks(Arc<VerbsEngine>, Mutex<Option<String>>);
+
+    impl Wake for Asks {
+        fn wake(self: Arc<Self>) {
+            *self.1.lock().expect("not poisoned") = Some(self.0.found());
+        }
+    }
+
+    fn poll(engine: &VerbsEngine) {
+        let Reactor::Host(host) = &engine.reactor else { panic!("another reactor") };
+        host.drain().expect("events");
+        let waker = std::task::Waker::noop();
+        while engine.poll(&mut Context::from_waker(waker), &mut Budget { ..Budget::TURN })
+            == Progress::More
+        {}
+    }
+
+    #[test]
+    fn a_device_that_goes_keeps_its_place_and_wakes_without_a_lock() {
+        let fakes = [Fake::new(), Fake::new()];
+        let engine = engine(&fakes);
+        let alarm = engine.alarms.add(0, [0; 2]);
+        let asks = Arc::new(Asks(engine.clone(), Mutex::new(None)));
+        assert!(!alarm.watch(&std::task::Waker::from(asks.clone())));
+        let before = engine.own();
+        fakes[0].say(ffi::IBV_EVENT_DEVICE_FATAL);
+        poll(&engine);
+        assert!(asks.1.lock().expect("not poisoned").is_some(), "whoever watches is called");
+        assert!(alarm.raised().is_some() && fakes[0].device.is_gone());
+        let after = engine.own();
+        assert!(after[0].is_gone());
+        assert_eq!(after[1], before[1], "the others stay what they were called");
+        assert!(engine.adapters().all[0].is_none());
+        let prepared = engine.prepare(&engine.blob(), true).map(|prepared| prepared.ports);
+        assert_eq!(prepared.ok(), Some((1, 1)));
+        fakes[1].say(ffi::IBV_EVENT_DEVICE_FATAL);
+        poll(&engine);
+        assert!(engine.verdict(&blob::encode(&before)).is_err());
     }
 }

@@ -2,27 +2,30 @@
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
+use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 use thalweg_ffi::ibverbs as ffi;
 
 use super::alarm::Alarm;
-use super::bulk::{Incoming, Outgoing, Outgoings};
-use super::device::{Access, is_removed};
+use super::bulk::{Incoming, Left, Next, Outgoing, Outgoings, Read};
+use super::device::is_removed;
 use super::engine::Opened;
 use super::messenger::{Ended, Messenger};
 use super::queues::{Completion, Side};
-use super::registrations::{Held, Origin, Registrations};
-use super::wire::{BODY_MAX, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
+use super::registrations::{Found, Held, Registrations, Use};
+use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
-    Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
-    Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, Disposition, HEAD_MAX, How, Killed,
+    Landing, Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
-use crate::runtime::{Attempt, Source, is_runtime_gone};
+use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
 
 /// Payloads of this many bytes or more are read, if that can be: below, registering and a round
 /// trip take longer than copying.
@@ -32,8 +35,6 @@ const PIECE_BYTES_MIN: usize = 4 << 10;
 /// Longer payloads wait at the sender until they are fetched, also if the receiver could place
 /// them at once.
 const EAGER_BYTES_MAX: usize = 64 << 10;
-/// Credit that chunks leave to others.
-const CHUNKS_LEAVE: u16 = 8;
 /// Payloads of a bulk class that may wait to be fetched.
 const OUTGOING_MAX: usize = 1024;
 /// Control messages that may wait for room. Answers to what a peer sends are among them, so a peer
@@ -41,6 +42,13 @@ const OUTGOING_MAX: usize = 1024;
 const WAITING_MAX: usize = 65_536;
 /// Payloads that may wait at the peer without having been landed.
 const OPEN_MAX: usize = 65_536;
+/// How long `kill` tries to destroy queue pairs that will not go before it comes back to that later.
+const KILL_PATIENCE: Duration = Duration::from_millis(20);
+/// What it waits in between.
+const KILL_STEP: Duration = Duration::from_millis(1);
+/// When it comes back to it: after the shorter time first, then after twice the last one.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 fn error(kind: ErrorKind, detail: impl Into<String>) -> LinkError {
     LinkError::new(kind, LinkKind::Verbs, detail)
@@ -86,9 +94,16 @@ struct Waiting {
     body: Vec<u8>,
 }
 
+/// Until when queue pairs that will not go are left alone.
+struct Linger {
+    pause: Duration,
+    over: Sleep,
+}
+
 /// A lane; see the module.
 pub(crate) struct VerbsLink {
     messenger: Messenger,
+    timers: Arc<Timers>,
     channel: Source,
     registrations: Arc<Registrations>,
     alarm: Arc<Alarm>,
@@ -108,6 +123,10 @@ pub(crate) struct VerbsLink {
     incoming: HashMap<u32, Incoming>,
     /// Those among them with reads left to post, in turns.
     reading: VecDeque<u32>,
+    /// Memory has been registered to be landed into: once a turn is enough.
+    has_registered: bool,
+    /// One of those waits for its turn to do that.
+    registers_next: bool,
     outgoing: Outgoings,
     next_payload: u64,
     /// Something could not be sent for want of a buffer.
@@ -116,22 +135,26 @@ pub(crate) struct VerbsLink {
     flush_goal: Cell<Option<u64>>,
     dead: Option<LinkError>,
     killed: bool,
+    /// The queue pairs of a link that was killed are still there.
+    lingers: Option<Linger>,
     counters: LinkCounters,
 }
 
 impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
-        let Opened { messenger, channel, registrations, alarm, received, options } = opened;
+        let Opened { messenger, channel, registrations, alarm, received, options, timers, why } =
+            opened;
         let port = messenger.port().to_string();
         VerbsLink {
             messenger,
+            timers,
             channel,
             registrations,
             alarm,
             caps: Caps {
                 eager_max: options.eager_max.min(EAGER_BYTES_MAX),
                 ways: format!(
-                    "verbs at {port}; sends ≤ {} KiB, RDMA read ≥ {} KiB, chunks between",
+                    "verbs at {port}, {why}; sends ≤ {} KiB, RDMA read ≥ {} KiB, chunks between",
                     BODY_MAX >> 10,
                     READ_BYTES_MIN >> 10
                 ),
@@ -145,12 +168,15 @@ impl VerbsLink {
             open: HashMap::new(),
             incoming: HashMap::new(),
             reading: VecDeque::new(),
+            has_registered: false,
+            registers_next: false,
             outgoing: Outgoings::default(),
             next_payload: 0,
             starved: false,
             flush_goal: Cell::new(None),
             dead: None,
             killed: false,
+            lingers: None,
             counters: LinkCounters::default(),
         }
     }
@@ -231,6 +257,23 @@ impl VerbsLink {
         });
     }
 
+    /// Why a request could not be posted. A queue pair that is broken takes none; what broke it is
+    /// known, or lies in the queues.
+    fn not_posted(&mut self, doing: &str, error: &io::Error) -> LinkError {
+        // An error of this would say less than the one there is.
+        let _ = self.take(Side::Send);
+        self.look_for_failures();
+        self.broken.clone().unwrap_or_else(|| io_error(doing, error))
+    }
+
+    /// Whether a request of this side's is known to have failed.
+    fn look_for_failures(&mut self) {
+        let bad = |completion: &&Completion| completion.status != ffi::IBV_WC_SUCCESS;
+        if let Some(bad) = self.ended.iter().find(bad).copied() {
+            self.breaks(doing(&self.messenger.what(&bad)), &bad);
+        }
+    }
+
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
         let into = match side {
             Side::Receive => &mut self.received,
@@ -260,8 +303,10 @@ impl VerbsLink {
     }
 
     fn read_ended(&mut self, id: u32, sink: &mut dyn Sink) -> Result<(), LinkError> {
-        if !self.incoming.get_mut(&id).is_some_and(Incoming::read_ended) {
-            return Ok(());
+        match self.incoming.get_mut(&id).map(Incoming::read_ended) {
+            None | Some(Left::More) => return Ok(()),
+            Some(Left::All) => return self.pull(id),
+            Some(Left::Nothing) => {}
         }
         let Some(incoming) = self.incoming.remove(&id) else { return Ok(()) };
         let op = incoming.op;
@@ -296,9 +341,19 @@ impl VerbsLink {
                 continue;
             }
             self.message(&completion, budget, sink)?;
-            let credit = self.messenger.return_credit();
-            self.starved |= !credit.map_err(|error| io_error("returning credit", &error))?;
+            self.return_credit()?;
         }
+    }
+
+    fn return_credit(&mut self) -> Result<(), LinkError> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        match self.messenger.return_credit() {
+            Ok(returned) => self.starved |= !returned,
+            Err(error) => return Err(self.not_posted("returning credit", &error)),
+        }
+        Ok(())
     }
 
     fn message(
@@ -318,6 +373,10 @@ impl VerbsLink {
             return Err(protocol("a message shorter than its head"));
         };
         let bare = body.is_empty() && header.pieces == 0;
+        let spent = header.kind != Kind::Credit;
+        if spent && !self.messenger.peer_had_credit() {
+            return Err(protocol("a message without credit"));
+        }
         match header.kind {
             Kind::Eager if header.pieces == 0 => self.eager(head, rest, budget, sink)?,
             Kind::Offer | Kind::Bulk => self.offer(&header, head, rest, sink)?,
@@ -342,8 +401,12 @@ impl VerbsLink {
                 return Err(protocol("a message of a form that may not be"));
             }
         }
-        let reposted = self.messenger.repost(completion, header.kind != Kind::Credit);
-        reposted.map_err(|error| io_error("posting a buffer", &error))
+        if let Err(error) = self.messenger.repost(completion, spent) {
+            // What has come is dealt with; the end is told in its turn.
+            let why = self.not_posted("posting a buffer", &error);
+            self.broken.get_or_insert(why);
+        }
+        Ok(())
     }
 
     /// Counts a parcel that came, and numbers its payload.
@@ -435,69 +498,97 @@ impl VerbsLink {
             return Err(protocol("a payload's number is in use"));
         }
         let mut incoming = landing(to, op, len)?;
-        let memory = incoming.segments();
-        let held =
-            if pieces.is_empty() { None } else { self.register(&memory, len, Access::Local) };
-        let granted = match held {
-            Some(held) => {
-                incoming.read_from(pieces, held);
-                self.reading.push_back(id);
-                None
-            }
-            None => incoming.grant(),
-        };
+        let reads = !pieces.is_empty() && worth_registering(&incoming.segments(), len);
+        if reads {
+            incoming.read_from(pieces);
+            self.reading.push_back(id);
+        }
         self.incoming.insert(id, incoming);
-        match granted {
+        if reads { self.post_reads() } else { self.pull(id) }
+    }
+
+    /// Asks for the next chunks of a payload, if it is time.
+    fn pull(&mut self, id: u32) -> Result<(), LinkError> {
+        match self.incoming.get_mut(&id).and_then(Incoming::grant) {
             Some(upto) => self.answer(Header::about(Kind::Pull, id, upto)),
-            None => self.post_reads(),
+            None => Ok(()),
         }
     }
 
-    /// Registers the pieces of a payload, if that is worth it and can be.
+    /// Registers the pieces of a payload that is offered, if that is worth it and can be.
     fn register(
         &mut self,
         memory: &[(*const u8, usize)],
         len: usize,
-        access: Access,
     ) -> Option<SmallVec<[Held; 1]>> {
-        if len < READ_BYTES_MIN
-            || memory.len() > PIECES_MAX
-            || memory.iter().any(|(_, len)| *len < PIECE_BYTES_MIN)
-        {
+        if !worth_registering(memory, len) {
             return None;
         }
         let mut all = SmallVec::new();
         for (ptr, len) in memory {
-            let Some((held, origin)) = self.registrations.get(*ptr, *len, access) else {
-                self.counters.registrations_refused += 1;
-                return None;
-            };
-            match origin {
-                Origin::Fresh => self.counters.registrations += 1,
-                Origin::Known => self.counters.registrations_reused += 1,
-            }
-            all.push(held);
+            let found = self.registrations.get(*ptr, *len, Use::Offer, true);
+            all.push(count(&mut self.counters, found)?.0);
         }
         Some(all)
     }
 
-    /// Posts reads, as far as there is room for them: one of each payload in turn.
+    /// Posts reads, as far as there is room for them: one of each payload in turn. What they land in
+    /// is registered before them, one slice a turn.
     fn post_reads(&mut self) -> Result<(), LinkError> {
-        while self.messenger.queues().read_room() > 0 {
-            let Some(id) = self.reading.pop_front() else { return Ok(()) };
-            let Some(incoming) = self.incoming.get_mut(&id) else { continue };
-            let Some(read) = incoming.next_read() else { continue };
-            // SAFETY: within the landing, which the driver keeps until it is reported done; that
-            // happens when every read has completed or the queue pair is gone. It is registered for
-            // writing until then.
-            let posted = unsafe { self.messenger.read(id, &read) };
-            posted.map_err(|error| io_error("posting a read", &error))?;
-            self.counters.rdma_bytes_received += u64::from(read.bytes);
-            if incoming.wants_reads() {
-                self.reading.push_back(id);
+        let mut waiting = 0;
+        while self.broken.is_none()
+            && waiting < self.reading.len()
+            && self.messenger.queues().read_room() > 0
+        {
+            let Some(id) = self.reading.pop_front() else { break };
+            match self.incoming.get_mut(&id).map_or(Next::Nothing, Incoming::next_read) {
+                Next::Nothing => {}
+                Next::Read(read) => {
+                    waiting = 0;
+                    self.post_read(id, &read)?;
+                }
+                Next::Register { ptr, bytes } => match self.register_slice(id, ptr, bytes)? {
+                    true => self.reading.push_front(id),
+                    false => {
+                        waiting += 1;
+                        self.reading.push_back(id);
+                    }
+                },
             }
         }
+        self.registers_next = waiting > 0;
         Ok(())
+    }
+
+    fn post_read(&mut self, id: u32, read: &Read) -> Result<(), LinkError> {
+        // SAFETY: within the landing, which the driver keeps until it is reported done; that
+        // happens when every read has completed or the queue pair is gone. It is registered for
+        // writing until then.
+        if let Err(error) = unsafe { self.messenger.read(id, read) } {
+            return Err(self.not_posted("posting a read", &error));
+        }
+        self.counters.rdma_bytes_received += u64::from(read.bytes);
+        if self.incoming.get(&id).is_some_and(Incoming::wants_reads) {
+            self.reading.push_back(id);
+        }
+        Ok(())
+    }
+
+    /// Registers what the next read of a payload lands in. `false`: not in this turn.
+    fn register_slice(&mut self, id: u32, ptr: *const u8, bytes: usize) -> Result<bool, LinkError> {
+        let found = self.registrations.get(ptr, bytes, Use::Land, !self.has_registered);
+        if matches!(found, Found::NotNow) {
+            return Ok(false);
+        }
+        self.has_registered |= !matches!(found, Found::Known(..));
+        let Some(incoming) = self.incoming.get_mut(&id) else { return Ok(true) };
+        match count(&mut self.counters, found) {
+            Some((held, covered)) => incoming.registered(held, covered),
+            None if incoming.refused() == Left::All => self.pull(id)?,
+            // What is under way ends first.
+            None => {}
+        }
+        Ok(true)
     }
 
     /// A piece of a payload that was pulled.
@@ -527,10 +618,7 @@ impl VerbsLink {
             }
             return Ok(());
         }
-        match incoming.grant() {
-            Some(upto) => self.answer(Header::about(Kind::Pull, id, upto)),
-            None => Ok(()),
-        }
+        self.pull(id)
     }
 
     /// Says something about a payload of the peer's.
@@ -553,7 +641,7 @@ impl VerbsLink {
     }
 
     fn send_waiting(&mut self) -> Result<(), LinkError> {
-        while self.messenger.can_send() {
+        while self.can_send() {
             let Some(Waiting { header, body }) = self.waiting.pop_front() else { return Ok(()) };
             self.send(header, body.len(), |to| {
                 // SAFETY: room for as many bytes was asked for.
@@ -571,12 +659,18 @@ impl VerbsLink {
         fill: impl FnOnce(*mut u8),
     ) -> Result<(), LinkError> {
         let sent = self.messenger.send(header, HEADER_BYTES + body, fill);
-        sent.map_err(|error| io_error("posting a send", &error))
+        sent.map_err(|error| self.not_posted("posting a send", &error))
+    }
+
+    /// Whether a message can go now. Over a link that is broken none can: it ends once what has come
+    /// is handed up.
+    fn can_send(&self) -> bool {
+        self.broken.is_none() && self.messenger.can_send()
     }
 
     /// Whether a message that may not wait in a queue can go.
     fn has_room(&mut self) -> bool {
-        let room = self.waiting.is_empty() && self.messenger.can_send();
+        let room = self.waiting.is_empty() && self.can_send();
         self.starved |= !room;
         room
     }
@@ -607,7 +701,7 @@ impl VerbsLink {
                     unsafe { outgoing.next_chunk(BODY_MAX, to) };
                 })
             });
-            let over = over.map_err(|error| io_error("posting a send", &error))?;
+            let over = over.map_err(|error| self.not_posted("posting a send", &error))?;
             budget.bytes = budget.bytes.saturating_sub(sent);
             if let Some(op) = over.filter(|op| *op != OpId::NONE) {
                 sink.done(op, Ok(()));
@@ -619,6 +713,7 @@ impl VerbsLink {
 
     fn may_send_chunks(&self) -> bool {
         self.outgoing.has_work()
+            && self.broken.is_none()
             && self.waiting.is_empty()
             && self.messenger.credits() > CHUNKS_LEAVE
             && self.messenger.has_room()
@@ -640,7 +735,7 @@ impl VerbsLink {
         let mut outgoing = unsafe { Outgoing::new(op, class, offer, payload, len, COPIED_MAX) };
         let mut body = head.to_vec();
         let mut pieces = 0;
-        if let Some(held) = self.register(outgoing.segments(), len, Access::Read) {
+        if let Some(held) = self.register(outgoing.segments(), len) {
             for ((ptr, len), held) in outgoing.segments().iter().zip(&held) {
                 let key = held.remote_key();
                 Piece { address: *ptr as u64, len: *len as u64, key }.append(&mut body);
@@ -691,7 +786,7 @@ impl VerbsLink {
                 }
             }
         };
-        if self.waiting.is_empty() && self.messenger.can_send() {
+        if self.waiting.is_empty() && self.can_send() {
             self.send(header, head.len() + len, fill)?;
         } else {
             self.send_or_queue(header, || {
@@ -714,6 +809,7 @@ impl VerbsLink {
         sink: &mut dyn Sink,
     ) -> Result<(bool, bool), LinkError> {
         let mut moved = false;
+        self.has_registered = false;
         let taken = !self.ended.is_empty();
         if taken || self.waits_for_sends() || !self.messenger.has_spare_room() {
             moved |= self.settle_ended(sink)?;
@@ -722,10 +818,46 @@ impl VerbsLink {
         self.send_waiting()?;
         self.post_reads()?;
         let sent = self.send_chunks(budget, sink)?;
-        let credit = self.messenger.return_credit();
-        self.starved |= !credit.map_err(|error| io_error("returning credit", &error))?;
+        self.return_credit()?;
         moved |= received.is_some() || sent.is_some();
-        Ok((moved, received == Some(true) || sent == Some(true)))
+        let more = received == Some(true) || sent == Some(true) || self.registers_next;
+        Ok((moved, more))
+    }
+
+    /// Destroys the queue pairs. In a forked child they are the parent's, and none of this process's
+    /// memory is touched.
+    fn end_queues(&mut self) -> io::Result<()> {
+        if self.messenger.forked() {
+            return Ok(());
+        }
+        let until = Instant::now() + KILL_PATIENCE;
+        loop {
+            match self.messenger.end() {
+                Err(_) if Instant::now() < until => std::thread::sleep(KILL_STEP),
+                ended => return ended,
+            }
+        }
+    }
+
+    /// The queue pairs are left alone for a while.
+    fn linger(&mut self, why: &io::Error) {
+        let pause = match &self.lingers {
+            Some(before) => (before.pause * 2).min(PAUSE_MAX),
+            None => {
+                tracing::warn!(error = %why, "a queue pair cannot be destroyed yet");
+                PAUSE_MIN
+            }
+        };
+        let over = self.timers.sleep_until(Instant::now() + pause);
+        self.lingers = Some(Linger { pause, over });
+    }
+
+    /// Arms a link that was killed: until it is time to try to destroy its queue pairs again.
+    fn arm_to_end(&mut self, cx: &mut Context<'_>) -> Armed {
+        match self.lingers.as_mut().map(|linger| Pin::new(&mut linger.over).poll(cx)) {
+            Some(Poll::Ready(())) => Armed::Busy,
+            Some(Poll::Pending) | None => Armed::Yes,
+        }
     }
 
     /// Registers with everything that may have news, unless there is some already.
@@ -758,6 +890,31 @@ impl VerbsLink {
             Poll::Pending => Ok(Armed::Yes),
             Poll::Ready(Ok(())) => Ok(Armed::Busy),
             Poll::Ready(Err(error)) => Err(failed(error)),
+        }
+    }
+}
+
+/// Whether these pieces of memory are better registered than copied.
+fn worth_registering(memory: &[(*const u8, usize)], len: usize) -> bool {
+    len >= READ_BYTES_MIN
+        && memory.len() <= PIECES_MAX
+        && memory.iter().all(|(_, len)| *len >= PIECE_BYTES_MIN)
+}
+
+/// Counts what came of asking for a registration. `None`: there is none.
+fn count(counters: &mut LinkCounters, found: Found) -> Option<(Held, usize)> {
+    match found {
+        Found::Known(held, covered) => {
+            counters.registrations_reused += 1;
+            Some((held, covered))
+        }
+        Found::Made(held, covered) => {
+            counters.registrations += 1;
+            Some((held, covered))
+        }
+        Found::NotNow | Found::Refused => {
+            counters.registrations_refused += 1;
+            None
         }
     }
 }
@@ -811,13 +968,13 @@ impl Link for VerbsLink {
 
     fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
         if self.killed {
-            return Ok(Armed::Yes);
+            return Ok(self.arm_to_end(cx));
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
         let waits =
             !self.received.is_empty() || !self.ended.is_empty() || self.alarm.watch(cx.waker());
-        if self.broken.is_some() || waits || self.may_send_chunks() {
+        if self.broken.is_some() || waits || self.registers_next || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
         let armed = self.watch(cx);
@@ -871,10 +1028,11 @@ impl Link for VerbsLink {
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         self.dead.get_or_insert_with(|| error.clone());
         self.killed = true;
-        if let Err(error) = self.messenger.end() {
-            tracing::warn!(%error, "a queue pair cannot be destroyed yet");
+        if let Err(why) = self.end_queues() {
+            self.linger(&why);
             return Killed::Lingers;
         }
+        self.lingers = None;
         self.open.clear();
         self.waiting.clear();
         let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
@@ -892,6 +1050,9 @@ impl Link for VerbsLink {
         if self.killed {
             return true;
         }
+        if self.broken.is_some() {
+            return false;
+        }
         let (posted, arrived) = self.messenger.counts();
         let everything = posted + self.waiting.len() as u64;
         let goal = self.flush_goal.get().unwrap_or(everything);
@@ -902,18 +1063,19 @@ impl Link for VerbsLink {
 
     /// A send that ends well matters to nobody, so nobody is woken by its end; one that does not
     /// arrive is found here.
-    fn check(&mut self) -> Result<bool, LinkError> {
+    fn check(&mut self) -> Result<Check, LinkError> {
         if self.killed || self.dead.is_some() {
-            return Ok(false);
+            return Ok(Check::Quiet);
         }
         self.take(Side::Send)?;
-        let bad = |completion: &&Completion| completion.status != ffi::IBV_WC_SUCCESS;
-        if let Some(bad) = self.ended.iter().find(bad).copied() {
-            let why = self.failed("sending", &bad);
-            return self.settle(Err(why));
+        self.look_for_failures();
+        if self.broken.is_some() {
+            return Ok(Check::Drive);
         }
-        let (posted, arrived) = self.messenger.counts();
-        Ok(posted > arrived + self.ended.len() as u64)
+        let (posted, mut arrived) = self.messenger.counts();
+        arrived +=
+            self.ended.iter().filter(|ended| self.messenger.has_arrived(ended)).count() as u64;
+        Ok(if posted > arrived { Check::Owed } else { Check::Quiet })
     }
 
     fn counters(&self) -> LinkCounters {

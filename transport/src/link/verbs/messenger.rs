@@ -15,6 +15,8 @@
 use std::io;
 use std::sync::Arc;
 
+use thalweg_ffi::ibverbs as ffi;
+
 use super::blob::Terms;
 use super::device::LocalPort;
 use super::queues::{Completion, Depths, Lane, Queues, Remote, Side};
@@ -30,11 +32,13 @@ const READS: usize = 16;
 /// Buffers of a link.
 pub(super) const BUFFERS: usize = RECEIVES + SENDS;
 /// Buffers for messages that only return credit.
-const RESERVE: u16 = 2;
+pub(super) const RESERVE: u16 = 2;
 /// What a send should be able to carry within its request, in bytes.
 const INLINE_BYTES: u32 = 192;
 /// Tells the requests of reads from those of sends.
 const READ_BIT: u64 = 1 << 63;
+/// Tells messages that only return credit: nobody waits for one to arrive.
+const CREDIT_BIT: u64 = 1 << 62;
 
 /// The queues and buffers of one link.
 pub(super) struct Messenger {
@@ -50,7 +54,8 @@ pub(super) struct Messenger {
     credits_max: u16,
     /// Credit that is to be returned.
     owed: u16,
-    /// Messages posted, and those that have arrived at the peer.
+    /// Messages posted, and those that have arrived at the peer, without those that only return
+    /// credit.
     posted: u64,
     arrived: u64,
     taken: Vec<Completion>,
@@ -181,10 +186,11 @@ impl Messenger {
         };
         fill(body);
         let inline = bytes <= self.queues.max_inline_bytes();
+        let id = if spends == 0 { CREDIT_BIT } else { 0 } | u64::from(index);
         // SAFETY: a registered buffer that is left alone until its completion was taken.
-        unsafe { self.queues.post_send(index.into(), to, bytes, key, inline)? };
+        unsafe { self.queues.post_send(id, to, bytes, key, inline)? };
         self.credits -= spends;
-        self.posted += 1;
+        self.posted += u64::from(spends);
         Ok(())
     }
 
@@ -237,9 +243,14 @@ impl Messenger {
         let ended = self.what(completion);
         if ended == Ended::Send {
             self.free.push(completion.id as u16);
-            self.arrived += 1;
+            self.arrived += u64::from(self.has_arrived(completion));
         }
         ended
+    }
+
+    /// Whether a completion on the sending side is that of a message which has arrived.
+    pub fn has_arrived(&self, completion: &Completion) -> bool {
+        completion.id & (READ_BIT | CREDIT_BIT) == 0 && completion.status == ffi::IBV_WC_SUCCESS
     }
 
     /// A message that has come, and its header, whose credit has been booked. `None`: not from
@@ -254,14 +265,19 @@ impl Messenger {
         (self.credits <= self.credits_max).then_some((header, ptr, bytes))
     }
 
-    /// Posts a message's buffer again. `owes`: it was sent with credit.
+    /// Whether the peer had credit for one more message.
+    pub fn peer_had_credit(&self) -> bool {
+        self.owed < RECEIVES as u16 - RESERVE
+    }
+
+    /// Posts a message's buffer again. `owes`: it was sent with credit, of which there was some.
     pub fn repost(&mut self, completion: &Completion, owes: bool) -> io::Result<()> {
         self.post_receive(completion.id)?;
         self.owed += u16::from(owes);
         Ok(())
     }
 
-    /// Messages posted since the beginning, and those among them that have ended.
+    /// Messages posted since the beginning, and those among them that have arrived.
     pub fn counts(&self) -> (u64, u64) {
         (self.posted, self.arrived)
     }
@@ -270,11 +286,19 @@ impl Messenger {
         (self.queues.read_room() as usize) < READS
     }
 
+    /// Whether this is a forked child, whose parent the queues belong to.
+    pub fn forked(&self) -> bool {
+        self.queues.device().forked()
+    }
+
     /// Ends the queue pairs, after which no memory is touched any more, and gives the buffers back.
     pub fn end(&mut self) -> io::Result<()> {
         self.queues.destroy()?;
         if let Some(slab) = self.slab.take() {
-            self.home.give(slab);
+            // No other link uses what a device that is gone may not have let go of.
+            if !self.queues.device().is_gone() {
+                self.home.give(slab);
+            }
         }
         Ok(())
     }

@@ -15,6 +15,7 @@
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads |
 //! | `blob` | what sides tell each other, and the choice of ports |
+//! | `topology` | where a device lies in the host, and how fast its ports are |
 //! | `alarm` | what devices say by themselves |
 //! | `removal` | what the kernel says of devices that are taken away |
 //! | `engine` | devices of a node, set-up |
@@ -29,28 +30,36 @@
 //!
 //! # What is trusted
 //!
-//! As RDMA has it, whoever can make packets on the fabric can pretend to be a peer, and a peer that
-//! keeps the key of memory that it was once offered may read that memory for as long as it stays
-//! registered: for operations that are over, this is so for loans and the node's pool of host
-//! memory. The link is for networks and users that are trusted, and is used only where it is asked
-//! for. What arrives is checked as on the other links.
+//! As RDMA has it, whoever can make packets on the fabric can pretend to be a peer. All links over a
+//! device share one protection domain, and keys are small numbers that can be guessed. So any peer
+//! of this node may read what this node has offered to any of them, for as long as it stays
+//! registered: while the operation runs; and for loans and the node's pool of host memory, of which
+//! the whole mapping is registered (up to 64 MiB of it, else the payload), until the registration is
+//! given up. What was only landed into was registered for this process alone, and nobody else can
+//! read it; nothing can be written by a peer. The link is for networks and users that are trusted,
+//! and is used only where it is asked for. What arrives is checked as on the other links.
 
 mod alarm;
 mod blob;
 mod bulk;
 mod device;
 mod engine;
+#[cfg(test)]
+mod fake;
 mod link;
 mod messenger;
 mod queues;
 mod registrations;
 mod removal;
 mod slab;
+#[cfg(test)]
+mod tests;
+mod topology;
 mod wire;
 
 use std::time::Duration;
 
-pub(crate) use engine::{Opened, VerbsEngine};
+pub(crate) use engine::{Opened, Prepared, VerbsEngine};
 
 /// What a link is told when it is made.
 #[derive(Clone, Debug)]

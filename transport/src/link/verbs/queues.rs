@@ -16,7 +16,7 @@ use thalweg_ffi::ibverbs::{
 };
 
 use super::blob::{Fabric, Port};
-use super::device::{Device, Domain, Limits, LocalPort, is_removed, os_error, set_nonblocking};
+use super::device::{Device, Domain, Limits, LocalPort, os_error, set_nonblocking};
 use crate::runtime::Tracked;
 
 /// Completions taken at a time.
@@ -205,8 +205,9 @@ impl Queues {
         let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
         attributes.qp_state = ffi::IBV_QPS_INIT;
         attributes.port_num = self.port.number;
-        // The peer reads what this side offers; it writes nothing.
-        attributes.qp_access_flags = ffi::IBV_ACCESS_REMOTE_READ;
+        // The peer reads what this side offers, by the pair that this side reads with; it writes
+        // nothing.
+        attributes.qp_access_flags = if receives > 0 { 0 } else { ffi::IBV_ACCESS_REMOTE_READ };
         let mask = ffi::IBV_QP_STATE
             | ffi::IBV_QP_PKEY_INDEX
             | ffi::IBV_QP_PORT
@@ -231,7 +232,7 @@ impl Queues {
         })
     }
 
-    fn device(&self) -> &Arc<Device> {
+    pub fn device(&self) -> &Arc<Device> {
         &self.domain.device
     }
 
@@ -547,7 +548,7 @@ impl Queues {
             match destroyed {
                 Ok(()) => *state = State::Destroyed,
                 // The kernel has ended everything of a device that was taken away.
-                Err(error) if is_removed(&error) => *state = State::Destroyed,
+                Err(error) if self.domain.device.took_along(&error) => *state = State::Destroyed,
                 Err(error) => return Err(error),
             }
         }
@@ -564,6 +565,8 @@ impl Drop for Queues {
         if let Err(error) = self.destroy() {
             // Then the completion queues are in use and stay as well.
             tracing::error!(%error, "a queue pair cannot be destroyed, and is left standing");
+            // The channel stays open: a forked child has to close it.
+            std::mem::forget(self.tracked.take());
             return;
         }
         let device = self.device().clone();

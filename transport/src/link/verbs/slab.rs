@@ -91,6 +91,11 @@ impl Slabs {
         kept.map_or_else(|| Slab::new(&self.domain, self.count), Ok)
     }
 
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        self.kept.lock().expect("not poisoned").len()
+    }
+
     /// Takes one back that nobody uses any more: neither this process nor the device.
     pub fn give(&self, slab: Slab) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);

@@ -7,6 +7,8 @@ pub(super) const HEADER_BYTES: usize = 24;
 pub(super) const BUFFER_BYTES: usize = 8192;
 /// What fits behind the header.
 pub(super) const BODY_MAX: usize = BUFFER_BYTES - HEADER_BYTES;
+/// Credit that chunks leave to others.
+pub(super) const CHUNKS_LEAVE: u16 = 8;
 /// Pieces of memory that an offer may name.
 pub(super) const PIECES_MAX: usize = 16;
 const PIECE_BYTES: usize = 20;
