@@ -6,13 +6,12 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
-use std::time::Duration;
 
 use super::board::{Board, EndpointId, Pulse};
 use super::endpoint::EndpointShared;
 use super::keys::Keys;
 use super::sync::{Mutex, lock};
-use crate::config::{Config, Wake};
+use crate::config::Config;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{ShmEngine, ShmOptions};
 use crate::link::ucx::{UcxEngine, UcxOptions};
@@ -344,7 +343,6 @@ fn ucx_engine(
         // Twice what credit allows: heads, control and one-sided traffic count too.
         inbox_max_bytes: usize::try_from(windows.saturating_mul(2)).unwrap_or(usize::MAX / 2),
         setup_timeout: config.handshake_timeout / 2,
-        spin_limit: if config.wake == Wake::Spin { config.spin_limit } else { Duration::ZERO },
     };
     match UcxEngine::new(reactor, timers.clone(), options) {
         Ok(engine) => {

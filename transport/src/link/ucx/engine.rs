@@ -97,14 +97,10 @@ impl UcxEngine {
             .ok_or_else(|| failure("the peer's offer is malformed".into()))?;
         let ep = self.connect(&slot, &blob).map_err(failure)?;
         let limit = self.options.setup_timeout;
-        let began = Instant::now();
-        let mut patience = self.timers.sleep_until(began + limit);
+        let mut patience = self.timers.sleep_until(Instant::now() + limit);
         poll_fn(|cx| {
             if let Some(result) = self.look(&slot.mailbox, cx) {
                 return Poll::Ready(result);
-            }
-            if began.elapsed() < self.options.spin_limit {
-                cx.waker().wake_by_ref();
             }
             Pin::new(&mut patience).poll(cx).map(|()| {
                 Err(format!("UCX connected, but nothing came from the peer within {limit:?}"))

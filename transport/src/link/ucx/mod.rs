@@ -73,8 +73,6 @@ pub(crate) struct UcxOptions {
     pub inbox_max_bytes: usize,
     /// How long setting up one link may take.
     pub setup_timeout: Duration,
-    /// How long setting up polls before it sleeps.
-    pub spin_limit: Duration,
 }
 
 /// Why this node cannot use UCX at all.
