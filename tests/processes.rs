@@ -743,6 +743,14 @@ fn fork_ucx() {
 }
 
 #[test]
+fn fork_verbs() {
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("fork_verbs", &why);
+    }
+    forking("fork_verbs", Way::Verbs);
+}
+
+#[test]
 fn fork_shm() {
     forking("fork_shm", Way::ShmAll);
 }
@@ -835,6 +843,14 @@ fn host_loop(name: &str, way: Way) {
 #[test]
 fn host_loop_tcp() {
     host_loop("host_loop_tcp", Way::Tcp);
+}
+
+#[test]
+fn host_loop_verbs() {
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("host_loop_verbs", &why);
+    }
+    host_loop("host_loop_verbs", Way::Verbs);
 }
 
 #[test]

@@ -151,9 +151,10 @@ fn on_two_threads(work: impl Future<Output = ()>) {
 #[test]
 fn idle_endpoints_take_no_processor_time() {
     let _alone = serially();
-    for way in [Way::Tcp, Way::ShmAll, Way::Ucx] {
+    for way in [Way::Tcp, Way::ShmAll, Way::Ucx, Way::Verbs] {
         if let Some(why) = way.missing() {
-            skipped("idle_endpoints_take_no_processor_time over ucx", &why);
+            let link = way.link();
+            skipped(&format!("idle_endpoints_take_no_processor_time over {link}"), &why);
             continue;
         }
         on_two_threads(async {

@@ -47,6 +47,14 @@ fn soak_ucx() {
 }
 
 #[test]
+fn soak_verbs() {
+    if let Some(why) = Way::Verbs.missing() {
+        return thalweg_tests::skipped("soak_verbs", &why);
+    }
+    soak(Way::Verbs);
+}
+
+#[test]
 fn soak_mock() {
     soak(Way::MockReordering);
 }

@@ -3,35 +3,19 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Output;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use support::{Leftovers, note, resident_bytes, serially};
-use thalweg::{CloseReason, Config, Endpoint, LinkKind, Listener, Message, Node};
+use support::{Folder, Leftovers, inside, note, outside, resident_bytes, serially};
+use thalweg::{CloseReason, Endpoint, LinkKind, Listener, Message, Node};
 use thalweg_tests::{Way, connect, run_once, runtime, skipped, within};
 
-/// Says to this program that it is to do a test's work itself.
-const INSIDE: &str = "THALWEG_TEST_INSIDE";
 const LIBRARY: &str = "THALWEG_UCX_LIBRARY";
 const ROUNDS: usize = 500;
 /// What resident memory may grow by from the hundredth round to the last.
 const GROWTH_MAX_BYTES: usize = 8 << 20;
-
-fn inside() -> bool {
-    std::env::var_os(INSIDE).is_some()
-}
-
-/// Runs one test of this program in a process of its own, and gives what it says.
-fn outside(test: &str, settings: &[(&str, &Path)]) -> Output {
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]).env(INSIDE, "1");
-    command.envs(settings.iter().copied());
-    let output = command.output().expect("starting this program");
-    assert!(output.status.success(), "{test}: {output:#?}");
-    output
-}
 
 /// Fails if UCX itself has said something.
 fn assert_silent(output: &Output) {
@@ -196,67 +180,21 @@ async fn echo_everybody(listener: Listener) {
     }
 }
 
-/// Not by itself: prints why `ucx` is absent, and shows that the rest works.
+/// Not by itself.
 #[test]
 fn ucx_is_absent_and_the_rest_works() {
-    if !inside() {
-        return;
+    if inside() {
+        support::without(LinkKind::Ucx);
     }
-    let any = || Config::new().transports([LinkKind::Ucx, LinkKind::Shm, LinkKind::Tcp]);
-    run_once("without ucx", async {
-        let nodes = [(); 2].map(|()| Node::new(any()).expect("a node"));
-        let capabilities = nodes[0].capabilities();
-        let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
-        let ucx = ucx.expect("ucx is told of");
-        assert!(!ucx.present, "{}", ucx.reason);
-        let fix = ucx.fix.as_deref().unwrap_or_default();
-        println!("@reason {} @fix {fix}", ucx.reason);
-        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
-        let (a, b) = connect(&nodes[0], &listener).await;
-        assert_eq!(a.route().link(), LinkKind::Shm);
-        let told = a.route().to_string();
-        assert!(told.contains("ucx") && told.contains(&ucx.reason), "{told}");
-        let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&[7; 70_000])), b.recv());
-        sent.expect("sending");
-        assert_eq!(got.expect("receiving").len_bytes(), 70_000);
-    });
 }
 
 /// Whether a process that is given this library does without, and says so.
 #[track_caller]
 fn assert_absent(library: &Path, because: &str) {
     let output = outside("ucx_is_absent_and_the_rest_works", &[(LIBRARY, library)]);
-    let said = String::from_utf8_lossy(&output.stdout);
-    let reason =
-        said.split_once("@reason ").map(|(_, rest)| rest.lines().next()).expect("a reason");
-    let reason = reason.unwrap_or_default();
+    let (reason, _) = support::reason_and_fix(&output);
     assert!(reason.contains(because), "{reason:?} does not say {because:?}");
     assert!(reason.contains(LIBRARY), "{reason:?} does not say what to correct");
-}
-
-/// A folder that goes when dropped.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("thalweg-ucx-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a folder of our own");
-        Folder(path)
-    }
-
-    /// A shared object made from this source; `None` without a compiler.
-    fn library(&self, source: &str) -> Option<PathBuf> {
-        let (from, to) = (self.0.join("library.c"), self.0.join("libucp.so.0"));
-        std::fs::write(&from, source).expect("writable");
-        let made = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&to).arg(&from).status();
-        made.is_ok_and(|status| status.success()).then_some(to)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 #[test]
@@ -281,7 +219,7 @@ fn with_an_old_or_a_lacking_libucp_the_rest_works() {
             "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c)\n\
              {{ *a = 1; *b = {minor}; *c = 0; }}\n"
         );
-        let Some(path) = folder.library(&source) else {
+        let Some(path) = folder.library("libucp.so.0", &source) else {
             return skipped("with_an_old_or_a_lacking_libucp_the_rest_works", "no C compiler");
         };
         assert_absent(&path, because);

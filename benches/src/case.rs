@@ -131,11 +131,17 @@ pub enum Baseline {
     /// `ucx_perftest -e`, where installed, with the site's own `UCX_*` settings: what the link `ucx`
     /// has to itself.
     UcxE,
+    /// `ib_send_lat` of perftest, where installed.
+    IbSendLat,
+    /// `ib_write_lat` of perftest, where installed.
+    IbWriteLat,
+    /// `ib_write_bw` of perftest, where installed.
+    IbWriteBw,
 }
 
 impl Baseline {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Baseline; 9] = [
+    pub const ALL: [Baseline; 12] = [
         Baseline::RawTcp,
         Baseline::Cacheline,
         Baseline::Eventfd,
@@ -145,6 +151,9 @@ impl Baseline {
         Baseline::Cma,
         Baseline::Ucx,
         Baseline::UcxE,
+        Baseline::IbSendLat,
+        Baseline::IbWriteLat,
+        Baseline::IbWriteBw,
     ];
 
     /// As in the JSON output.
@@ -159,6 +168,9 @@ impl Baseline {
             Baseline::Cma => "cma",
             Baseline::Ucx => "ucx",
             Baseline::UcxE => "ucx-e",
+            Baseline::IbSendLat => "ib-send-lat",
+            Baseline::IbWriteLat => "ib-write-lat",
+            Baseline::IbWriteBw => "ib-write-bw",
         }
     }
 
@@ -170,7 +182,10 @@ impl Baseline {
             | Baseline::Ring
             | Baseline::DeepRing
             | Baseline::Ucx
-            | Baseline::UcxE => "spin",
+            | Baseline::UcxE
+            | Baseline::IbSendLat
+            | Baseline::IbWriteLat
+            | Baseline::IbWriteBw => "spin",
             Baseline::Memcpy | Baseline::Cma => "none",
         }
     }
@@ -188,9 +203,15 @@ impl Baseline {
     pub const fn suits(self, program: Program) -> bool {
         match program {
             // With one message on its way a ring's length is nothing.
-            Program::Pingpong => !matches!(self, Baseline::DeepRing),
+            Program::Pingpong => !matches!(self, Baseline::DeepRing | Baseline::IbWriteBw),
             // A line or an eventfd holds one message: there is no stream of them.
-            Program::Bandwidth => !matches!(self, Baseline::Cacheline | Baseline::Eventfd),
+            Program::Bandwidth => !matches!(
+                self,
+                Baseline::Cacheline
+                    | Baseline::Eventfd
+                    | Baseline::IbSendLat
+                    | Baseline::IbWriteLat
+            ),
         }
     }
 
@@ -203,7 +224,12 @@ impl Baseline {
                 | Baseline::DeepRing
                 | Baseline::Ucx
                 | Baseline::UcxE
-        )
+        ) || self.is_perftest()
+    }
+
+    /// Whether it is one of perftest's programs: what the link `verbs` is compared with.
+    pub const fn is_perftest(self) -> bool {
+        matches!(self, Baseline::IbSendLat | Baseline::IbWriteLat | Baseline::IbWriteBw)
     }
 }
 

@@ -34,7 +34,8 @@ const SETTINGS: &str = "The THALWEG_* variables are honoured, by each side on it
 /// What both programs are asked.
 #[derive(Args, Clone, Debug)]
 pub struct Common {
-    /// Which links may be used: auto (the library chooses), shm, tcp, ucx; several with commas.
+    /// Which links may be used: auto (the library chooses), shm, tcp, ucx, verbs; several with
+    /// commas.
     /// Left out: every link of the library's own that works here, one after the other
     #[arg(long, value_name = "LINK", value_delimiter = ',', value_parser = Transport::parse)]
     pub transport: Vec<Transport>,

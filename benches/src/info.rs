@@ -25,7 +25,7 @@ pub struct Info {
 /// One link.
 #[derive(Clone, Debug, Serialize)]
 pub struct LinkInfo {
-    /// `shm`, `tcp`, `ucx`.
+    /// `shm`, `tcp`, `ucx`, `verbs`.
     pub link: &'static str,
     /// Whether it can be used here.
     pub present: bool,
@@ -62,8 +62,10 @@ pub struct System {
 
 /// Collects all of it.
 pub fn collect() -> Result<Info> {
-    // UCX is looked for only where it is asked for.
-    let all = Config::from_env()?.transports([LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx]);
+    // These two are looked for only where they are asked for.
+    let optional = [LinkKind::Verbs, LinkKind::Ucx];
+    let config = Config::from_env()?;
+    let all = config.transports([LinkKind::Shm, LinkKind::Tcp].into_iter().chain(optional));
     let links = with_node(all, |node| {
         node.capabilities()
             .into_iter()
@@ -81,7 +83,7 @@ pub fn collect() -> Result<Info> {
 /// The links of the library's own that work here and connect processes, best first.
 pub fn working_links() -> Result<Vec<LinkKind>> {
     with_node(Config::from_env()?, |node| {
-        let tried = |link: &LinkKind| !matches!(link, LinkKind::Ucx | LinkKind::Mock);
+        let tried = |link: &LinkKind| matches!(link, LinkKind::Shm | LinkKind::Tcp);
         let present = node.capabilities().into_iter().filter(|capability| capability.present);
         present.map(|capability| capability.link).filter(tried).collect()
     })

@@ -85,6 +85,7 @@ fn work(program: Program, options: &Common, window: Option<u32>) -> Result<()> {
         two_cores: pins.is_some_and(|pins| pins.here != pins.peer),
         remote: options.connect.is_some(),
         ucx: baseline::ucx::installed(),
+        perftest: baseline::perftest::installed(),
         environment,
     };
     check_sizes(options, &place.environment)?;

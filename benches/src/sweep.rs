@@ -26,6 +26,8 @@ pub struct Place {
     pub remote: bool,
     /// Whether `ucx_perftest` can be started.
     pub ucx: bool,
+    /// Whether the programs of perftest can be started.
+    pub perftest: bool,
     /// What the environment says.
     pub environment: Environment,
 }
@@ -155,22 +157,34 @@ fn baselines(
         None => Vec::new(),
     };
     let named = options.baseline.as_ref().is_some_and(|names| !names.is_empty());
-    let over_ucx = options.transport.iter().any(|link| link.link() == Some(LinkKind::Ucx));
+    let over = |kind| options.transport.iter().any(|link| link.link() == Some(kind));
+    let compared = |baseline: Baseline| match baseline {
+        Baseline::UcxE => over(LinkKind::Ucx),
+        _ if baseline.is_perftest() => over(LinkKind::Verbs),
+        _ => true,
+    };
     let mut kept = Vec::new();
     for baseline in asked {
         let name = baseline.name();
-        if !baseline.suits(program) {
+        if !named && !compared(baseline) {
+            // It has nothing to be compared with.
+        } else if !baseline.suits(program) {
             if named {
-                left_out.push(format!("{name}: says nothing about a stream; see pingpong"));
+                left_out.push(match program {
+                    Program::Pingpong => format!("{name}: only says something about a stream"),
+                    Program::Bandwidth => {
+                        format!("{name}: says nothing about a stream; see pingpong")
+                    }
+                });
             }
         } else if place.remote && baseline != Baseline::RawTcp {
             left_out.push(format!("{name}: works on one machine only"));
         } else if !place.two_cores && baseline.needs_two_cores() {
             left_out.push(format!("{name}: needs two cores"));
-        } else if baseline == Baseline::UcxE && !named && !over_ucx {
-            // It has nothing to be compared with.
         } else if matches!(baseline, Baseline::Ucx | Baseline::UcxE) && !place.ucx {
             left_out.push(format!("{name}: ucx_perftest is not installed (Debian: ucx-utils)"));
+        } else if baseline.is_perftest() && !place.perftest {
+            left_out.push(format!("{name}: perftest is not installed (Debian: perftest)"));
         } else if !kept.contains(&baseline) {
             kept.push(baseline);
         }
@@ -233,6 +247,7 @@ mod tests {
             two_cores: true,
             remote: false,
             ucx: true,
+            perftest: true,
             environment: Environment::default(),
         }
     }
@@ -257,15 +272,22 @@ mod tests {
             );
             assert!(links >= LATENCY_SIZES.len(), "{link}: {links}");
         }
-        let compared = |all: &Baseline| all.suits(Program::Pingpong) && *all != Baseline::UcxE;
+        let compared = |all: &Baseline| {
+            all.suits(Program::Pingpong) && *all != Baseline::UcxE && !all.is_perftest()
+        };
         for baseline in Baseline::ALL.into_iter().filter(compared) {
             assert!(count(&plan, |s| *s == Subject::Baseline(baseline)) > 0, "{baseline:?}");
         }
         assert!(plan.left_out.is_empty());
-        // What the link `ucx` is compared with, is measured beside it alone.
+        // What one link alone is compared with, is measured beside it alone.
         let over = |link| planned(&["--transport", link, "--size", "8", "--baseline"], &place());
         let of_ucx = |plan: &Plan| count(plan, |s| *s == Subject::Baseline(Baseline::UcxE));
         assert_eq!((of_ucx(&plan), of_ucx(&over("tcp")), of_ucx(&over("ucx"))), (0, 0, 1));
+        let of_perftest = |plan: &Plan| {
+            count(plan, |s| matches!(s, Subject::Baseline(baseline) if baseline.is_perftest()))
+        };
+        let counts = [&plan, &over("ucx"), &over("verbs")].map(of_perftest);
+        assert_eq!(counts, [0, 0, 2]);
     }
 
     #[test]

@@ -108,6 +108,8 @@ fn reference<'a>(row: &Row, rows: &'a [Row], single_copy: bool) -> Option<(&'a R
     let names: &[&str] = match (row.transport.as_str(), small, stream) {
         ("tcp", ..) => &["raw-tcp"],
         ("ucx", ..) => &["ucx-e"],
+        ("verbs", _, true) => &["ib-write-bw"],
+        ("verbs", _, false) => &["ib-send-lat"],
         ("shm", true, true) => &["ring"],
         ("shm", true, false) if row.wake == "park" => &["eventfd"],
         ("shm", true, false) => &["cacheline"],

@@ -4,17 +4,12 @@
 Usage: bindings/ucx.py INCLUDE_DIR
 
 INCLUDE_DIR holds ucp/api/ucp.h of the oldest version that the loader accepts (1.13: Debian's
-libucx-dev). Needs bindgen (cargo install bindgen-cli --version 0.71.1) and the libclang that
-bindgen needs; neither is needed to build the project.
-
-The functions become one table of pointers, filled at run time; enumerations become integers, so
-that a value which a newer library adds is no undefined behaviour.
+libucx-dev).
 """
 
-import pathlib
-import re
-import subprocess
 import sys
+
+from table import make
 
 FUNCTIONS = """
 ucp_get_version ucp_config_read ucp_config_modify ucp_config_release ucp_init_version ucp_cleanup
@@ -46,48 +41,8 @@ UCP_AM_HANDLER_PARAM_FIELD_(ID|CB|ARG) UCP_DATATYPE_IOV
 UCP_MEM_MAP_PARAM_FIELD_(ADDRESS|LENGTH|MEMORY_TYPE)
 """.split()
 
-HEADER = """//! Types, values and functions of libucp, made by `bindings/ucx.py`: do not edit.
+OPTIONS = ["--blocklist-type=FILE|_IO_.*", "--raw-line=use super::functions;\nuse libc::FILE;"]
 
-"""
-
-
-def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    include = sys.argv[1]
-    raw = subprocess.run(
-        ["bindgen", f"{include}/ucp/api/ucp.h", "--default-enum-style=consts",
-         "--no-prepend-enum-name", "--no-doc-comments", "--ctypes-prefix=libc",
-         "--blocklist-type=FILE|_IO_.*", "--raw-line=use super::functions;\nuse libc::FILE;",
-         "--rust-edition=2024", "--rust-target=1.85", "--merge-extern-blocks", "--no-layout-tests",
-         "--allowlist-function", "|".join(FUNCTIONS), "--allowlist-type", "|".join(TYPES),
-         "--allowlist-var", "|".join(VALUES), "--", f"-I{include}"],
-        check=True, stdout=subprocess.PIPE, text=True).stdout
-    kept, pointers = [], []
-    extern = False
-    for item in re.split(r"\n(?=pub |#\[|unsafe extern|use )", raw):
-        if item.startswith("unsafe extern"):
-            for function in re.findall(r"pub fn (\w+)\((.*?)\)(?: -> (.*?))?;", item, re.S):
-                name, arguments, returns = function
-                types = [argument.split(":", 1)[1] for argument
-                         in re.split(r",\s*(?=\w+: )", arguments) if ":" in argument]
-                types = [" ".join(t.split()).rstrip(",") for t in types]
-                returns = f" -> {' '.join(returns.split())}" if returns else ""
-                pointers.append((name, f"unsafe extern \"C\" fn({', '.join(types)}){returns}"))
-        else:
-            kept.append(item)
-    missing = set(FUNCTIONS) - {name for name, _ in pointers}
-    if missing:
-        sys.exit(f"not in the headers: {sorted(missing)}")
-    wanted = re.compile("|".join(f"(?:{value})" for value in VALUES))
-    body = [i for i in kept
-            if not re.match(r"pub const \w+: ", i)
-            or wanted.fullmatch(re.match(r"pub const (\w+)", i).group(1))]
-    text = HEADER + re.sub(r"/\* automatically generated.*?\*/\n", "", "\n".join(body))
-    text += "\n\nfunctions! {\n" + "".join(f"    {n}: {t},\n" for n, t in pointers) + "}\n"
-    out = pathlib.Path(__file__).resolve().parent.parent / "src/ucx/bindings.rs"
-    out.write_text(text)
-    subprocess.run(["rustfmt", "--edition", "2024", str(out)], check=True)
-
-
-main()
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
+make("ucx", sys.argv[1], "ucp/api/ucp.h", FUNCTIONS, TYPES, VALUES, OPTIONS)

@@ -5,5 +5,7 @@
 
 mod dl;
 mod elf;
+mod functions;
+pub mod ibverbs;
 mod signals;
 pub mod ucx;

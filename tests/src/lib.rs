@@ -12,6 +12,11 @@ use thalweg::{Config, Endpoint, Frame, LinkKind, Listener, Message, MockPlan, No
 /// How long a test may take before it counts as hanging.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The same, where a machine may be emulated.
+fn patience() -> Duration {
+    if std::env::var_os("THALWEG_TEST_VM").is_some() { PATIENCE * 2 } else { PATIENCE }
+}
+
 /// How two nodes are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -35,6 +40,8 @@ pub enum Way {
     MockTiny,
     /// UCX, over whatever lanes `UCX_TLS` admits.
     Ucx,
+    /// RDMA verbs, over whatever devices there are.
+    Verbs,
 }
 
 impl Way {
@@ -58,24 +65,28 @@ impl Way {
             Way::ShmAll | Way::ShmInlineArena | Way::ShmSingleCopy | Way::ShmLoans => LinkKind::Shm,
             Way::Mock | Way::MockReordering | Way::MockDelaying | Way::MockTiny => LinkKind::Mock,
             Way::Ucx => LinkKind::Ucx,
+            Way::Verbs => LinkKind::Verbs,
         }
     }
 
     /// Why it is not to be had on this machine, if it is not.
     pub fn missing(self) -> Option<String> {
         static UCX: OnceLock<Option<String>> = OnceLock::new();
-        if self != Way::Ucx {
-            return None;
-        }
+        static VERBS: OnceLock<Option<String>> = OnceLock::new();
+        let known = match self {
+            Way::Ucx => &UCX,
+            Way::Verbs => &VERBS,
+            _ => return None,
+        };
         let look = || {
             let runtime = runtime(1);
             let _inside = runtime.enter();
             let node = Node::new(self.config()).expect("a node");
             let capabilities = node.capabilities();
-            let ucx = capabilities.iter().find(|capability| capability.link == LinkKind::Ucx);
-            ucx.filter(|ucx| !ucx.present).map(|ucx| ucx.reason.clone())
+            let link = capabilities.iter().find(|capability| capability.link == self.link());
+            link.filter(|link| !link.present).map(|link| link.reason.clone())
         };
-        UCX.get_or_init(look).clone()
+        known.get_or_init(look).clone()
     }
 
     /// Whether it is the mock link.
@@ -98,7 +109,12 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
+            // UCX's way of sleeping does not work on every device.
+            Way::Ucx if std::env::var_os("THALWEG_TEST_UCX_SPINS").is_some() => {
+                config.wake(Wake::Spin).spin_limit(PATIENCE)
+            }
             Way::Tcp | Way::ShmAll | Way::Ucx => config,
+            Way::Verbs => config.verbs_devices(verbs_device(0)),
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),
@@ -140,6 +156,13 @@ pub struct Pair {
     pub b: Endpoint,
 }
 
+/// The RDMA device of one of two nodes: the variable `THALWEG_TEST_VERBS_DEVICES` names one for
+/// each, as in `rxa,rxb`. Without it any will do.
+fn verbs_device(node: usize) -> Option<String> {
+    let names = std::env::var("THALWEG_TEST_VERBS_DEVICES").ok()?;
+    names.split(',').nth(node).map(str::to_owned)
+}
+
 /// A connected pair.
 pub async fn pair(way: Way) -> Pair {
     pair_with(way, |config| config).await
@@ -147,7 +170,9 @@ pub async fn pair(way: Way) -> Pair {
 
 /// A connected pair whose nodes have these settings.
 pub async fn pair_with(way: Way, change: impl Fn(Config) -> Config) -> Pair {
-    pair_of(way, change(way.config()), change(way.config())).await
+    let (a, b) = (change(way.config()), change(way.config()));
+    let b = if way == Way::Verbs { b.verbs_devices(verbs_device(1)) } else { b };
+    pair_of(way, a, b).await
 }
 
 /// A connected pair with settings for each side.
@@ -162,8 +187,10 @@ pub async fn pair_of(way: Way, config_a: Config, config_b: Config) -> Pair {
 
 /// One more pair of endpoints.
 pub async fn connect(node: &Node, listener: &Listener) -> (Endpoint, Endpoint) {
-    let (a, b) = tokio::join!(node.connect(listener.address()), listener.accept());
-    (a.expect("connecting"), b.expect("accepting"))
+    // Each fails at once: the listener waits for ever for one that could not connect.
+    tokio::join!(async { node.connect(listener.address()).await.expect("connecting") }, async {
+        listener.accept().await.expect("accepting")
+    },)
 }
 
 impl Pair {
@@ -179,7 +206,7 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
     let watch = Watch::new(name);
     for threads in [1, 2] {
         let runtime = runtime(threads);
-        let result = runtime.block_on(async { tokio::time::timeout(PATIENCE, work()).await });
+        let result = runtime.block_on(async { tokio::time::timeout(patience(), work()).await });
         assert!(result.is_ok(), "{name} on {threads} thread(s) hangs");
         drop(runtime);
     }
@@ -189,7 +216,7 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
 /// As [`run`], on one thread only.
 pub fn run_once(name: &str, work: impl Future<Output = ()>) {
     let watch = Watch::new(name);
-    let result = runtime(1).block_on(async { tokio::time::timeout(PATIENCE, work).await });
+    let result = runtime(1).block_on(async { tokio::time::timeout(patience(), work).await });
     assert!(result.is_ok(), "{name} hangs");
     drop(watch);
 }
@@ -217,7 +244,7 @@ impl Watch {
         let (over, wait) = mpsc::channel::<()>();
         let name = name.to_owned();
         std::thread::spawn(move || {
-            if wait.recv_timeout(PATIENCE * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if wait.recv_timeout(patience() * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("{name}: a thread is stuck");
                 std::process::exit(101);
             }

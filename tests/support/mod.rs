@@ -6,10 +6,18 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use thalweg::{Config, LinkKind, Message, Node};
+use thalweg_tests::{connect, run_once};
+
+/// What is shown of a peer's complaints, in bytes.
+const COMPLAINTS_MAX: usize = 64 << 10;
 /// How long a peer may take to say what is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -22,6 +30,11 @@ pub fn serially() -> MutexGuard<'static, ()> {
 /// The count of a short run, or that of a long one.
 pub fn short_or_long<T>(short: T, long: T) -> T {
     if std::env::var("THALWEG_TEST_LONG").is_ok_and(|value| value == "1") { long } else { short }
+}
+
+/// By how much limits of time are to be stretched: a machine that is emulated is slow.
+pub fn slowness() -> u32 {
+    if std::env::var_os("THALWEG_TEST_VM").is_some() { 8 } else { 1 }
 }
 
 /// Where random choices begin.
@@ -46,11 +59,97 @@ pub fn skipped(name: &str, reason: impl Display) {
     thalweg_tests::skipped(name, &reason.to_string());
 }
 
+/// Says to a program that it is to do a test's work itself.
+const INSIDE: &str = "THALWEG_TEST_INSIDE";
+
+/// Whether this program was started to do one test's work.
+pub fn inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs one test of this program in a process of its own, and gives what it says.
+pub fn outside(test: &str, settings: &[(&str, &Path)]) -> Output {
+    outside_as(test, settings, |_| {})
+}
+
+/// As `outside`, with something more about the process.
+pub fn outside_as(
+    test: &str,
+    settings: &[(&str, &Path)],
+    more: impl FnOnce(&mut Command),
+) -> Output {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]).env(INSIDE, "1");
+    command.envs(settings.iter().copied());
+    more(&mut command);
+    let output = command.output().expect("starting this program");
+    assert!(output.status.success(), "{test}: {output:#?}");
+    output
+}
+
+/// Prints why a link is absent, and shows that the rest works. [`reason_and_fix`] reads it.
+pub fn without(link: LinkKind) {
+    let any = || Config::from_env().expect("settings").transports([link, LinkKind::Tcp]);
+    run_once("without a link", async {
+        let nodes = [(); 2].map(|()| Node::new(any()).expect("a node"));
+        let capabilities = nodes[0].capabilities();
+        let absent = capabilities.iter().find(|capability| capability.link == link);
+        let absent = absent.expect("it is told of");
+        assert!(!absent.present, "{}", absent.reason);
+        let fix = absent.fix.as_deref().unwrap_or_default();
+        println!("@reason {} @fix {fix}", absent.reason);
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Tcp);
+        let told = a.route().to_string();
+        assert!(told.contains(link.name()) && told.contains(&absent.reason), "{told}");
+        let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&[7; 70_000])), b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 70_000);
+    });
+}
+
+/// What [`without`] printed in another process.
+pub fn reason_and_fix(output: &Output) -> (String, String) {
+    let said = String::from_utf8_lossy(&output.stdout);
+    let line = said.split_once("@reason ").and_then(|(_, rest)| rest.lines().next());
+    let (reason, fix) = line.and_then(|line| line.split_once(" @fix ")).expect("a reason");
+    (reason.to_owned(), fix.to_owned())
+}
+
+/// A folder that goes when dropped.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("thalweg-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("a folder of our own");
+        Folder(path)
+    }
+
+    /// A shared object made from this source; `None` without a compiler.
+    pub fn library(&self, name: &str, source: &str) -> Option<PathBuf> {
+        let (from, to) = (self.0.join("library.c"), self.0.join(name));
+        fs::write(&from, source).expect("writable");
+        let made = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&to).arg(&from).status();
+        made.is_ok_and(|status| status.success()).then_some(to)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left is in the temporary folder.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// A peer process. Dropping it kills it.
 pub struct Peer {
     child: Child,
     lines: Option<BufReader<ChildStdout>>,
     stdin: Option<ChildStdin>,
+    /// What it complains of, unless that is shown as it comes.
+    complaints: Option<fs::File>,
 }
 
 impl Peer {
@@ -67,14 +166,17 @@ impl Peer {
     /// A peer that this command starts.
     pub fn of(mut command: Command) -> Peer {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        // A victim complains on its way out.
+        // A victim complains on its way out, which is shown if something else is missed of it.
+        let mut complaints = None;
         if std::env::var_os("THALWEG_TEST_VERBOSE").is_none() {
-            command.stderr(Stdio::null());
+            let file = nameless_file();
+            command.stderr(file.try_clone().expect("another number for a file"));
+            complaints = Some(file);
         }
         let mut child = command.spawn().expect("starting a peer");
         let lines = child.stdout.take().map(BufReader::new);
         let stdin = child.stdin.take();
-        Peer { child, lines, stdin }
+        Peer { child, lines, stdin, complaints }
     }
 
     /// The next line that the peer says.
@@ -90,8 +192,18 @@ impl Peer {
 
     /// Waits until the peer says a line that begins with this word: the rest of it.
     pub fn said(&mut self, word: &str) -> String {
-        self.said_by(word, Instant::now() + PATIENCE)
-            .unwrap_or_else(|| panic!("the peer did not say {word}"))
+        self.said_by(word, Instant::now() + PATIENCE).unwrap_or_else(|| {
+            let status = self.child.try_wait();
+            panic!("the peer did not say {word} ({status:?}): {}", self.complaints())
+        })
+    }
+
+    /// What it has complained of so far.
+    pub fn complaints(&self) -> String {
+        let mut said = vec![0; COMPLAINTS_MAX];
+        let read = self.complaints.as_ref().map(|file| file.read_at(&mut said, 0));
+        said.truncate(read.and_then(Result::ok).unwrap_or(0));
+        String::from_utf8_lossy(&said).into_owned()
     }
 
     /// As `said`, until a point in time.
@@ -128,6 +240,15 @@ impl Drop for Peer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A file of this process and of who is given it.
+fn nameless_file() -> fs::File {
+    // SAFETY: the name ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"complaints".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "no file: {}", std::io::Error::last_os_error());
+    // SAFETY: made above, and owned by nobody else.
+    unsafe { fs::File::from_raw_fd(fd) }
 }
 
 fn readable(from: &ChildStdout, until: Instant) -> bool {

@@ -1,10 +1,13 @@
 #!/bin/bash
-# run-in-vm.sh [-t SECONDS] -- PROGRAM [ARGUMENT]...
+# run-in-vm.sh [-t SECONDS] [-r] [-a FILE]... -- PROGRAM [ARGUMENT]...
 #
 # Runs a program in a virtual machine that lives for just that: Debian's kernel, which has network
 # emulation, under qemu's software emulation, so that nothing of the host's kernel is needed. The
 # program comes along with the other files that its arguments name (by absolute paths), and with ip
-# and tc; all else is busybox. Its output comes to standard output, and its status is this script's.
+# and tc; all else is busybox. Programs come without what is only for debuggers. The variables
+# THALWEG_* and UCX_* come along. -a brings another file. With -r the machine has RDMA devices that
+# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1), and rxa
+# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb. The program's output comes to standard output, and its status is this script's.
 #
 #   77    the machine cannot be made here; the last line on standard error says why
 #   124   the time is up
@@ -17,20 +20,32 @@ PATH=$PATH:/usr/sbin:/sbin
 
 cannot() { echo "$*" >&2; exit 77; }
 
-limit=180
-while getopts t: option; do
-  case $option in t) limit=$OPTARG ;; *) exit 2 ;; esac
+limit=180 rdma='' files=()
+while getopts t:ra: option; do
+  case $option in
+    t) limit=$OPTARG ;;
+    r) rdma=1 ;;
+    a) files+=("$OPTARG") ;;
+    *) exit 2 ;;
+  esac
 done
 shift $((OPTIND - 1))
 [ "${1-}" != -- ] || shift
 [ $# -gt 0 ] || { echo "which program?" >&2; exit 2; }
 
-for tool in qemu-system-x86_64 busybox cpio modprobe depmod xz zstd ip tc; do
+for tool in qemu-system-x86_64 busybox cpio modprobe depmod xz zstd ip tc ${rdma:+rdma}; do
   command -v "$tool" >/dev/null || cannot "there is no $tool"
 done
+libraries=/usr/lib/x86_64-linux-gnu
+if [ -n "$rdma" ]; then
+  [ -e $libraries/libibverbs.so.1 ] || cannot "there is no libibverbs (Debian: libibverbs1)"
+  ls $libraries/libibverbs/librxe-*.so >/dev/null 2>&1 ||
+    cannot "libibverbs has no driver for soft-RoCE (Debian: ibverbs-providers)"
+fi
 [ "$(uname -m)" = x86_64 ] || cannot "the programs of $(uname -m) do not run in it"
 
 cache=${THALWEG_TEST_VM_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/thalweg-vm}
+cache=$cache/2 # what is kept there has changed since
 mkdir -p "$cache" || cannot "cannot make $cache"
 work=$(mktemp -d "${TMPDIR:-/tmp}/thalweg-vm.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -78,11 +93,13 @@ prepare() {
   dpkg-deb --fsys-tarfile "$work"/linux-image-*.deb |
     tar -x -C "$root" --wildcards './boot/vmlinuz-*' './lib/modules/*/kernel/net' \
       './lib/modules/*/kernel/drivers/net/veth*' './lib/modules/*/kernel/lib' \
+      './lib/modules/*/kernel/drivers/net/dummy*' './lib/modules/*/kernel/drivers/infiniband' \
+      './lib/modules/*/kernel/crypto' './lib/modules/*/kernel/arch' \
       './lib/modules/*/modules.*' || cannot "the package of the kernel is not as it was"
   release=$(ls "$root/lib/modules")
   depmod -b "$root" "$release"
   mkdir -p "$work/modules"
-  for module in veth sch_netem; do
+  for module in veth sch_netem dummy crc32_generic rdma_rxe ib_uverbs; do
     modprobe -d "$root" -S "$release" --show-depends "$module"
   done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r file; do
     case $file in
@@ -92,6 +109,7 @@ prepare() {
     echo "$file_name" >>"$work/modules/order"
   done
   grep -q netem "$work/modules/order" || cannot "kernel $release has no network emulation"
+  grep -q rdma_rxe "$work/modules/order" || cannot "kernel $release has no soft-RoCE"
   extract_kernel "$root/boot/vmlinuz-$release" "$work/kernel" || cannot "cannot extract the kernel"
   rm -rf "$cache/modules"
   mv "$work/modules" "$cache/modules"
@@ -116,6 +134,7 @@ bring() {
   local file library
   for file in "$@"; do
     install -D -m 755 "$file" "$root$(realpath -s "$file")"
+    strip --strip-debug "$root$(realpath -s "$file")" 2>/dev/null || :
     # Scripts are linked with nothing.
     for library in $(ldd "$file" 2>/dev/null | grep -o '/[^ ]*' || :); do
       [ -e "$root$library" ] || install -D -m 755 "$library" "$root$library"
@@ -126,10 +145,22 @@ bring "$(command -v ip)" "$(command -v tc)"
 for word in "$@"; do
   [ ! -f "$word" ] || bring "$word"
 done
+# By path: the shell would take busybox's own.
+echo "export IP=$(command -v ip) TC=$(command -v tc) RDMA=$(command -v rdma)" >"$root/tools"
+for file in ${files[@]+"${files[@]}"}; do
+  bring "$file"
+done
+if [ -n "$rdma" ]; then
+  bring "$(command -v rdma)" $libraries/libibverbs.so.1 $libraries/libibverbs/librxe-*.so
+  mkdir -p "$root/etc/libibverbs.d"
+  echo "driver rxe" >"$root/etc/libibverbs.d/rxe.driver"
+  cp "$(dirname "$0")/rdma-devices.sh" "$root/rdma-devices"
+fi
 {
+  declare -px | sed -n 's/^declare -x \(THALWEG_\|UCX_\)/export \1/p'
   echo "export PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-  # By path: the shell would take busybox's own.
-  echo "export IP=$(command -v ip) TC=$(command -v tc)"
+  echo ". /tools"
+  echo "export THALWEG_TEST_VM=1 ${rdma:+THALWEG_TEST_RDMA=1}"
   printf 'exec'
   printf ' %q' "$@"
   echo
@@ -145,21 +176,28 @@ mount -t devtmpfs dev /dev
 ulimit -n 65536
 while read -r module; do insmod "/modules/$module"; done </modules/order
 ip link set lo up
+if [ -e /rdma-devices ] && ! sh -e /rdma-devices >/dev/ttyS0 2>&1; then
+  echo "the RDMA devices cannot be made"
+  poweroff -f
+fi
+ulimit -l unlimited
 stty -F /dev/ttyS1 raw
-sh /program >/dev/ttyS1 2>&1 </dev/null
-echo "STATUS $?" >/dev/ttyS1
+# Through a pipe, so that no program believes that it talks to a person.
+{ sh /program 2>&1 </dev/null; echo $? >/status; } | cat >/dev/ttyS1
+cat /status >/dev/ttyS2
 poweroff -f
 INIT
 chmod +x "$root/init"
 (cd "$root" && find . | cpio -o -H newc --quiet) >"$work/initrd"
 
 state=0
-timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 \
+timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 \
   -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
-  -append "console=ttyS0 panic=-1 mitigations=off loglevel=4" \
-  -serial "file:$work/log" -serial "file:$work/output" </dev/null || state=$?
-tr -d '\r' <"$work/output" | grep -v '^STATUS ' || :
-status=$(sed -n 's/^STATUS \([0-9]*\).*/\1/p' "$work/output" | tail -1)
+  -append "console=ttyS0 panic=-1 mitigations=off loglevel=4 tsc=reliable clocksource=tsc" \
+  -serial "file:$work/log" -serial "file:$work/output" -serial "file:$work/status" \
+  </dev/null || state=$?
+tr -d '\r' <"$work/output"
+status=$(tr -cd '0-9' <"$work/status")
 [ -z "$status" ] || exit "$status"
 [ "$state" != 124 ] || { echo "no end within $limit s" >&2; exit 124; }
 tail -15 "$work/log" >&2

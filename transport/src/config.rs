@@ -96,6 +96,7 @@ pub struct Config {
     pub(crate) loan_pool_bytes: usize,
     pub(crate) host_pool_bytes: usize,
     pub(crate) require_encryption: bool,
+    pub(crate) verbs_devices: Vec<String>,
     pub(crate) allocator: Option<Arc<dyn Allocator>>,
     #[cfg(feature = "mock")]
     pub(crate) mock: crate::link::mock::MockPlan,
@@ -128,6 +129,7 @@ impl Default for Config {
             loan_pool_bytes: 1 << 30,
             host_pool_bytes: 256 << 20,
             require_encryption: false,
+            verbs_devices: Vec::new(),
             allocator: None,
             #[cfg(feature = "mock")]
             mock: crate::link::mock::MockPlan::default(),
@@ -169,6 +171,13 @@ impl Config {
     /// likes. At most 16 KiB; longer ones are refused when the node is made. Default: empty.
     pub fn hello(mut self, hello: impl Into<Bytes>) -> Self {
         self.hello = hello.into();
+        self
+    }
+
+    /// The RDMA devices that the link `verbs` may use, by name; none named: all.
+    /// `THALWEG_VERBS_DEVICES`, for instance `mlx5_0,mlx5_1`. Default: all.
+    pub fn verbs_devices(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.verbs_devices = names.into_iter().map(Into::into).collect();
         self
     }
 
@@ -324,8 +333,15 @@ impl Config {
                 "LOAN_POOL" => config.loan_pool_bytes = usize_of(size()?)?,
                 "HOST_POOL" => config.host_pool_bytes = usize_of(size()?)?,
                 "REQUIRE_ENCRYPTION" => config.require_encryption = flag()?,
-                // Read when libucp is first looked for: there is one a process.
-                "UCX_LIBRARY" => {}
+                "VERBS_DEVICES" => {
+                    let names = value.split(',').map(str::trim).filter(|name| !name.is_empty());
+                    config.verbs_devices = names.map(str::to_owned).collect();
+                    if config.verbs_devices.is_empty() && !value.is_empty() {
+                        return Err(bad("names no device"));
+                    }
+                }
+                // Read when these libraries are first looked for: there is one of each a process.
+                "UCX_LIBRARY" | "VERBS_LIBRARY" => {}
                 // The project's own tests and programs.
                 other if other.starts_with("TEST_") || other.starts_with("FUZZ_") => {}
                 _ => return Err(bad("no such setting")),
@@ -459,6 +475,8 @@ mod tests {
             ("THALWEG_TCP_BUFFER", "12 furlongs"),
             ("THALWEG_TYPO", "1"),
             ("THALWEG_NODE_BUDGET", "99999999999999999999"),
+            ("THALWEG_VERBS_DEVICES", ","),
+            ("THALWEG_VERBS_DEVICES", " "),
         ] {
             let error = parse(&[(name, value)]).err().expect(name);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);

@@ -10,6 +10,7 @@ mod setup;
 mod soak;
 mod summary;
 mod ucx;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -24,6 +25,7 @@ cargo xtask lint                  format, clippy, documentation, licences and so
 cargo xtask deny                  licences and sources of the dependencies alone
 cargo xtask python                the tests of the Python package alone
 cargo xtask ucx                   the tests over UCX alone: each library, each choice of lanes
+cargo xtask verbs                 the tests over verbs alone, in a virtual machine
 cargo xtask soak                  the tests in their long forms; writes tests/SOAK.md
 ";
 
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         }
         ["python"] => python::tests(&root(), true),
         ["ucx"] => ucx::tests(&root(), true, false),
+        ["verbs"] => verbs::tests(&root(), false),
         ["soak"] => soak::run(&root()),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -88,6 +91,7 @@ fn test(install: bool) -> Summary {
     let tests = cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES);
     summary.extend(run::tests(tests, minutes(6), minutes(20)));
     summary.extend(ucx::tests(&root(), install, false).into_rows());
+    summary.extend(verbs::tests(&root(), false).into_rows());
     summary.extend(python::tests(&root(), install).into_rows());
     for (name, arguments) in PROGRAMS {
         let command = Command::new(built_programs().join(name)).with(arguments);

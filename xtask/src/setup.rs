@@ -7,7 +7,11 @@ use std::time::Duration;
 use crate::run::Step;
 use crate::summary::{Row, Summary};
 
+/// A folder of libraries.
+const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
+
 struct Tool {
+    /// Or a library.
     program: &'static str,
     /// Debian's package.
     package: &'static str,
@@ -21,27 +25,34 @@ const fn tool(program: &'static str, package: &'static str, purpose: &'static st
 
 const NETWORKS: &str = "tests over network namespaces";
 const BASELINE: &str = "tests over ucx, the baseline ucx of pingpong and bandwidth";
-const GUEST: &str = "tests of loss and delay in a virtual machine";
+const GUEST: &str = "tests of loss and delay, and of RDMA, in a virtual machine";
+const LIBRARY: &str = "tests over verbs, and over UCX over RDMA";
+const PERFTEST: &str = "the baselines ib-send-lat, ib-write-lat and ib-write-bw";
 
 const BROWSER: &str = "the test that looks at the page for Dask's dashboard";
 
-const TOOLS: [Tool; 10] = [
+const TOOLS: [Tool; 15] = [
     tool("ip", "iproute2", NETWORKS),
     tool("tc", "iproute2", NETWORKS),
     tool("ucx_perftest", "ucx-utils", BASELINE),
     tool("qemu-system-x86_64", "qemu-system-x86", GUEST),
     tool("busybox", "busybox-static", GUEST),
     tool("modprobe", "kmod", GUEST),
+    tool("rdma", "iproute2", GUEST),
     tool("cpio", "cpio", GUEST),
     tool("xz", "xz-utils", GUEST),
     tool("zstd", "zstd", GUEST),
     tool("chromium", "chromium", BROWSER),
+    tool("libibverbs.so.1", "libibverbs1", LIBRARY),
+    tool("libibverbs/librxe-rdmav34.so", "ibverbs-providers", LIBRARY),
+    tool("librdmacm.so.1", "librdmacm1", LIBRARY),
+    tool("ib_send_lat", "perftest", PERFTEST),
 ];
 
 fn missing() -> Vec<&'static Tool> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<_> = std::env::split_paths(&path).collect();
-    folders.extend(["/usr/sbin".into(), "/sbin".into()]);
+    folders.extend(["/usr/sbin".into(), "/sbin".into(), LIBRARIES.into()]);
     let present = |tool: &&Tool| !folders.iter().any(|folder| folder.join(tool.program).is_file());
     TOOLS.iter().filter(present).collect()
 }

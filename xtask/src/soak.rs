@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::run::{self, Step};
 use crate::summary::Summary;
-use crate::{With, cargo, minutes, ucx};
+use crate::{With, cargo, minutes, ucx, verbs};
 
 /// How long each fuzz target is fed, in seconds: five minutes in all on two cores.
 const FUZZ_SECONDS: &str = "60";
@@ -26,6 +26,7 @@ pub fn run(root: &Path) -> Summary {
     tests.env("THALWEG_TEST_LONG", "1").env("THALWEG_FUZZ_SECONDS", FUZZ_SECONDS);
     summary.extend(run::tests(tests, minutes(40), minutes(120)));
     summary.extend(ucx::tests(root, true, true).into_rows());
+    summary.extend(verbs::tests(root, true).into_rows());
     let path = root.join("tests/SOAK.md");
     match std::fs::write(&path, record(&summary)) {
         Ok(()) => println!("wrote {}", path.display()),

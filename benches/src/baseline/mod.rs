@@ -17,8 +17,10 @@ mod cacheline;
 mod cma;
 mod eventfd;
 mod memcpy;
+pub mod perftest;
 pub mod raw_tcp;
 mod ring;
+mod tool;
 pub mod ucx;
 
 /// Why a baseline cannot be measured here; not a fault.
@@ -55,6 +57,9 @@ pub fn measure(baseline: Baseline, case: &Case, pins: Option<Pins>) -> Result<Sa
         Baseline::Cma => cma::measure(case, pins),
         Baseline::Ucx => ucx::measure(case, pins, ucx::Settings::SharedMemory),
         Baseline::UcxE => ucx::measure(case, pins, ucx::Settings::OfTheLink),
+        Baseline::IbSendLat | Baseline::IbWriteLat | Baseline::IbWriteBw => {
+            perftest::measure(baseline, case, pins)
+        }
     }
 }
 
@@ -67,7 +72,12 @@ pub fn serve(baseline: Baseline, duty: Duty) -> Result<()> {
         Baseline::Ring => ring::serve::<{ ring::SLOTS }>(duty),
         Baseline::DeepRing => ring::serve::<{ ring::DEEP_SLOTS }>(duty),
         Baseline::Cma => cma::serve(duty),
-        Baseline::Memcpy | Baseline::Ucx | Baseline::UcxE => {
+        Baseline::Memcpy
+        | Baseline::Ucx
+        | Baseline::UcxE
+        | Baseline::IbSendLat
+        | Baseline::IbWriteLat
+        | Baseline::IbWriteBw => {
             bail!("{} has no peer of ours", baseline.name())
         }
     }

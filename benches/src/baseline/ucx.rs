@@ -2,25 +2,16 @@
 //! it is installed, with the same size and pinning: over shared memory (`UCX_TLS=posix,cma,self`),
 //! or with the settings and the handling of errors that the link `ucx` has.
 
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use super::Unavailable;
+use super::tool;
 use crate::case::{Case, Program};
-use crate::peer::{die_with_parent, wait_until};
 use crate::pin::Pins;
 use crate::stats::{Figures, Percentiles, Sample};
 
 const PROGRAM: &str = "ucx_perftest";
-
-/// How long the server may take to listen.
-const START: Duration = Duration::from_secs(5);
-/// How long one run may take.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What UCX may use.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,34 +25,20 @@ pub(super) enum Settings {
 
 /// Whether the program can be started.
 pub fn installed() -> bool {
-    let found =
-        Command::new(PROGRAM).arg("-h").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    found.is_ok()
+    tool::installed(PROGRAM)
 }
 
 pub(super) fn measure(case: &Case, pins: Option<Pins>, settings: Settings) -> Result<Sample> {
-    let port = free_port()?;
-    let mut server = Running(command(case, settings, port, pins.map(|pins| pins.peer)).spawn()?);
-    let output = run_client(case, settings, port, pins.map(|pins| pins.here), &mut server)
-        .map_err(|error| Unavailable::new(format!("{PROGRAM} fails here: {error:#}")))?;
-    wait_until(&mut server.0, Instant::now() + START, "the ucx_perftest server")?;
+    let port = tool::free_port()?;
+    let mut server = command(case, settings, port, pins.map(|pins| pins.peer));
+    server.stdout(Stdio::null());
+    let client = || {
+        let mut client = command(case, settings, port, pins.map(|pins| pins.here));
+        client.arg("127.0.0.1");
+        client
+    };
+    let output = tool::run(PROGRAM, server, client)?;
     figures(case, &output).with_context(|| format!("reading what {PROGRAM} says: {output:?}"))
-}
-
-/// A child that is killed and waited for when dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both fail only if it has ended and been waited for.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A port of the loopback interface that nobody listens on at this moment.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Command {
@@ -91,38 +68,7 @@ fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Co
     if let Some(cpu) = cpu {
         command.arg("-c").arg(cpu.to_string());
     }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    die_with_parent(&mut command);
     command
-}
-
-/// Runs the client, again and again until the server listens: a probe of the port would be taken
-/// for the client.
-fn run_client(
-    case: &Case,
-    settings: Settings,
-    port: u16,
-    cpu: Option<usize>,
-    server: &mut Running,
-) -> Result<String> {
-    let start = Instant::now();
-    loop {
-        let mut command = command(case, settings, port, cpu);
-        command.arg("127.0.0.1").stdout(Stdio::piped());
-        let mut client = Running(command.spawn()?);
-        let ended = wait_until(&mut client.0, Instant::now() + PATIENCE, PROGRAM);
-        match ended {
-            Ok(()) => return output(&mut client.0),
-            Err(error) if start.elapsed() > START => return Err(error),
-            Err(_) if server.0.try_wait()?.is_some() => bail!("the {PROGRAM} server has ended"),
-            Err(_) => thread::sleep(Duration::from_millis(20)),
-        }
-    }
-}
-
-fn output(client: &mut Child) -> Result<String> {
-    let pipe = client.stdout.take().context("its output was not captured")?;
-    std::io::read_to_string(pipe).context("reading its output")
 }
 
 /// Reads the last line: iterations, percentile, average and overall latency in µs, average and

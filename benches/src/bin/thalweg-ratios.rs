@@ -80,7 +80,7 @@ const fn bare(name: &'static str, field: &'static str) -> Pick {
     Pick { transport: Transport::Baseline(name), size_bytes: None, field }
 }
 
-const PROMISES: [Promise; 20] = [
+const PROMISES: [Promise; 22] = [
     Promise {
         name: "tcp park 8 B p50 / raw-tcp",
         command: "pingpong --transport tcp --wake park --size 8 --iters 10000 --baseline=raw-tcp",
@@ -251,6 +251,23 @@ const PROMISES: [Promise; 20] = [
         below: bare("ucx-e", GB_PER_S),
         better: Better::Higher,
         limits: Some((0.9, 1.0)),
+    },
+    Promise {
+        name: "verbs spin 8 B p50 / ib_send_lat",
+        command: "pingpong --transport verbs --wake spin --size 8 --iters 3000 --baseline=ib-send-lat",
+        above: ours(P50),
+        below: bare("ib-send-lat", P50),
+        better: Better::Lower,
+        limits: Some((2.0, 1.3)),
+    },
+    Promise {
+        name: "verbs 1 MiB bandwidth / ib_write_bw",
+        command: "bandwidth --transport verbs --wake spin --size 1MiB --iters 100 --warmup 5 \
+                  --baseline=ib-write-bw",
+        above: ours(GB_PER_S),
+        below: bare("ib-write-bw", GB_PER_S),
+        better: Better::Higher,
+        limits: Some((0.8, 0.95)),
     },
 ];
 

@@ -1,4 +1,5 @@
-//! Types, values and functions of libucp, made by `bindings/ucx.py`: do not edit.
+//! Types, values and functions of ucp/api/ucp.h, made by a script of `bindings/`: do
+//! not edit.
 
 use super::functions;
 use libc::FILE;

@@ -24,6 +24,7 @@ pub use log::{LogLevel, Logger};
 
 use crate::dl::{Library, file_of, find};
 use crate::elf;
+use crate::functions::functions;
 pub use crate::signals::SignalHandlers;
 
 /// The setting that names the library.
@@ -111,43 +112,6 @@ impl Absent {
         )
     }
 }
-
-macro_rules! functions {
-    ($($name:ident: $type:ty,)*) => {
-        /// The functions of a loaded libucp.
-        #[derive(Clone, Copy, Debug)]
-        #[allow(missing_docs, reason = "named by UCX, whose documentation it is")]
-        pub struct Functions {
-            $(pub $name: $type,)*
-        }
-
-        impl Functions {
-            pub(super) fn load(
-                library: crate::dl::Library,
-            ) -> Result<Functions, super::Fault> {
-                Ok(Functions {
-                    $($name: {
-                        let name = const {
-                            match std::ffi::CStr::from_bytes_with_nul(
-                                concat!(stringify!($name), "\0").as_bytes(),
-                            ) {
-                                Ok(name) => name,
-                                Err(_) => panic!("a name with a zero byte"),
-                            }
-                        };
-                        let Some(address) = library.symbol(name) else {
-                            return Err(super::Fault::Symbol(stringify!($name)));
-                        };
-                        // SAFETY: the public headers declare a function of this name and type, and
-                        // the version was checked against theirs.
-                        unsafe { std::mem::transmute::<*mut libc::c_void, $type>(address) }
-                    },)*
-                })
-            }
-        }
-    };
-}
-use functions;
 
 /// A libucp that can be used. Stays loaded until the process ends.
 #[derive(Debug)]
@@ -269,7 +233,7 @@ fn open(path: &Path) -> Result<Ucx, Fault> {
     if version.major != major || version.minor < minor {
         return Err(Fault::Version(version));
     }
-    let functions = Functions::load(library)?;
+    let functions = Functions::load(library).map_err(Fault::Symbol)?;
     let path =
         file_of(functions.ucp_init_version as *const c_void).unwrap_or_else(|| path.to_path_buf());
     Ok(Ucx { functions, version, path, library })

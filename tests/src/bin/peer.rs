@@ -35,7 +35,7 @@ impl Arguments {
         let name: String = self.or("way", "Tcp".to_owned());
         Way::ALL
             .into_iter()
-            .chain([Way::Ucx])
+            .chain([Way::Ucx, Way::Verbs])
             .find(|way| format!("{way:?}") == name)
             .unwrap_or(Way::Tcp)
     }
@@ -44,6 +44,9 @@ impl Arguments {
         let mut config = self.way().config();
         if let Some(ms) = self.find("keepalive_ms") {
             config = config.keepalive(Duration::from_millis(ms));
+        }
+        if let Some(device) = self.find::<String>("device") {
+            config = config.verbs_devices([device]);
         }
         if self.find::<String>("any").is_some() {
             config = config.transports([LinkKind::Shm, LinkKind::Tcp]);

@@ -9,14 +9,14 @@
 //! on the *watch list*: while the list is not empty, the resident task looks at it every
 //! millisecond and takes over each endpoint that nobody drove since the last look. An idle
 //! endpoint is armed and on no list, and costs nothing.
+//!
+//! What it is made of comes from `sync` beside it, so that `loom` runs this very code (see
+//! `board_model`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};
 
-use futures_util::task::AtomicWaker;
-
-use super::sync::{Mutex, lock};
+use super::sync::{AtomicBool, AtomicWaker, Mutex, Ordering, lock};
 use crate::link::OpId;
 
 /// Identifies an endpoint within its node; never reused.
@@ -57,6 +57,8 @@ pub(crate) struct Pulse {
     leader: Mutex<Option<(OpId, Waker)>>,
     queued: AtomicBool,
     watched: AtomicBool,
+    /// An operation has let others run, and is polled again at once.
+    polled_soon: AtomicBool,
 }
 
 impl Pulse {
@@ -67,6 +69,7 @@ impl Pulse {
             leader: Mutex::new(None),
             queued: AtomicBool::new(false),
             watched: AtomicBool::new(false),
+            polled_soon: AtomicBool::new(false),
         })
     }
 
@@ -92,6 +95,14 @@ impl Pulse {
             drop(leader);
             drop(old);
         }
+    }
+
+    /// The operation was dropped or withdrawn, and may have been the one that was woken or about to
+    /// be polled: the resident task takes over.
+    pub fn ended_early(self: &Arc<Self>, op: OpId) {
+        self.unlead(op);
+        self.polled();
+        self.enqueue();
     }
 
     /// Puts the endpoint before the resident task.
@@ -124,10 +135,28 @@ impl Pulse {
         }
     }
 
+    /// An operation lets others run, and is polled again at once: until then a beat is for it, and
+    /// not for the resident task, which would arm the endpoint that is being polled, and so cause
+    /// the next beat. The watch sees to it that the operation is indeed polled.
+    pub fn yielding(self: &Arc<Self>) {
+        self.polled_soon.store(true, Ordering::Release);
+        self.watch();
+    }
+
+    /// An operation is being polled, or will not be: beats are for whoever waits again.
+    #[inline]
+    pub fn polled(&self) {
+        if self.polled_soon.load(Ordering::Relaxed) {
+            self.polled_soon.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// The watch takes the endpoint off its list. Before arming, so that whatever happens after
     /// puts it on again.
     pub fn unwatched(&self) {
-        self.watched.store(false, Ordering::Release);
+        self.polled();
+        // An exchange, as in `dequeued`: in one line with those that found it on the list.
+        self.watched.swap(false, Ordering::AcqRel);
     }
 
     /// The watch keeps the endpoint after all. `false`: somebody has put it on the list already.
@@ -148,7 +177,26 @@ impl Wake for Pulse {
                 self.watch();
                 waker.wake();
             }
+            None if self.polled_soon.load(Ordering::Acquire) => self.watch(),
             None => self.enqueue(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Pulse {
+    /// Whether it is before the resident task.
+    pub fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Acquire)
+    }
+
+    /// Whether it is on the watch list.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Acquire)
+    }
+
+    /// Whether a beat is left to an operation that is polled again at once.
+    pub fn is_polled_soon(&self) -> bool {
+        self.polled_soon.load(Ordering::Acquire)
     }
 }

@@ -31,7 +31,8 @@ use crate::address::Address;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{Blob, verdict};
 use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
-use crate::link::ucx::{Opened, Reservation};
+use crate::link::ucx::{self, Reservation};
+use crate::link::verbs;
 use crate::link::{Link, LinkKind};
 use crate::peer::Peer;
 use crate::proto::hello::{
@@ -225,7 +226,9 @@ async fn establish(
     }
     let candidates = Vec::new();
     let reservation = Mutex::new(reservation);
-    let mut setup = SetUp { node, stream, shown, theirs, token, deadline, candidates, reservation };
+    let terms = Mutex::new(None);
+    let mut setup =
+        SetUp { node, stream, shown, theirs, token, deadline, candidates, reservation, terms };
     let (prepared, kind, attempts, rejected) = match role {
         Role::Connector => setup.lead().await?,
         Role::Acceptor => setup.follow().await?,
@@ -242,7 +245,8 @@ async fn establish(
             };
             Box::new(TcpLink::new(stream.into_source(), Vec::new(), options)) as Box<dyn Link>
         }
-        Prepared::Beside(opened) => Box::new(opened.into_link(stream.into_source())),
+        Prepared::Ucx(opened) => Box::new(opened.into_link(stream.into_source())),
+        Prepared::Verbs(opened) => Box::new(opened.into_link(stream.into_source())),
     };
     let ways = link.caps().ways.clone();
     let route = explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
@@ -312,6 +316,11 @@ fn own_hello(
                 }
             }
             LinkKind::Tcp => links.push((kind.name().to_owned(), Vec::new())),
+            LinkKind::Verbs => {
+                if let Some(verbs) = &node.verbs {
+                    links.push((kind.name().to_owned(), verbs.blob()));
+                }
+            }
             LinkKind::Ucx => {
                 if let Some(reservation) = reservation {
                     links.push((kind.name().to_owned(), reservation.blob()));
@@ -410,6 +419,8 @@ struct SetUp<'a> {
     candidates: Vec<Candidate>,
     /// Until the attempt at UCX takes it.
     reservation: Mutex<Option<Reservation>>,
+    /// What the peer said for the link that is being tried.
+    terms: Mutex<Option<Vec<u8>>>,
 }
 
 impl SetUp<'_> {
@@ -439,6 +450,11 @@ impl SetUp<'_> {
                 reason,
                 fix: None,
             }));
+        }
+        if let (Some(verbs), Some(blob)) = (&self.node.verbs, self.blob(LinkKind::Verbs))
+            && let Err((reason, fix)) = verbs.verdict(blob)
+        {
+            objections.push(Objection { link: LinkKind::Verbs, reason, fix });
         }
         if let (Some(ucx), Some(blob)) = (&self.node.ucx, self.blob(LinkKind::Ucx))
             && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), blob)
@@ -488,7 +504,8 @@ impl SetUp<'_> {
                             fix: why.and_then(|c| c.fix.clone()).unwrap_or_default(),
                         };
                         self.say(&Setup::Result(Err(failure))).await?;
-                        self.hear().await?;
+                        *lock(&self.terms) = None;
+                        self.hear_past_terms().await?;
                         None
                     };
                     if let Some(link) = up {
@@ -529,6 +546,7 @@ impl SetUp<'_> {
         role: Role,
         last: bool,
     ) -> Result<Option<Prepared>> {
+        *lock(&self.terms) = None;
         let (own, said) = self.compare_notes(kind, role, last).await?;
         let theirs = match said {
             Setup::Result(result) => result,
@@ -560,10 +578,15 @@ impl SetUp<'_> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let share = if last { left } else { left / 2 };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
-        let mut hearing = pin!(self.hear());
+        let begun = self.begin(kind, role);
+        // Written whole, before there is anything that could cut it short.
+        if let Ok(Some(prepared)) = &begun {
+            self.say(&Setup::Terms(prepared.terms())).await?;
+        }
+        let mut hearing = pin!(self.hear_past_terms());
         let mut heard = None;
         let own = {
-            let mut bringing = pin!(self.bring_up(kind, role));
+            let mut bringing = pin!(self.bring_up(kind, role, begun));
             poll_fn(|cx| {
                 if heard.is_none()
                     && let Poll::Ready(said) = hearing.as_mut().poll(cx)
@@ -599,7 +622,24 @@ impl SetUp<'_> {
         Ok((own, said?))
     }
 
-    async fn bring_up(&self, kind: LinkKind, role: Role) -> Result<Prepared, Failure> {
+    /// What a link needs before the peer is told of its terms.
+    fn begin(&self, kind: LinkKind, role: Role) -> Result<Option<verbs::Prepared>, Failure> {
+        if kind != LinkKind::Verbs {
+            return Ok(None);
+        }
+        let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+        let engine = self.node.verbs.as_ref().ok_or_else(absent)?;
+        let blob = self.blob(kind).ok_or_else(absent)?;
+        engine.prepare(blob, role == Role::Connector).map(Some)
+    }
+
+    async fn bring_up(
+        &self,
+        kind: LinkKind,
+        role: Role,
+        begun: Result<Option<verbs::Prepared>, Failure>,
+    ) -> Result<Prepared, Failure> {
+        let begun = begun?;
         match kind {
             LinkKind::Tcp => Ok(Prepared::Bootstrap),
             LinkKind::Shm => {
@@ -619,7 +659,15 @@ impl SetUp<'_> {
                 let blob = self.blob(kind).ok_or_else(absent)?;
                 let slot = lock(&self.reservation).as_mut().and_then(Reservation::take);
                 let opened = engine.open(slot.ok_or_else(absent)?, blob).await?;
-                Ok(Prepared::Beside(Box::new(opened)))
+                Ok(Prepared::Ucx(Box::new(opened)))
+            }
+            LinkKind::Verbs => {
+                let absent = || Failure { reason: "not offered".into(), fix: String::new() };
+                let engine = self.node.verbs.as_ref().ok_or_else(absent)?;
+                let prepared = begun.ok_or_else(absent)?;
+                let theirs = self.their_terms().await;
+                let opened = engine.open(prepared, &theirs).await?;
+                Ok(Prepared::Verbs(Box::new(opened)))
             }
             #[cfg(feature = "mock")]
             LinkKind::Mock => {
@@ -632,6 +680,30 @@ impl SetUp<'_> {
                 Err(Failure { reason: "not in this build".into(), fix: String::new() })
             }
         }
+    }
+
+    /// The next message that does not say the peer's terms; those are put aside.
+    async fn hear_past_terms(&self) -> Result<Setup> {
+        loop {
+            match self.hear().await? {
+                Setup::Terms(terms) => {
+                    // Twice for one link says nothing that anybody waits for.
+                    if lock(&self.terms).replace(terms).is_some() {
+                        return Err(bad(&self.shown, "terms that were said already"));
+                    }
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// The peer's terms. Whoever polls this hears what the peer says first, in the same turn.
+    async fn their_terms(&self) -> Vec<u8> {
+        poll_fn(|_| match lock(&self.terms).take() {
+            Some(terms) => Poll::Ready(terms),
+            None => Poll::Pending,
+        })
+        .await
     }
 
     async fn say(&self, setup: &Setup) -> Result<()> {
@@ -667,6 +739,7 @@ enum Prepared {
     Link(Box<dyn Link>),
     /// The connection that the bootstrap runs on.
     Bootstrap,
-    /// A link that keeps the bootstrap connection beside it, as the sign that the peer lives.
-    Beside(Box<Opened>),
+    /// Links that keep the bootstrap connection beside them, as the sign that the peer lives.
+    Ucx(Box<ucx::Opened>),
+    Verbs(Box<verbs::Opened>),
 }

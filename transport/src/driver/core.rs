@@ -20,8 +20,8 @@ use super::view::Views;
 use super::waiters::Waiters;
 use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::link::{
-    Armed, Arrival, Budget, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters, OpId,
-    PayloadId, Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, Check, Class, Disposition, HEAD_MAX, How, Killed, Link, LinkCounters,
+    OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::Allocator;
 use crate::message::{Frame, Message};
@@ -928,6 +928,10 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         single_copy_bytes_received: a.single_copy_bytes_received + b.single_copy_bytes_received,
         arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
+        rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,
+        registrations: a.registrations + b.registrations,
+        registrations_reused: a.registrations_reused + b.registrations_reused,
+        registrations_refused: a.registrations_refused + b.registrations_refused,
         wakes_sent: a.wakes_sent + b.wakes_sent,
         stalls: a.stalls + b.stalls,
     }
@@ -1012,19 +1016,21 @@ impl State {
 }
 
 impl Core {
-    /// Asks the lanes whether the peer has fallen silent. `true`: something is owed, ask again.
-    pub fn check(&mut self) -> bool {
-        let mut again = false;
+    /// Asks the lanes whether the peer has fallen silent.
+    pub fn check(&mut self) -> Check {
+        let mut all = Check::Quiet;
         for lane in 0..self.lanes.len() {
-            match self.lanes[lane].check() {
-                Ok(owed) => again |= owed,
-                Err(error) => {
+            match (all, self.lanes[lane].check()) {
+                (_, Ok(Check::Drive)) => all = Check::Drive,
+                (Check::Quiet, Ok(Check::Owed)) => all = Check::Owed,
+                (_, Ok(_)) => {}
+                (_, Err(error)) => {
                     self.fail_link(&error);
-                    return false;
+                    return Check::Quiet;
                 }
             }
         }
-        again
+        all
     }
 
     /// Whether a message is here.

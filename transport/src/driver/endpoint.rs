@@ -14,7 +14,7 @@ use super::sync::{Mutex, lock};
 use super::view::Views;
 use crate::config::Wake;
 use crate::error::{CloseReason, Error, ErrorKind, Phase};
-use crate::link::{Armed, Budget, LinkKind, PayloadId, Progress};
+use crate::link::{Armed, Budget, Check, LinkKind, PayloadId, Progress};
 use crate::peer::Peer;
 use crate::route::Route;
 
@@ -223,8 +223,11 @@ impl EndpointShared {
 
     /// Looks whether the peer has fallen silent. `true`: look again.
     pub fn check(&self) -> bool {
-        let mut core = self.core();
-        core.check()
+        let checked = self.core().check();
+        if checked == Check::Drive {
+            self.pulse.enqueue();
+        }
+        checked != Check::Quiet
     }
 
     /// Ends it now.

@@ -3,13 +3,18 @@
 //! This room makes links and protocol into operations that can be awaited. It must not know how a
 //! link moves bytes, nor what an application means by them.
 //!
-//! - [`shard`]: the endpoint's lock (`shard_model`: the same under `loom`); [`board`]: who is woken; [`resident`]: the task that sees to
-//!   progress when nobody polls.
+//! - [`shard`]: the endpoint's lock; [`board`]: who is woken; [`resident`]: the task that sees to
+//!   progress when nobody polls (`shard_model`, `board_model`: the first two under `loom`).
 //! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`].
 //! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
 //! - [`bootstrap`]: from a TCP connection to an endpoint.
 
+#[allow(clippy::duplicate_mod, reason = "the model runs the same file over loom's primitives")]
 pub(crate) mod board;
+#[cfg(test)]
+mod board_model;
+#[cfg(test)]
+mod board_tests;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
 pub(crate) mod endpoint;
@@ -20,6 +25,8 @@ pub(crate) mod messages;
 pub(crate) mod node;
 mod onesided;
 pub(crate) mod op;
+#[cfg(test)]
+mod op_tests;
 pub(crate) mod resident;
 #[allow(clippy::duplicate_mod, reason = "the model runs the same file over loom's primitives")]
 mod shard;
@@ -28,6 +35,8 @@ mod shard_model;
 #[cfg(test)]
 mod shard_tests;
 mod sync;
+#[cfg(test)]
+mod sync_model;
 pub(crate) mod table;
 mod tags;
 pub(crate) mod view;

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{ShmEngine, ShmOptions};
 use crate::link::ucx::{UcxEngine, UcxOptions};
+use crate::link::verbs::{VerbsEngine, VerbsOptions};
 use crate::link::{Engine, LinkKind};
 use crate::memory::{Allocator, HostPool, SharedPool};
 use crate::proto::keys::RemoteKeyWire;
@@ -59,6 +60,7 @@ pub(crate) struct NodeShared {
     pub pool: Arc<SharedPool>,
     pub shm: Option<Arc<ShmEngine>>,
     pub ucx: Option<Arc<UcxEngine>>,
+    pub verbs: Option<Arc<VerbsEngine>>,
     pub engines: Vec<Arc<dyn Engine>>,
     pub capabilities: Vec<Capability>,
     pub fork: ForkGuard,
@@ -120,6 +122,8 @@ impl NodeShared {
             None
         };
         capabilities.push(present(LinkKind::Tcp, "always available"));
+        let verbs = verbs_engine(&config, &reactor, &timers, &mut capabilities);
+        engines.extend(verbs.clone().map(|engine| engine as Arc<dyn Engine>));
         let ucx = ucx_engine(&config, &reactor, &timers, &mut capabilities);
         engines.extend(ucx.clone().map(|engine| engine as Arc<dyn Engine>));
         #[cfg(feature = "mock")]
@@ -135,6 +139,7 @@ impl NodeShared {
             pool,
             shm,
             ucx,
+            verbs,
             engines,
             capabilities,
             fork: ForkGuard::get(),
@@ -357,6 +362,40 @@ fn ucx_engine(
                 present: false,
                 reason: unavailable.reason,
                 fix: Some(unavailable.fix).filter(|fix| !fix.is_empty()),
+            });
+            None
+        }
+    }
+}
+
+/// The engine of the link `verbs`, if that is asked for and there is a device.
+fn verbs_engine(
+    config: &Config,
+    reactor: &Reactor,
+    timers: &Arc<Timers>,
+    capabilities: &mut Vec<Capability>,
+) -> Option<Arc<VerbsEngine>> {
+    if !config.transports.contains(&LinkKind::Verbs) {
+        capabilities.push(present(LinkKind::Verbs, "not tried: not among the transports"));
+        return None;
+    }
+    let options = VerbsOptions {
+        eager_max: config.eager_max_bytes,
+        max_payload: config.max_message_bytes,
+        setup_timeout: config.handshake_timeout / 2,
+        devices: config.verbs_devices.clone(),
+    };
+    match VerbsEngine::new(reactor, timers.clone(), options) {
+        Ok(engine) => {
+            capabilities.push(present(LinkKind::Verbs, &engine.found()));
+            Some(engine)
+        }
+        Err(unusable) => {
+            capabilities.push(Capability {
+                link: LinkKind::Verbs,
+                present: false,
+                reason: unusable.to_string(),
+                fix: unusable.fix(),
             });
             None
         }

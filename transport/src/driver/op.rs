@@ -211,6 +211,7 @@ impl<'e, K: Kind> Op<'e, K> {
                 None => return Poll::Pending,
             },
         };
+        endpoint.pulse.polled();
         if let Some(output) = self.step(&mut core) {
             drop(core);
             return self.ready(output);
@@ -285,7 +286,7 @@ impl<'e, K: Kind> Op<'e, K> {
             return self.ready(output);
         }
         self.store_waker(&mut core, cx);
-        self.endpoint.pulse.watch();
+        self.endpoint.pulse.yielding();
         drop(core);
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -321,12 +322,10 @@ impl<'e, K: Kind> Op<'e, K> {
         }
     }
 
-    /// The operation's task may have been the one to be woken: the resident task takes over.
     fn ended_early(&mut self, id: OpId) {
         self.ticket = None;
         self.finished = true;
-        self.endpoint.pulse.unlead(id);
-        self.endpoint.pulse.enqueue();
+        self.endpoint.pulse.ended_early(id);
     }
 }
 

@@ -1,62 +1,8 @@
 //! The shipped lock under `loom`: every interleaving of a holder and those who come meanwhile.
 
-/// What the lock is made of here.
-mod sync {
-    pub use loom::sync::atomic::{AtomicU32, Ordering};
-    pub use loom::sync::{Mutex, MutexGuard};
-    /// Whether two hold it at once is seen by the value, which `loom` watches.
-    pub use std::cell::UnsafeCell;
-    use std::sync::Arc;
-    use std::task::{Wake, Waker};
-
-    pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-        mutex.lock().expect("nobody panics")
-    }
-
-    /// What a thread sleeps on: set until it takes it, as a thread's token is.
-    #[derive(Default)]
-    pub struct Event {
-        set: Mutex<bool>,
-        changed: loom::sync::Condvar,
-    }
-
-    impl Event {
-        pub fn wait(&self) {
-            let mut set = lock(&self.set);
-            while !*set {
-                set = self.changed.wait(set).expect("nobody panics");
-            }
-            *set = false;
-        }
-
-        pub fn is_set(&self) -> bool {
-            *lock(&self.set)
-        }
-    }
-
-    impl Wake for Event {
-        fn wake(self: Arc<Self>) {
-            *lock(&self.set) = true;
-            self.changed.notify_one();
-        }
-    }
-
-    loom::thread_local! {
-        static EVENT: Arc<Event> = Arc::default();
-    }
-
-    pub fn thread_waker() -> Waker {
-        EVENT.with(|event| Waker::from(event.clone()))
-    }
-
-    pub fn park() {
-        EVENT.with(Arc::clone).wait();
-    }
-}
-
 #[allow(dead_code, clippy::duplicate_mod, reason = "the shipped file, of which not all is used")]
 #[path = "shard.rs"]
-mod shard;
+pub(super) mod shard;
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -64,6 +10,7 @@ use std::task::Waker;
 use loom::cell::Cell;
 use loom::thread;
 
+use super::sync_model as sync;
 use shard::Shard;
 use sync::Event;
 
@@ -83,7 +30,7 @@ fn add(value: &Watched) {
     value.0.set(value.0.get() + 1);
 }
 
-fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
+pub(super) fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.check(check);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
+pub(super) use futures_util::task::AtomicWaker;
 pub(super) use std::cell::UnsafeCell;
-pub(super) use std::sync::atomic::{AtomicU32, Ordering};
+pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 pub(crate) use std::sync::{Mutex, MutexGuard};
 
 /// Locks, whether or not another thread panicked while it held the lock: what these mutexes guard

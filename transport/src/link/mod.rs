@@ -12,6 +12,7 @@ pub(crate) mod mock;
 pub(crate) mod shm;
 pub(crate) mod tcp;
 pub(crate) mod ucx;
+pub(crate) mod verbs;
 
 use std::fmt;
 use std::sync::Arc;
@@ -37,6 +38,8 @@ pub enum LinkKind {
     Shm,
     /// A TCP connection; always available.
     Tcp,
+    /// RDMA verbs, where libibverbs is found at run time; used where it is asked for.
+    Verbs,
     /// UCX, where libucp is found at run time; used where it is asked for.
     Ucx,
     /// In-process link for tests (feature `mock`).
@@ -44,12 +47,13 @@ pub enum LinkKind {
 }
 
 impl LinkKind {
-    /// The name used in configuration, in JSON output and on the wire: `shm`, `tcp`, `ucx`,
-    /// `mock`.
+    /// The name used in configuration, in JSON output and on the wire: `shm`, `tcp`,
+    /// `verbs`, `ucx`, `mock`.
     pub const fn name(self) -> &'static str {
         match self {
             LinkKind::Shm => "shm",
             LinkKind::Tcp => "tcp",
+            LinkKind::Verbs => "verbs",
             LinkKind::Ucx => "ucx",
             LinkKind::Mock => "mock",
         }
@@ -57,7 +61,7 @@ impl LinkKind {
 
     /// The kind with this name, if there is one.
     pub fn from_name(name: &str) -> Option<Self> {
-        [LinkKind::Shm, LinkKind::Tcp, LinkKind::Ucx, LinkKind::Mock]
+        [LinkKind::Shm, LinkKind::Tcp, LinkKind::Verbs, LinkKind::Ucx, LinkKind::Mock]
             .into_iter()
             .find(|kind| kind.name() == name)
     }
@@ -263,6 +267,17 @@ pub(crate) enum Killed {
     Lingers,
 }
 
+/// What a link knows of a peer that says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Check {
+    /// Nothing is owed: whoever watches an idle link (the kernel's keepalive, a pidfd) sees to it.
+    Quiet,
+    /// Something is owed: look again later.
+    Owed,
+    /// Something was found out that a poll will tell.
+    Drive,
+}
+
 /// What a link can do; fixed once it is up.
 #[derive(Clone, Debug)]
 pub(crate) struct Caps {
@@ -334,11 +349,9 @@ pub(crate) trait Link: Send {
     }
 
     /// Asks the system whether the peer's host still answers. Costs a system call: called now and
-    /// then, not per parcel. `true`: something is owed, so look again later; `false`: nothing is,
-    /// and whoever watches an idle link (the kernel's keepalive, a pidfd) sees to it. An error ends
-    /// the link.
-    fn check(&mut self) -> Result<bool, LinkError> {
-        Ok(false)
+    /// then, not per parcel. An error ends the link.
+    fn check(&mut self) -> Result<Check, LinkError> {
+        Ok(Check::Quiet)
     }
 
     /// Payload bytes and counts by way of moving, since the link came up.
@@ -367,6 +380,14 @@ pub struct LinkCounters {
     pub arena_bytes_sent: u64,
     /// Bytes this side copied out of the peer's staging arena.
     pub arena_bytes_received: u64,
+    /// Bytes that the adapter read straight out of the peer's memory (RDMA).
+    pub rdma_bytes_received: u64,
+    /// Times memory of a payload was registered with the adapter.
+    pub registrations: u64,
+    /// Times memory of a payload was found registered.
+    pub registrations_reused: u64,
+    /// Times memory could not be registered, and its payload was moved another way.
+    pub registrations_refused: u64,
     /// Wakes written to a sleeping peer.
     pub wakes_sent: u64,
     /// Times a parcel found no room and had to wait.

@@ -3,6 +3,7 @@
 //! This room knows what memory is, where it lies and who keeps it alive. It must not know who
 //! moves it.
 
+pub(crate) mod arenas;
 mod buffer;
 mod pool;
 mod shared;

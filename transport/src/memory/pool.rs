@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use super::{Buffer, BufferMut, Region};
+use super::{Buffer, BufferMut, Region, arenas};
+use crate::runtime::ForkGuard;
 
 /// Where received frames land. Called by the driver, outside of its locks' fast path but with the
 /// endpoint's lock held: it must not block and must not call back into this crate.
@@ -23,6 +24,8 @@ const CLASS_MIN: usize = 4096;
 const CLASSES: usize = 32;
 /// From this size on, the kernel is asked to back memory with huge pages.
 const HUGE: usize = 2 << 20;
+/// From this size on, others may keep something for a mapping, and are told when it goes.
+const ARENA_MIN: usize = 32 << 10;
 
 struct Cache {
     free: [Vec<NonNull<u8>>; CLASSES],
@@ -69,13 +72,23 @@ fn map(class: usize) -> Option<NonNull<u8>> {
         // SAFETY: advice on the mapping just made; a refusal costs speed only.
         let _ = unsafe { madvise(ptr, size, Advice::LinuxHugepage) };
     }
-    NonNull::new(ptr.cast())
+    let ptr = NonNull::new(ptr.cast())?;
+    if size >= ARENA_MIN {
+        arenas::mapped(ptr, size);
+    }
+    Some(ptr)
 }
 
 /// # Safety
 ///
 /// `ptr` came from [`map`] with this class, and nobody uses the memory any more.
 unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
+    if ForkGuard::get().forked() {
+        return;
+    }
+    if CLASS_MIN << class >= ARENA_MIN {
+        arenas::unmapping(ptr);
+    }
     // SAFETY: the caller's. It fails only for what was not mapped.
     let _ = unsafe { munmap(ptr.as_ptr().cast(), CLASS_MIN << class) };
 }
@@ -89,6 +102,11 @@ impl HostPool {
     pub fn new(limit_bytes: usize) -> Self {
         let cache = Cache { free: [const { Vec::new() }; CLASSES], bytes: 0 };
         HostPool(Arc::new(Inner { cache: Mutex::new(cache), limit_bytes }))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lock_for_test(&self) -> impl Drop + '_ {
+        self.0.cache.lock().expect("not poisoned")
     }
 
     /// Bytes that lie unused in the pool.
@@ -218,6 +236,10 @@ impl Drop for PoolBuf {
     fn drop(&mut self) {
         // A buffer goes with this value.
         let Owner::Pool { class, pool } = &self.owner else { return };
+        // In a forked child another thread of the parent's may seem to hold a lock, for ever.
+        if ForkGuard::get().forked() {
+            return;
+        }
         let size = CLASS_MIN << class;
         {
             let mut cache = pool.cache.lock().unwrap_or_else(PoisonError::into_inner);

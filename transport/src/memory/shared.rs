@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
-use super::{Buffer, BufferMut, Region};
+use super::{Buffer, BufferMut, Region, arenas};
 use crate::error::{Error, ErrorKind, Phase};
 use crate::runtime::{Fd, ForkGuard};
 
@@ -112,6 +112,7 @@ impl Drop for OwnMapping {
     fn drop(&mut self) {
         // In a forked child the range is not mapped, and may since belong to somebody else.
         if !self.guard.forked() {
+            arenas::unmapping(self.ptr);
             // SAFETY: the mapping made in `create`; whoever got the pointer keeps `self` alive.
             let _ = unsafe { munmap(self.ptr.as_ptr().cast(), self.len) };
         }
@@ -302,6 +303,7 @@ impl PoolInner {
         let (mapping, fd) = OwnMapping::create(c"thalweg-pool", len).map_err(|error| {
             Error::from_io(Phase::Transfer, "making a segment of shared memory", &error)
         })?;
+        arenas::mapped(mapping.ptr, len);
         let granules = len / GRANULE;
         let refs = (0..granules).map(|_| AtomicU32::new(0)).collect();
         let segment = Segment { mapping, fd: Fd::new(fd), refs };

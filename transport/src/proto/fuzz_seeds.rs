@@ -128,6 +128,7 @@ fn setups(mut add: impl FnMut(&str, Vec<u8>)) {
         ("attempt", Setup::Attempt { link: "shm".into() }),
         ("ok", Setup::Result(Ok(()))),
         ("failed", Setup::Result(Err(failure))),
+        ("terms", Setup::Terms(vec![1, 2, 3])),
         ("go", Setup::Go),
         ("refuse", Setup::Refuse { code: 9, text: "full".into() }),
     ];

@@ -303,6 +303,8 @@ pub(crate) enum Setup {
     Attempt { link: String },
     /// How the attempt went on this side: if badly, why, and what would fix it (may be empty).
     Result(Result<(), Failure>),
+    /// What the other side has to know for this link, if the hello could not say it.
+    Terms(Vec<u8>),
     /// The links that came up are enough: the endpoint begins.
     Go,
     /// There will be no endpoint.
@@ -322,6 +324,7 @@ mod setup_kind {
     pub const FAILED: u8 = 3;
     pub const GO: u8 = 4;
     pub const REFUSE: u8 = 5;
+    pub const TERMS: u8 = 6;
 }
 
 /// Length of what comes before a set-up message's own bytes.
@@ -341,6 +344,12 @@ impl Setup {
                 out.push(setup_kind::FAILED);
                 put_text(&mut out, &failure.reason);
                 put_text(&mut out, &failure.fix);
+            }
+            Setup::Terms(terms) => {
+                out.push(setup_kind::TERMS);
+                let terms = &terms[..terms.len().min(SETUP_TEXT_BYTES_MAX)];
+                out.extend_from_slice(&(terms.len() as u16).to_le_bytes());
+                out.extend_from_slice(terms);
             }
             Setup::Go => out.push(setup_kind::GO),
             Setup::Refuse { code, text } => {
@@ -378,6 +387,13 @@ impl Setup {
             setup_kind::OK => Setup::Result(Ok(())),
             setup_kind::FAILED => {
                 Setup::Result(Err(Failure { reason: get_text(&mut c)?, fix: get_text(&mut c)? }))
+            }
+            setup_kind::TERMS => {
+                let len = usize::from(c.u16()?);
+                if len > SETUP_TEXT_BYTES_MAX {
+                    return Err(WireError::new("terms in a set-up message too long"));
+                }
+                Setup::Terms(c.take(len)?.to_vec())
             }
             setup_kind::GO => Setup::Go,
             setup_kind::REFUSE => Setup::Refuse { code: c.u32()?, text: get_text(&mut c)? },

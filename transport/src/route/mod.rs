@@ -212,7 +212,7 @@ pub(crate) fn plan(
 
 /// Whether nobody but the two processes (and the host's root) can read along.
 fn private(link: LinkKind) -> bool {
-    !matches!(link, LinkKind::Tcp | LinkKind::Ucx)
+    !matches!(link, LinkKind::Tcp | LinkKind::Ucx | LinkKind::Verbs)
 }
 
 /// The finished route: `chosen` came up; `failed` were tried before it; the rest would have been
@@ -267,6 +267,7 @@ fn why(link: LinkKind) -> &'static str {
     match link {
         LinkKind::Shm => "both processes are on this host (proved by reading a secret)",
         LinkKind::Tcp => "always available",
+        LinkKind::Verbs => "asked for, and queue pairs connect both sides",
         LinkKind::Ucx => "asked for, and UCX connects both sides",
         LinkKind::Mock => "asked for by a test",
     }

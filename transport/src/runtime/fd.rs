@@ -32,6 +32,46 @@ extern "C" fn in_child() {
     }
 }
 
+fn track(raw: RawFd) {
+    // SAFETY: registers a handler that is async-signal-safe and lives as long as the program.
+    HOOK.call_once(|| unsafe {
+        libc::pthread_atfork(None, None, Some(in_child));
+    });
+    if let Some(word) = OPEN.get(raw as usize / 64) {
+        WORDS.fetch_max(raw as u32 / 64 + 1, Ordering::Relaxed);
+        word.fetch_or(1 << (raw % 64), Ordering::Relaxed);
+    }
+}
+
+fn untrack(raw: RawFd) {
+    if let Some(word) = OPEN.get(raw as usize / 64) {
+        word.fetch_and(!(1 << (raw % 64)), Ordering::Relaxed);
+    }
+}
+
+/// A descriptor that a library owns, closed in a forked child like our own. Dropped before the
+/// library closes it.
+#[derive(Debug)]
+pub(crate) struct Tracked {
+    raw: RawFd,
+    forks: u32,
+}
+
+impl Tracked {
+    pub fn new(raw: RawFd) -> Self {
+        track(raw);
+        Tracked { raw, forks: FORKS.load(Ordering::Relaxed) }
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        if self.forks == FORKS.load(Ordering::Relaxed) {
+            untrack(self.raw);
+        }
+    }
+}
+
 /// An owned descriptor, tracked. Close-on-exec is the maker's duty (all of ours are).
 #[derive(Debug)]
 pub(crate) struct Fd {
@@ -41,15 +81,8 @@ pub(crate) struct Fd {
 
 impl Fd {
     pub fn new(owned: OwnedFd) -> Self {
-        // SAFETY: registers a handler that is async-signal-safe and lives as long as the program.
-        HOOK.call_once(|| unsafe {
-            libc::pthread_atfork(None, None, Some(in_child));
-        });
         let raw = owned.into_raw_fd();
-        if let Some(word) = OPEN.get(raw as usize / 64) {
-            WORDS.fetch_max(raw as u32 / 64 + 1, Ordering::Relaxed);
-            word.fetch_or(1 << (raw % 64), Ordering::Relaxed);
-        }
+        track(raw);
         Fd { raw, forks: FORKS.load(Ordering::Relaxed) }
     }
 }
@@ -87,9 +120,7 @@ impl Drop for Fd {
         if !self.is_ours() {
             return;
         }
-        if let Some(word) = OPEN.get(self.raw as usize / 64) {
-            word.fetch_and(!(1 << (self.raw % 64)), Ordering::Relaxed);
-        }
+        untrack(self.raw);
         // SAFETY: made from an `OwnedFd` in this very process, and not closed since.
         drop(unsafe { OwnedFd::from_raw_fd(self.raw) });
     }

@@ -19,7 +19,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::Interest as TokioInterest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-pub(crate) use fd::Fd;
+pub(crate) use fd::{Fd, Tracked};
 pub(crate) use fork::ForkGuard;
 pub(crate) use host::HostLoop;
 pub(crate) use net::{Acceptor, Stream, resolve};

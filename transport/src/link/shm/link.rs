@@ -37,8 +37,8 @@ use super::wire::{
 };
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
-    Armed, Budget, COPIED_MAX, Caps, Class, HEAD_MAX, How, Killed, Landing, Link, LinkCounters,
-    LinkKind, Mapping, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Armed, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
+    LinkCounters, LinkKind, Mapping, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::memory::{
     OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SEGMENTS_MAX,
@@ -627,10 +627,10 @@ impl Link for ShmLink {
         self.backlog.is_empty()
     }
 
-    fn check(&mut self) -> Result<bool, LinkError> {
+    fn check(&mut self) -> Result<Check, LinkError> {
         // A death found here is reported by `poll`, after what the peer wrote before it.
         self.look_for_death()?;
-        Ok(false)
+        Ok(Check::Quiet)
     }
 
     fn counters(&self) -> LinkCounters {

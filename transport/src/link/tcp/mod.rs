@@ -44,8 +44,8 @@ use self::stream::{Plain, total};
 use self::tx::{Out, Tx};
 use self::wire::{Frame, FrameKind, HEADER_BYTES};
 use super::{
-    Armed, Budget, Caps, Class, HEAD_MAX, How, Killed, Landing, Link, LinkCounters, LinkKind, OpId,
-    PayloadId, Post, Progress, Segment, Sink, armed_if_pending,
+    Armed, Budget, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link, LinkCounters,
+    LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink, armed_if_pending,
 };
 use crate::error::{ErrorKind, LinkError};
 use crate::runtime::{Source, is_runtime_gone};
@@ -523,13 +523,13 @@ impl<S: ByteStream> Link for TcpLink<S> {
         self.tx.is_idle()
     }
 
-    fn check(&mut self) -> Result<bool, LinkError> {
+    fn check(&mut self) -> Result<Check, LinkError> {
         self.alive()?;
         let Some(silent) = self.stream.unanswered_for() else {
-            return Ok(self.stream.owes());
+            return Ok(if self.stream.owes() { Check::Owed } else { Check::Quiet });
         };
         if silent < self.unacked_timeout {
-            return Ok(true);
+            return Ok(Check::Owed);
         }
         let detail = format!("the peer's host has acknowledged nothing for {silent:.1?}");
         self.ended(Err(LinkError::new(ErrorKind::ConnectionLost, LinkKind::Tcp, detail)))

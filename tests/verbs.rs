@@ -1,0 +1,426 @@
+//! What is particular to the link `verbs`: memory is registered once, a wire that is cut or bad
+//! harms nothing, and nothing is left in the kernel of a process that was killed.
+//!
+//! Most of it needs RDMA devices: those of the virtual machine (`vm/run-in-vm.sh -r`).
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
+
+use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
+use thalweg::{Config, Endpoint, ErrorKind, LinkKind, Message, Node};
+use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped};
+
+/// How long the adapter tries before it gives a connection up, and what a slow machine adds.
+const LOST_MAX: Duration = Duration::from_secs(30);
+const LONG_BYTES: usize = 1 << 20;
+const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
+/// A user who may do nothing in particular.
+const NOBODY: u32 = 65_534;
+/// Those of the virtual machine, and of which interfaces they are made.
+const DEVICES: [(&str, &str); 3] = [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb")];
+
+/// Whether this is the machine with a wire between `rxa` and `rxb`; says what is left out if not.
+fn in_the_machine(test: &str) -> bool {
+    let here = std::env::var_os("THALWEG_TEST_RDMA").is_some();
+    if !here {
+        skipped(test, "the wire between two RDMA devices is in the virtual machine");
+    }
+    here
+}
+
+fn tool(variable: &str, words: &[&str]) -> String {
+    let program = std::env::var(variable).expect("the machine says where its tools are");
+    let Output { status, stdout, stderr } =
+        Command::new(program).args(words).output().expect("running a tool");
+    assert!(status.success(), "{words:?}: {}", String::from_utf8_lossy(&stderr));
+    String::from_utf8_lossy(&stdout).into_owned()
+}
+
+#[test]
+fn verbs_absence_has_a_reason_and_a_fix() {
+    let Some(why) = Way::Verbs.missing() else { return };
+    run_once("verbs is absent", async {
+        let config = Config::new().transports([LinkKind::Verbs, LinkKind::Tcp]);
+        let node = Node::new(config.clone()).expect("a node");
+        let capability = node.capabilities().into_iter().find(|c| c.link == LinkKind::Verbs);
+        let capability = capability.expect("verbs is told of");
+        note(format_args!("verbs is absent: {} (fix: {:?})", capability.reason, capability.fix));
+        assert_eq!(capability.reason, why);
+        assert!(capability.fix.is_some_and(|fix| !fix.is_empty()));
+        // What is left carries the connection, and says so.
+        let other = Node::new(config).expect("a node");
+        let listener = other.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, _b) = thalweg_tests::connect(&node, &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Tcp);
+        assert!(a.route().to_string().contains(&why), "{}", a.route());
+    });
+}
+
+#[test]
+fn verbs_registers_memory_once() {
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("verbs_registers_memory_once", &why);
+    }
+    let _alone = serially();
+    run_once("registrations", async {
+        let pair = pair(Way::Verbs).await;
+        let mut before = None;
+        for round in 0..8u64 {
+            let bytes = pattern(round, LONG_BYTES);
+            let mut loan = pair.node_a.loan(bytes.len()).expect("a loan");
+            loan.copy_from_slice(&bytes);
+            let (sent, got) = tokio::join!(pair.a.send(Message::from(loan)), pair.b.recv());
+            sent.expect("sending");
+            check_pattern(round, &got.expect("receiving").to_vec().expect("its bytes"));
+            let made = [&pair.a, &pair.b].map(|end| {
+                let counters = end.stats().link_counters;
+                assert_eq!(counters.registrations_refused, 0);
+                (counters.registrations, counters.registrations_reused)
+            });
+            if let Some(before) = before.filter(|_| round > 2) {
+                let registered = |ends: [(u64, u64); 2]| ends.map(|(made, _)| made);
+                assert_eq!(registered(before), registered(made), "something was registered again");
+                assert!(made[0].1 > before[0].1 && made[1].1 > before[1].1, "{made:?}");
+            }
+            before = Some(made);
+        }
+        let counters = pair.b.stats().link_counters;
+        assert!(counters.rdma_bytes_received >= 8 * LONG_BYTES as u64, "{counters:?}");
+        note(format_args!("SOAK: 8 messages of 1 MiB: {before:?} registrations (made, reused)"));
+    });
+}
+
+/// Not by itself.
+#[test]
+fn verbs_is_absent_and_the_rest_works() {
+    if inside() {
+        support::without(LinkKind::Verbs);
+    }
+}
+
+/// Whether a process in these circumstances does without, says why, and what would help.
+#[track_caller]
+fn assert_absent(
+    settings: &[(&str, &Path)],
+    more: impl FnOnce(&mut Command),
+    because: &str,
+    fix: &str,
+) {
+    let output = support::outside_as("verbs_is_absent_and_the_rest_works", settings, more);
+    let (reason, advice) = support::reason_and_fix(&output);
+    assert!(reason.contains(because), "{reason:?} does not say {because:?}");
+    assert!(advice.contains(fix), "{advice:?} does not say {fix:?}");
+}
+
+/// As `assert_absent`, of a library.
+#[track_caller]
+fn assert_no_library(file: &Path, because: &str) {
+    assert_absent(&[(LIBRARY, file)], |_| {}, because, LIBRARY);
+}
+
+#[test]
+fn verbs_without_a_library() {
+    assert_no_library(Path::new("/nonexistent/libibverbs.so.1"), "not there");
+    let folder = Folder::new("verbs");
+    let path = folder.0.join("libibverbs.so.1");
+    std::fs::write(&path, "INPUT(-libverbs)\n".repeat(20)).expect("writable");
+    assert_no_library(&path, "not a 64-bit shared object");
+    let old = "int ibv_fork_init(void) { return 0; }\n";
+    match folder.library("libibverbs.so.1", old) {
+        Some(path) => assert_no_library(&path, "too old: has no function ibv_"),
+        None => skipped("verbs_without_a_library: an old one", "no C compiler"),
+    }
+}
+
+/// A device is there, but not for this process.
+#[test]
+fn verbs_without_permission_or_memory() {
+    if !in_the_machine("verbs_without_permission_or_memory") {
+        return;
+    }
+    let _alone = serially();
+    let nobody = |command: &mut Command, bytes: u64| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+        command.uid(NOBODY);
+        // SAFETY: the closure runs in the forked child, and makes one system call.
+        unsafe {
+            command.pre_exec(move || {
+                match libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            });
+        }
+    };
+    let device = [("THALWEG_VERBS_DEVICES", Path::new("rxe0"))];
+    let little = |command: &mut Command| nobody(command, 64 << 10);
+    assert_absent(&device, little, "RLIMIT_MEMLOCK is 65536 bytes", "ulimit -l");
+    let files: Vec<_> = std::fs::read_dir("/dev/infiniband")
+        .expect("devices")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    let permit = |mode| {
+        for file in &files {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(file, permissions).expect("changing permissions");
+        }
+    };
+    permit(0o600);
+    let much = |command: &mut Command| nobody(command, 1 << 30);
+    assert_absent(&device, much, "cannot be opened", "/dev/infiniband/uverbs");
+    permit(0o666);
+}
+
+/// Makes a device anew, and waits until it has an address.
+fn make_device(device: &str, interface: &str) {
+    tool("RDMA", &["link", "add", device, "type", "rxe", "netdev", interface]);
+    wait_for_address(device);
+}
+
+fn wait_for_address(device: &str) {
+    let until = Instant::now() + LOST_MAX;
+    let file = format!("/sys/class/infiniband/{device}/ports/1/gids");
+    let has_address = || {
+        (0..8).any(|index| {
+            let gid = std::fs::read_to_string(format!("{file}/{index}"));
+            gid.is_ok_and(|gid| gid.contains(":ffff:"))
+        })
+    };
+    while !has_address() {
+        assert!(Instant::now() < until, "{device} has no address");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn verbs_without_a_device_or_a_port() {
+    if !in_the_machine("verbs_without_a_device_or_a_port") {
+        return;
+    }
+    let _alone = serially();
+    let of = |names: &'static str| [("THALWEG_VERBS_DEVICES", Path::new(names))];
+    assert_absent(&of("nobody's"), |_| {}, "none of the devices named", "THALWEG_VERBS_DEVICES");
+    tool("IP", &["link", "set", "dummy0", "down"]);
+    assert_absent(&of("rxe0"), |_| {}, "no port is up: rxe0 port 1 is", "ip link");
+    tool("IP", &["link", "set", "dummy0", "up"]);
+    wait_for_address("rxe0");
+    for (device, _) in DEVICES {
+        tool("RDMA", &["link", "delete", device]);
+    }
+    assert_absent(&[], |_| {}, "the kernel knows no RDMA device", "rdma link add");
+    for (device, interface) in DEVICES {
+        make_device(device, interface);
+    }
+}
+
+fn across_the_wire(mode: [&str; 2], words: [&[&str]; 2]) -> [Peer; 2] {
+    let start = |mode: &str, device: &str, words: &[&str], address: String| {
+        let mut all = vec![mode.to_owned(), "way=Verbs".to_owned(), format!("device={device}")];
+        all.extend(words.iter().map(|word| (*word).to_owned()));
+        all.push(address);
+        Peer::start(&all)
+    };
+    let mut a = start(mode[0], "rxa", words[0], "listen=thalweg://127.0.0.1:0".to_owned());
+    let address = format!("connect={}", a.said("LISTENING"));
+    let b = start(mode[1], "rxb", words[1], address);
+    [a, b]
+}
+
+/// Every operation of both peers ends, with an error that says that the connection is lost.
+fn all_end(peers: &mut [Peer; 2], since: Instant) {
+    for peer in peers {
+        for _ in ["recv", "tag_recv", "send"] {
+            let ended = peer.said_by("ENDED", since + LOST_MAX).expect("an operation still waits");
+            let kind = ended.split(' ').nth(1);
+            assert!(matches!(kind, Some("ConnectionLost" | "PeerGone" | "TimedOut")), "{ended}");
+        }
+    }
+}
+
+#[test]
+fn verbs_wire_cut_mid_transfer() {
+    if !in_the_machine("verbs_wire_cut_mid_transfer") {
+        return;
+    }
+    let _alone = serially();
+    let mut peers = across_the_wire(["watch", "watch"], [&["stream=1"], &["stream=1"]]);
+    for peer in &mut peers {
+        assert!(peer.said("ROUTE").starts_with("verbs"));
+        peer.said("GOING");
+    }
+    let cut = Instant::now();
+    tool("IP", &["link", "set", "va", "down"]);
+    all_end(&mut peers, cut);
+    measured("wire cut to the last error", cut.elapsed().as_secs_f64(), "s");
+    tool("IP", &["link", "set", "va", "up"]);
+    tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
+    for peer in peers {
+        assert!(peer.finish(), "a peer failed");
+    }
+}
+
+/// What happens to the device of one of two nodes while both use it.
+fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn()) {
+    if !in_the_machine(name) {
+        return;
+    }
+    let _alone = serially();
+    run_once(name, async {
+        let config = |device: &str| {
+            Config::new().transports([LinkKind::Verbs, LinkKind::Tcp]).verbs_devices([device])
+        };
+        let nodes = ["rxa", "rxb"].map(|device| Node::new(config(device)).expect("a node"));
+        let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Verbs, "{}", a.route());
+        let mut errors = Vec::new();
+        let lost = {
+            let streaming = |from: &Endpoint| {
+                let from = from.clone();
+                async move {
+                    loop {
+                        if let Err(failed) = from.send(vec![7u8; LONG_BYTES]).await {
+                            return failed.error;
+                        }
+                    }
+                }
+            };
+            let reading = |at: &Endpoint| {
+                let at = at.clone();
+                async move {
+                    loop {
+                        if let Err(error) = at.recv().await {
+                            return error;
+                        }
+                    }
+                }
+            };
+            let ends = tokio::spawn(futures_util::future::join4(
+                streaming(&a),
+                reading(&a),
+                streaming(&b),
+                reading(&b),
+            ));
+            let waiting = a.tag_recv(1, u64::MAX, vec![0; 64]);
+            thalweg_tests::until("some messages", || a.stats().messages_received > 4).await;
+            let (began, lost) = (Instant::now(), lose());
+            let (ends, waiting) = tokio::time::timeout(LOST_MAX, async {
+                (ends.await.expect("its end"), waiting.await)
+            })
+            .await
+            .expect("an operation still waits");
+            measured(name, began.elapsed().as_secs_f64(), "s to the last error");
+            errors.extend([ends.0, ends.1, ends.2, ends.3]);
+            errors.push(waiting.expect_err("nobody sent it").error);
+            lost
+        };
+        for error in &errors {
+            note(format_args!("{name}: {error}"));
+            let kind = error.kind();
+            assert!(matches!(kind, ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
+        }
+        drop((a, b));
+        // The nodes go on, without the device.
+        let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Tcp, "{}", a.route());
+        let (sent, got) = tokio::join!(a.send(vec![1u8; 70_000]), b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 70_000);
+        if let Some(mut lost) = lost {
+            // Nothing holds it any more, though the node is there.
+            thalweg_tests::until("the device to go", || {
+                lost.try_wait().expect("its status").is_some_and(|status| status.success())
+            })
+            .await;
+        }
+    });
+    restore();
+}
+
+#[test]
+fn verbs_device_is_removed() {
+    let remove = || {
+        let program = std::env::var("RDMA").expect("the machine says where its tools are");
+        // It waits until nobody uses the device.
+        Some(Command::new(program).args(["link", "delete", "rxb"]).spawn().expect("rdma"))
+    };
+    lose_a_device("verbs_device_is_removed", remove, || make_device("rxb", "vb"));
+}
+
+#[test]
+fn verbs_port_goes_down() {
+    let down = || {
+        tool("IP", &["link", "set", "va", "down"]);
+        None
+    };
+    lose_a_device("verbs_port_goes_down", down, || {
+        tool("IP", &["link", "set", "va", "up"]);
+        tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
+        wait_for_address("rxa");
+    });
+}
+
+#[test]
+fn verbs_bad_wires() {
+    if !in_the_machine("verbs_bad_wires") {
+        return;
+    }
+    let _alone = serially();
+    let count = format!("count={}", short_or_long(100, 1000));
+    let wires: [&[&str]; 4] = [
+        &["delay", "1ms"],
+        &["loss", "1%"],
+        &["duplicate", "3%"],
+        &["delay", "1ms", "reorder", "20%", "50%"],
+    ];
+    for wire in wires {
+        for end in ["va", "vb"] {
+            let words = ["qdisc", "replace", "dev", end, "root", "netem", "limit", "10000"];
+            tool("TC", &[&words[..], wire].concat());
+        }
+        let began = Instant::now();
+        let [echo, mut check] = across_the_wire(["echo", "check"], [&[], &[&count, "seed=5"]]);
+        let checked = check.said("CHECKED");
+        assert!(checked.ends_with("over verbs"), "{checked}");
+        note(format_args!("SOAK: wire with {wire:?}: {checked}, {:.1?}", began.elapsed()));
+        assert!(check.finish(), "over {wire:?}");
+        drop(echo);
+    }
+    for end in ["va", "vb"] {
+        tool("TC", &["qdisc", "delete", "dev", end, "root"]);
+    }
+}
+
+/// What the kernel keeps for processes: everything but its own completion queue and queue pair.
+fn kept_in_the_kernel() -> Option<String> {
+    let shown = tool("RDMA", &["resource", "show"]);
+    let own = ["pd 1", "cq 1", "qp 1", "cm_id 0", "mr 0", "ctx 0"];
+    let kept: Vec<_> =
+        shown.lines().filter(|line| !own.iter().all(|part| line.contains(part))).collect();
+    (!kept.is_empty()).then(|| kept.join("\n"))
+}
+
+#[test]
+fn verbs_leaves_nothing_in_the_kernel() {
+    if !in_the_machine("verbs_leaves_nothing_in_the_kernel") {
+        return;
+    }
+    let _alone = serially();
+    let rounds = short_or_long(5, 40);
+    for round in 0..rounds {
+        let mut peers = across_the_wire(["watch", "watch"], [&["stream=1"], &["stream=1"]]);
+        peers.iter_mut().for_each(|peer| drop(peer.said("GOING")));
+        drop(peers);
+        let until = Instant::now() + Duration::from_secs(20);
+        while let Some(kept) = kept_in_the_kernel() {
+            assert!(Instant::now() < until, "after round {round} the kernel keeps {kept}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    note(format_args!("SOAK: {rounds} rounds of kill -9 on both sides: the kernel keeps nothing"));
+}

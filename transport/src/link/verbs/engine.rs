@@ -1,0 +1,540 @@
+//! What a node's links over verbs have in common: its devices, their ports and pools, and set-up.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use thalweg_ffi::ibverbs as ffi;
+
+use super::VerbsOptions;
+use super::alarm::{Alarm, Alarms};
+use super::blob::{self, PORTS_MAX, Port, Terms};
+use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
+use super::link::VerbsLink;
+use super::messenger::{BUFFERS, Messenger};
+use super::queues::Side;
+use super::registrations::Registrations;
+use super::removal::Removals;
+use super::slab::Slabs;
+use super::wire::{HEADER_BYTES, Header, Kind};
+use crate::link::{Budget, Engine, Progress};
+use crate::proto::hello::Failure;
+use crate::runtime::{Attempt, Fd, Interest, Reactor, Source, Timers};
+
+/// One device, and what its links share.
+struct Adapter {
+    device: Arc<Device>,
+    /// What it says by itself.
+    events: Source,
+    slabs: Arc<Slabs>,
+    registrations: Arc<Registrations>,
+}
+
+/// What there is to use.
+struct Adapters {
+    /// `None`: it was taken away.
+    all: Vec<Option<Adapter>>,
+    /// Every address of every port that was up, as peers are told of them. A place in this list is
+    /// what both sides call a port by, so it stays when its device is taken away.
+    ports: Vec<Announced>,
+}
+
+/// A port that peers are told of.
+struct Announced {
+    port: Port,
+    /// Where it is, and whose: `None`: its device was taken away.
+    here: Option<(LocalPort, usize)>,
+}
+
+/// What is to be done once the lock is released.
+#[derive(Default)]
+struct After {
+    wakers: Vec<Waker>,
+    gone: Vec<Adapter>,
+}
+
+impl After {
+    fn run(self) {
+        drop(self.gone);
+        self.wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// A node's devices.
+pub(crate) struct VerbsEngine {
+    adapters: Mutex<Adapters>,
+    removals: Option<Removals>,
+    reactor: Reactor,
+    timers: Arc<Timers>,
+    alarms: Alarms,
+    options: VerbsOptions,
+    /// Why some devices are not used.
+    left_out: Vec<Unusable>,
+}
+
+/// Events of one device taken in a turn.
+const EVENTS_MAX: usize = 64;
+
+fn failure(reason: impl Into<String>) -> Failure {
+    Failure { reason: reason.into(), fix: String::new() }
+}
+
+fn memory_failed(error: &io::Error) -> Unusable {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM | libc::EPERM | libc::EAGAIN) => {
+            Unusable::MemoryLock { limit_bytes: memory_lock_limit() }
+        }
+        _ => Unusable::Failed { what: format!("registering memory: {error}") },
+    }
+}
+
+/// Of devices none of which has a port that is up.
+fn down_only(left_out: &[Unusable]) -> Unusable {
+    let ports: Vec<_> = left_out
+        .iter()
+        .filter_map(|why| match why {
+            Unusable::PortDown { ports } => Some(ports.as_str()),
+            _ => None,
+        })
+        .collect();
+    Unusable::PortDown { ports: ports.join(", ") }
+}
+
+impl Adapter {
+    /// Tries whether memory can be registered, too.
+    fn new(reactor: &Reactor, device: &Arc<Device>) -> Result<Adapter, Unusable> {
+        let failed = |what: &str, error: io::Error| Unusable::Failed {
+            what: format!("{what} {}: {error}", device.name),
+        };
+        let domain =
+            Domain::new(device).map_err(|error| failed("a protection domain of", error))?;
+        let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
+        let slab = slabs.take().map_err(|error| memory_failed(&error))?;
+        slabs.give(slab);
+        let events = device
+            .events()
+            .try_clone_to_owned()
+            .and_then(|fd| reactor.source(Fd::new(fd), Interest::Read))
+            .map_err(|error| failed("watching the events of", error))?;
+        let registrations = Registrations::new(&domain);
+        Ok(Adapter { device: device.clone(), events, slabs, registrations })
+    }
+}
+
+impl VerbsEngine {
+    /// Finds libibverbs, opens the devices, and tries whether memory can be registered.
+    pub fn new(
+        reactor: &Reactor,
+        timers: Arc<Timers>,
+        options: VerbsOptions,
+    ) -> Result<Arc<Self>, Unusable> {
+        let verbs = ffi::load().map_err(|absent| Unusable::Library {
+            reason: absent.to_string(),
+            fix: absent.fix(),
+        })?;
+        let (devices, mut left_out) = Device::open_all(verbs, &options.devices)?;
+        let mut adapters = Vec::new();
+        let mut ports = Vec::new();
+        let mut failed = None;
+        for device in &devices {
+            let (up, down) = device.ports();
+            if !down.is_empty() {
+                left_out.push(Unusable::PortDown { ports: down.join(", ") });
+            }
+            if up.is_empty() {
+                continue;
+            }
+            match Adapter::new(reactor, device) {
+                Ok(adapter) => {
+                    let here = |local| Some((local, adapters.len()));
+                    let announced =
+                        |local: LocalPort| Announced { port: local.port, here: here(local) };
+                    ports.extend(up.into_iter().map(announced));
+                    adapters.push(Some(adapter));
+                }
+                Err(why) => {
+                    failed.get_or_insert_with(|| why.clone());
+                    left_out.push(why);
+                }
+            }
+        }
+        if ports.is_empty() {
+            return Err(failed.unwrap_or_else(|| down_only(&left_out)));
+        }
+        for why in &left_out {
+            tracing::warn!(%why, "an RDMA device is not used");
+        }
+        ports.truncate(PORTS_MAX);
+        let removals = Removals::new(reactor)
+            .inspect_err(|error| tracing::debug!(%error, "removals of devices are not announced"))
+            .ok();
+        let (reactor, alarms) = (reactor.clone(), Alarms::default());
+        let adapters = Mutex::new(Adapters { all: adapters, ports });
+        let engine = VerbsEngine { adapters, removals, reactor, timers, alarms, options, left_out };
+        Ok(Arc::new(engine))
+    }
+
+    fn adapters(&self) -> MutexGuard<'_, Adapters> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the links of a device that it is gone, and lets go of it, so that it can go.
+    fn let_go(&self, adapters: &mut Adapters, which: usize, why: String, after: &mut After) {
+        after.wakers.extend(self.alarms.hear(which, &Event::DeviceGone { why }));
+        for announced in &mut adapters.ports {
+            announced.here.take_if(|(_, whose)| *whose == which);
+        }
+        after.gone.extend(adapters.all[which].take());
+    }
+
+    fn hear_removals(
+        &self,
+        adapters: &mut Adapters,
+        cx: &mut Context<'_>,
+        after: &mut After,
+    ) -> Progress {
+        let Some(removals) = &self.removals else { return Progress::Idle };
+        for _ in 0..EVENTS_MAX {
+            let file_name = match removals.poll(cx) {
+                Poll::Ready(Ok(Some(file_name))) => file_name,
+                Poll::Ready(Ok(None)) => continue,
+                Poll::Ready(Err(_)) | Poll::Pending => return Progress::Idle,
+            };
+            let is_it = |adapter: &Adapter| adapter.device.file_name == file_name;
+            let which = adapters.all.iter().position(|adapter| adapter.as_ref().is_some_and(is_it));
+            if let Some(which) = which {
+                if let Some(adapter) = &adapters.all[which] {
+                    adapter.device.set_gone();
+                }
+                let why = format!("the device {file_name} is being removed");
+                self.let_go(adapters, which, why, after);
+            }
+        }
+        Progress::More
+    }
+
+    /// What was found, for people.
+    pub fn found(&self) -> String {
+        let adapters = self.adapters();
+        let here = adapters.ports.iter().filter_map(|announced| announced.here.as_ref());
+        let mut found = here.map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ");
+        for why in &self.left_out {
+            found.push_str(&format!("; not used: {why}"));
+        }
+        found
+    }
+
+    /// The ports in the order in which they are announced. Those that are gone reach nobody.
+    fn own(&self) -> Vec<Port> {
+        let adapters = self.adapters();
+        let port = |announced: &Announced| match announced.here {
+            Some(_) => announced.port,
+            None => announced.port.gone(),
+        };
+        adapters.ports.iter().map(port).collect()
+    }
+
+    /// What the hello says.
+    pub fn blob(&self) -> Vec<u8> {
+        blob::encode(&self.own())
+    }
+
+    /// Whether a pair of ports can be tried.
+    pub fn verdict(&self, theirs: &[u8]) -> Result<(), (String, Option<String>)> {
+        let own = self.own();
+        if own.iter().all(Port::is_gone) {
+            return Err(("every device of this side was taken away".into(), None));
+        }
+        blob::verdict(&own, theirs)
+    }
+
+    /// Chooses a pair of ports, and makes queues at this side's.
+    pub fn prepare(&self, theirs: &[u8], connects: bool) -> Result<Prepared, Failure> {
+        let theirs =
+            blob::decode(theirs).ok_or_else(|| failure("the peer's offer is malformed"))?;
+        let own = self.own();
+        let chosen = match connects {
+            true => blob::choose(&own, &theirs),
+            false => blob::choose(&theirs, &own).map(|(theirs, own)| (own, theirs)),
+        };
+        let (at, to) = chosen.ok_or_else(|| failure("no port reaches one of the peer's"))?;
+        let adapters = self.adapters();
+        let announced = adapters.ports.get(at).and_then(|announced| announced.here.as_ref());
+        let (port, which) = announced.ok_or_else(|| failure("the port is gone"))?;
+        let mut random = [0; 4];
+        getrandom::fill(&mut random)
+            .map_err(|error| failure(format!("random numbers: {error}")))?;
+        let first_packet = u32::from_ne_bytes(random) & 0xff_ffff;
+        let adapter = adapters.all[*which].as_ref().ok_or_else(|| failure("the device is gone"))?;
+        let mut messenger = Messenger::new(&adapter.slabs, port, first_packet)
+            .map_err(|error| failure(format!("queues at {port}: {error}")))?;
+        let ports = if connects { (at as u8, to as u8) } else { (to as u8, at as u8) };
+        let registrations = adapter.registrations.clone();
+        let alarm = self.alarms.add(*which, messenger.queues().identities());
+        let to = theirs[to];
+        let why = blob::reason(&own[at], &to);
+        Ok(Prepared { messenger, ports, to, registrations, alarm, why })
+    }
+
+    /// Connects to the peer's queues, and waits until both directions are known to work.
+    pub async fn open(&self, prepared: Prepared, terms: &[u8]) -> Result<Opened, Failure> {
+        let Prepared { mut messenger, ports, to, registrations, alarm, why } = prepared;
+        let terms =
+            Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
+        if terms.ports != ports {
+            return Err(failure("the peer chose another pair of ports"));
+        }
+        let port = messenger.port().to_string();
+        let failed = |doing: &str, error: &io::Error| failure(format!("{doing} {port}: {error}"));
+        messenger.connect(to, &terms).map_err(|error| failed("connecting from", &error))?;
+        let channel = messenger
+            .queues()
+            .descriptor()
+            .try_clone_to_owned()
+            .and_then(|fd| self.reactor.source(Fd::new(fd), Interest::Read))
+            .map_err(|error| failed("watching the events of", &error))?;
+        messenger
+            .send(Header::about(Kind::Ping, 0, 0), HEADER_BYTES, |_| {})
+            .map_err(|error| failed("sending from", &error))?;
+        let limit = self.options.setup_timeout;
+        let mut patience = self.timers.sleep_until(Instant::now() + limit);
+        let mut seen = Seen::default();
+        poll_fn(|cx| {
+            match seen.look(&mut messenger, &channel, cx) {
+                Ok(true) => return Poll::Ready(Ok(())),
+                Ok(false) => {}
+                Err(why) => return Poll::Ready(Err(why)),
+            }
+            Pin::new(&mut patience).poll(cx).map(|()| {
+                Err(format!("queue pairs are connected, but nothing came within {limit:?}"))
+            })
+        })
+        .await
+        .map_err(failure)?;
+        let options = self.options.clone();
+        let (timers, received) = (self.timers.clone(), seen.early);
+        Ok(Opened { messenger, channel, registrations, alarm, received, options, timers, why })
+    }
+}
+
+impl Engine for VerbsEngine {
+    fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
+        let mut after = After::default();
+        let progress = self.hear(cx, &mut after);
+        after.run();
+        progress
+    }
+}
+
+impl VerbsEngine {
+    /// Hears what devices and the kernel say.
+    fn hear(&self, cx: &mut Context<'_>, after: &mut After) -> Progress {
+        let mut adapters = self.adapters();
+        for which in 0..adapters.all.len() {
+            let mut left = EVENTS_MAX;
+            while left > 0
+                && let Some(Adapter { device, events, .. }) = &adapters.all[which]
+            {
+                left -= 1;
+                match events.poll_read(cx, |_| device.take_event().map(Attempt::More)) {
+                    Poll::Ready(Ok(Event::DeviceGone { why })) => {
+                        self.let_go(&mut adapters, which, why, after);
+                    }
+                    Poll::Ready(Ok(event)) => after.wakers.extend(self.alarms.hear(which, &event)),
+                    // An error is the runtime's, which others report, or the device's, which has
+                    // nothing more to say.
+                    Poll::Ready(Err(_)) | Poll::Pending => break,
+                }
+            }
+            if left == 0 {
+                return Progress::More;
+            }
+        }
+        self.hear_removals(&mut adapters, cx, after)
+    }
+}
+
+/// What was seen of both directions at set-up.
+#[derive(Default)]
+struct Seen {
+    arrived: bool,
+    came: bool,
+    /// What the peer sent after its ping.
+    early: VecDeque<super::queues::Completion>,
+    sent: VecDeque<super::queues::Completion>,
+}
+
+impl Seen {
+    /// Whether both directions work. `Ok(false)`: not yet, and `cx`'s waker is registered.
+    fn look(
+        &mut self,
+        messenger: &mut Messenger,
+        channel: &Source,
+        cx: &mut Context<'_>,
+    ) -> Result<bool, String> {
+        let failed = |error: io::Error| format!("trying the connection: {error}");
+        loop {
+            let queues = messenger.queues();
+            for side in [Side::Receive, Side::Send] {
+                queues.arm(side).map_err(failed)?;
+            }
+            self.take(messenger)?;
+            if self.arrived && self.came {
+                return Ok(true);
+            }
+            let queues = messenger.queues();
+            match channel.poll_read(cx, |_| queues.take_event().map(Attempt::More)) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Err(failed(error)),
+            }
+        }
+    }
+
+    fn take(&mut self, messenger: &mut Messenger) -> Result<(), String> {
+        let failed = |error: io::Error| format!("trying the connection: {error}");
+        messenger.take(Side::Receive, &mut self.early).map_err(failed)?;
+        messenger.take(Side::Send, &mut self.sent).map_err(failed)?;
+        let verbs = messenger.port().device.verbs;
+        let bad = |c: &super::queues::Completion| c.status != ffi::IBV_WC_SUCCESS;
+        if let Some(bad) = self.early.iter().chain(&self.sent).find(|c| bad(c)) {
+            let why = verbs.describe(bad.status);
+            return Err(format!(
+                "the peer is not reached: {why} (status {}, vendor {})",
+                bad.status, bad.vendor
+            ));
+        }
+        for completion in self.sent.drain(..) {
+            messenger.ended(&completion);
+            self.arrived = true;
+        }
+        if !self.came
+            && let Some(first) = self.early.pop_front()
+        {
+            let message = messenger.message(&first);
+            if message.is_none_or(|(header, ..)| header.kind != Kind::Ping) {
+                return Err("the peer's first message is none of this protocol's".into());
+            }
+            messenger.repost(&first, true).map_err(failed)?;
+            self.came = true;
+        }
+        Ok(())
+    }
+}
+
+/// Queues that wait to hear of the peer's.
+pub(crate) struct Prepared {
+    messenger: Messenger,
+    ports: (u8, u8),
+    to: Port,
+    registrations: Arc<Registrations>,
+    alarm: Arc<Alarm>,
+    /// Why this pair of ports.
+    why: String,
+}
+
+impl Prepared {
+    /// What the peer has to know.
+    pub fn terms(&self) -> Vec<u8> {
+        self.messenger.terms(self.ports).encode()
+    }
+}
+
+/// A link that works, and lacks the connection that tells of the peer's death.
+pub(crate) struct Opened {
+    pub(super) messenger: Messenger,
+    pub(super) channel: Source,
+    pub(super) registrations: Arc<Registrations>,
+    pub(super) alarm: Arc<Alarm>,
+    pub(super) received: VecDeque<super::queues::Completion>,
+    pub(super) options: VerbsOptions,
+    pub(super) timers: Arc<Timers>,
+    pub(super) why: String,
+}
+
+impl Opened {
+    /// The link. `bootstrap` stays open, and is silent from now on.
+    pub fn into_link(self, bootstrap: Source) -> VerbsLink {
+        VerbsLink::new(self, bootstrap)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Wake;
+
+    use super::super::fake::Fake;
+    use super::*;
+    use crate::runtime::HostLoop;
+
+    fn engine(fakes: &[Fake]) -> Arc<VerbsEngine> {
+        let reactor = Reactor::Host(HostLoop::new().expect("an event loop"));
+        let adapter = |fake: &Fake| Adapter {
+            device: fake.device.clone(),
+            events: reactor.source(Fd::new(fake.events()), Interest::Read).expect("a source"),
+            slabs: fake.slabs.clone(),
+            registrations: Registrations::new(fake.slabs.domain()),
+        };
+        let all = fakes.iter().map(|fake| Some(adapter(fake))).collect();
+        let ports = fakes.iter().enumerate().map(|(which, fake)| {
+            let local = fake.port();
+            Announced { port: local.port, here: Some((local, which)) }
+        });
+        let adapters = Mutex::new(Adapters { all, ports: ports.collect() });
+        let timers = Arc::new(Timers::new(&reactor).expect("timers"));
+        let options = VerbsOptions {
+            eager_max: 0,
+            max_payload: 0,
+            setup_timeout: std::time::Duration::ZERO,
+            devices: Vec::new(),
+        };
+        let (removals, alarms, left_out) = (None, Alarms::default(), Vec::new());
+        let made = VerbsEngine { adapters, removals, reactor, timers, alarms, options, left_out };
+        Arc::new(made)
+    }
+
+    /// Asks the engine for something when it is woken.
+    struct Asks(Arc<VerbsEngine>, Mutex<Option<String>>);
+
+    impl Wake for Asks {
+        fn wake(self: Arc<Self>) {
+            *self.1.lock().expect("not poisoned") = Some(self.0.found());
+        }
+    }
+
+    fn poll(engine: &VerbsEngine) {
+        let Reactor::Host(host) = &engine.reactor else { panic!("another reactor") };
+        host.drain().expect("events");
+        let waker = std::task::Waker::noop();
+        while engine.poll(&mut Context::from_waker(waker), &mut Budget { ..Budget::TURN })
+            == Progress::More
+        {}
+    }
+
+    #[test]
+    fn a_device_that_goes_keeps_its_place_and_wakes_without_a_lock() {
+        let fakes = [Fake::new(), Fake::new()];
+        let engine = engine(&fakes);
+        let alarm = engine.alarms.add(0, [0; 2]);
+        let asks = Arc::new(Asks(engine.clone(), Mutex::new(None)));
+        assert!(!alarm.watch(&std::task::Waker::from(asks.clone())));
+        let before = engine.own();
+        fakes[0].say(ffi::IBV_EVENT_DEVICE_FATAL);
+        poll(&engine);
+        assert!(asks.1.lock().expect("not poisoned").is_some(), "whoever watches is called");
+        assert!(alarm.raised().is_some() && fakes[0].device.is_gone());
+        let after = engine.own();
+        assert!(after[0].is_gone());
+        assert_eq!(after[1], before[1], "the others stay what they were called");
+        assert!(engine.adapters().all[0].is_none());
+        let prepared = engine.prepare(&engine.blob(), true).map(|prepared| prepared.ports);
+        assert_eq!(prepared.ok(), Some((1, 1)));
+        fakes[1].say(ffi::IBV_EVENT_DEVICE_FATAL);
+        poll(&engine);
+        assert!(engine.verdict(&blob::encode(&before)).is_err());
+    }
+}

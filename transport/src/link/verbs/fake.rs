@@ -1,0 +1,449 @@
+//! A libibverbs for tests, in this process: devices that do what a test says. Reads are carried out
+//! when they are posted; sends and receives end when the test says so, and how.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+use thalweg_ffi::ibverbs::{
+    self as ffi, _compat_ibv_port_attr, Functions, Verbs, ibv_async_event, ibv_comp_channel,
+    ibv_context, ibv_cq, ibv_device, ibv_device_attr, ibv_event_type, ibv_gid, ibv_mr, ibv_pd,
+    ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_wc, ibv_wc_status,
+};
+
+use super::blob::{Fabric, Port, Terms};
+use super::device::{Device, Domain, LocalPort};
+use super::messenger::{BUFFERS, Messenger, RECEIVES};
+use super::slab::Slabs;
+use super::wire::{HEADER_BYTES, Header};
+
+/// The vendor's code of every completion that a test makes.
+pub(super) const VENDOR: u32 = 77;
+
+/// What a device has been told, and what it is to answer.
+#[derive(Default)]
+pub(super) struct State {
+    /// What the destruction of a queue pair answers.
+    pub destroying: c_int,
+    /// What posting answers.
+    pub posting: c_int,
+    /// Longer pieces are not registered.
+    pub registers_max: Option<usize>,
+    /// What is registered: its key, beginning, length and access.
+    pub registered: Vec<(u32, usize, usize, c_int)>,
+    /// How often something was.
+    pub registrations: usize,
+    /// What each queue pair may be used for.
+    pub access: Vec<c_uint>,
+    /// Sends that have not ended: request, message.
+    pub sent: VecDeque<(u64, Vec<u8>)>,
+    /// Buffers for messages: request, address.
+    receives: VecDeque<(u64, u64)>,
+    queues: Vec<usize>,
+    completions: HashMap<usize, VecDeque<ibv_wc>>,
+    events: VecDeque<ibv_event_type>,
+    keys: u32,
+}
+
+#[repr(C)]
+struct Context {
+    raw: ibv_context,
+    state: Mutex<State>,
+}
+
+/// A device.
+pub(super) struct Fake {
+    context: &'static Context,
+    pub device: Arc<Device>,
+    pub slabs: Arc<Slabs>,
+}
+
+// SAFETY: the pointers within are to what is never freed and guarded by the mutex.
+unsafe impl Sync for Context {}
+
+/// # Safety
+///
+/// `raw` is a context of [`Fake::new`]'s.
+unsafe fn state(raw: *mut ibv_context) -> MutexGuard<'static, State> {
+    // SAFETY: the caller's; it is the first field of what is never freed.
+    let context = unsafe { &*raw.cast::<Context>() };
+    context.state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn boxed<T>(change: impl FnOnce(&mut T)) -> *mut T {
+    // SAFETY: zero is valid for all of libibverbs's structs.
+    let mut made = Box::new(unsafe { std::mem::zeroed() });
+    change(&mut made);
+    Box::into_raw(made)
+}
+
+fn refuse<T>(code: c_int) -> *mut T {
+    set_errno(code);
+    std::ptr::null_mut()
+}
+
+fn set_errno(code: c_int) {
+    // SAFETY: this thread's own.
+    unsafe { *libc::__errno_location() = code };
+}
+
+fn nonblocking_event() -> OwnedFd {
+    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an eventfd")
+}
+
+extern "C" fn text(_: u32) -> *const c_char {
+    c"as the test says".as_ptr()
+}
+
+extern "C" fn no_list(_: *mut c_int) -> *mut *mut ibv_device {
+    refuse(libc::ENOSYS)
+}
+
+extern "C" fn free_list(_: *mut *mut ibv_device) {}
+
+extern "C" fn no_name(_: *mut ibv_device) -> *const c_char {
+    std::ptr::null()
+}
+
+extern "C" fn no_device(_: *mut ibv_device) -> *mut ibv_context {
+    refuse(libc::ENOSYS)
+}
+
+extern "C" fn close_device(_: *mut ibv_context) -> c_int {
+    0
+}
+
+unsafe extern "C" fn get_async_event(raw: *mut ibv_context, to: *mut ibv_async_event) -> c_int {
+    // SAFETY: a context of ours, and a struct to write.
+    unsafe {
+        match state(raw).events.pop_front() {
+            Some(kind) => {
+                (*to).event_type = kind;
+                0
+            }
+            None => {
+                set_errno(libc::EAGAIN);
+                -1
+            }
+        }
+    }
+}
+
+extern "C" fn ack_async_event(_: *mut ibv_async_event) {}
+
+unsafe extern "C" fn query_device(_: *mut ibv_context, to: *mut ibv_device_attr) -> c_int {
+    // SAFETY: a struct to write.
+    let to = unsafe { &mut *to };
+    (to.max_qp_wr, to.max_cqe, to.phys_port_cnt) = (1024, 4096, 1);
+    (to.max_qp_rd_atom, to.max_qp_init_rd_atom) = (16, 16);
+    0
+}
+
+extern "C" fn no_port(_: *mut ibv_context, _: u8, _: *mut _compat_ibv_port_attr) -> c_int {
+    libc::ENOSYS
+}
+
+extern "C" fn no_gid(_: *mut ibv_context, _: u8, _: c_int, _: *mut ibv_gid) -> c_int {
+    -1
+}
+
+extern "C" fn alloc_pd(raw: *mut ibv_context) -> *mut ibv_pd {
+    boxed(|pd: &mut ibv_pd| pd.context = raw)
+}
+
+unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
+    // SAFETY: made above, and given back once.
+    drop(unsafe { Box::from_raw(pd) });
+    0
+}
+
+unsafe extern "C" fn reg_mr(
+    pd: *mut ibv_pd,
+    ptr: *mut c_void,
+    bytes: usize,
+    access: c_int,
+) -> *mut ibv_mr {
+    // SAFETY: a domain of ours.
+    let context = unsafe { (*pd).context };
+    // SAFETY: a context of ours.
+    let mut state = unsafe { state(context) };
+    if state.registers_max.is_some_and(|max| bytes > max) {
+        return refuse(libc::ENOMEM);
+    }
+    state.keys += 1;
+    state.registrations += 1;
+    let key = state.keys;
+    state.registered.push((key, ptr as usize, bytes, access));
+    boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, key))
+}
+
+unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
+    // SAFETY: made above, and given back once.
+    let mr = unsafe { Box::from_raw(mr) };
+    // SAFETY: a context of ours.
+    unsafe { state(mr.context) }.registered.retain(|(key, ..)| *key != mr.lkey);
+    0
+}
+
+extern "C" fn create_channel(raw: *mut ibv_context) -> *mut ibv_comp_channel {
+    let fd = nonblocking_event().into_raw_fd();
+    boxed(|channel: &mut ibv_comp_channel| (channel.context, channel.fd) = (raw, fd))
+}
+
+unsafe extern "C" fn destroy_channel(channel: *mut ibv_comp_channel) -> c_int {
+    // SAFETY: made above, and given back once.
+    let channel = unsafe { Box::from_raw(channel) };
+    // SAFETY: the channel's own.
+    drop(unsafe { OwnedFd::from_raw_fd(channel.fd) });
+    0
+}
+
+unsafe extern "C" fn create_cq(
+    raw: *mut ibv_context,
+    _: c_int,
+    _: *mut c_void,
+    channel: *mut ibv_comp_channel,
+    _: c_int,
+) -> *mut ibv_cq {
+    let queue = boxed(|queue: &mut ibv_cq| (queue.context, queue.channel) = (raw, channel));
+    // SAFETY: a context of ours.
+    unsafe { state(raw) }.queues.push(queue as usize);
+    queue
+}
+
+unsafe extern "C" fn destroy_cq(queue: *mut ibv_cq) -> c_int {
+    // SAFETY: made above, and given back once.
+    drop(unsafe { Box::from_raw(queue) });
+    0
+}
+
+extern "C" fn no_event(
+    _: *mut ibv_comp_channel,
+    _: *mut *mut ibv_cq,
+    _: *mut *mut c_void,
+) -> c_int {
+    set_errno(libc::EAGAIN);
+    -1
+}
+
+extern "C" fn ack_events(_: *mut ibv_cq, _: c_uint) {}
+
+unsafe extern "C" fn create_qp(pd: *mut ibv_pd, wanted: *mut ibv_qp_init_attr) -> *mut ibv_qp {
+    // SAFETY: a domain of ours, and a struct to read and write.
+    let (context, wanted) = unsafe { ((*pd).context, &mut *wanted) };
+    wanted.cap.max_inline_data = 0;
+    boxed(|pair: &mut ibv_qp| {
+        (pair.context, pair.qp_num) = (context, 1);
+        (pair.send_cq, pair.recv_cq) = (wanted.send_cq, wanted.recv_cq);
+    })
+}
+
+unsafe extern "C" fn modify_qp(pair: *mut ibv_qp, to: *mut ibv_qp_attr, mask: c_int) -> c_int {
+    // SAFETY: a pair of ours, and a struct to read.
+    unsafe {
+        if mask as u32 & ffi::IBV_QP_ACCESS_FLAGS != 0 {
+            state((*pair).context).access.push((*to).qp_access_flags);
+        }
+    }
+    0
+}
+
+unsafe extern "C" fn destroy_qp(pair: *mut ibv_qp) -> c_int {
+    // SAFETY: a pair of ours.
+    let code = unsafe { state((*pair).context) }.destroying;
+    if code == 0 {
+        // SAFETY: made above, and given back once.
+        drop(unsafe { Box::from_raw(pair) });
+    }
+    code
+}
+
+extern "C" fn fork_init() -> c_int {
+    0
+}
+
+fn completion(id: u64, status: ibv_wc_status, bytes: usize) -> ibv_wc {
+    // SAFETY: zero is valid for every field.
+    let mut completion: ibv_wc = unsafe { std::mem::zeroed() };
+    (completion.wr_id, completion.status) = (id, status);
+    (completion.vendor_err, completion.byte_len) = (VENDOR, bytes as u32);
+    completion
+}
+
+unsafe extern "C" fn poll_cq(queue: *mut ibv_cq, count: c_int, into: *mut ibv_wc) -> c_int {
+    // SAFETY: a queue of ours.
+    let mut state = unsafe { state((*queue).context) };
+    let completions = state.completions.entry(queue as usize).or_default();
+    let count = completions.len().min(count as usize);
+    for (at, completion) in completions.drain(..count).enumerate() {
+        // SAFETY: room for as many.
+        unsafe { into.add(at).write(completion) };
+    }
+    count as c_int
+}
+
+extern "C" fn notify(_: *mut ibv_cq, _: c_int) -> c_int {
+    0
+}
+
+unsafe extern "C" fn post_recv(
+    pair: *mut ibv_qp,
+    request: *mut ibv_recv_wr,
+    _: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: a pair of ours; a request with one piece.
+    let (mut state, request, piece) =
+        unsafe { (state((*pair).context), &*request, &*(*request).sg_list) };
+    state.receives.push_back((request.wr_id, piece.addr));
+    0
+}
+
+unsafe extern "C" fn post_send(
+    pair: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    _: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: a pair of ours; a request with one piece.
+    let (pair, request, piece) = unsafe { (&*pair, &*request, &*(*request).sg_list) };
+    // SAFETY: a context of ours.
+    let mut state = unsafe { state(pair.context) };
+    if state.posting != 0 {
+        return state.posting;
+    }
+    let (at, bytes) = (piece.addr as usize, piece.length as usize);
+    if request.opcode == ffi::IBV_WR_SEND {
+        // SAFETY: what is sent is valid for reads.
+        let message = unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }.to_vec();
+        state.sent.push_back((request.wr_id, message));
+        return 0;
+    }
+    let writable = state.registered.iter().any(|(key, start, len, access)| {
+        *key == piece.lkey
+            && (*start..*start + *len).contains(&at)
+            && at + bytes <= start + len
+            && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
+    });
+    assert!(writable, "a read into memory that is not registered for it");
+    // SAFETY: a read: its part of the union is set.
+    let from = unsafe { request.wr.rdma.remote_addr };
+    // SAFETY: the test's peer is the test; what is read into is the reader's.
+    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, at as *mut u8, bytes) };
+    let done = completion(request.wr_id, ffi::IBV_WC_SUCCESS, bytes);
+    state.completions.entry(pair.send_cq as usize).or_default().push_back(done);
+    0
+}
+
+fn library() -> &'static Verbs {
+    Box::leak(Box::new(Verbs {
+        functions: Functions {
+            ibv_wc_status_str: text,
+            ibv_get_device_list: no_list,
+            ibv_free_device_list: free_list,
+            ibv_get_device_name: no_name,
+            ibv_open_device: no_device,
+            ibv_close_device: close_device,
+            ibv_get_async_event: get_async_event,
+            ibv_ack_async_event: ack_async_event,
+            ibv_query_device: query_device,
+            ibv_query_port: no_port,
+            ibv_query_gid: no_gid,
+            ibv_alloc_pd: alloc_pd,
+            ibv_dealloc_pd: dealloc_pd,
+            ibv_reg_mr: reg_mr,
+            ibv_dereg_mr: dereg_mr,
+            ibv_create_comp_channel: create_channel,
+            ibv_destroy_comp_channel: destroy_channel,
+            ibv_create_cq: create_cq,
+            ibv_destroy_cq: destroy_cq,
+            ibv_get_cq_event: no_event,
+            ibv_ack_cq_events: ack_events,
+            ibv_create_qp: create_qp,
+            ibv_modify_qp: modify_qp,
+            ibv_destroy_qp: destroy_qp,
+            ibv_fork_init: fork_init,
+            ibv_port_state_str: text,
+            ibv_event_type_str: text,
+        },
+        reg_dmabuf_mr: None,
+        path: "in this process".into(),
+    }))
+}
+
+impl Fake {
+    /// A device with one port.
+    pub fn new() -> Fake {
+        // SAFETY: zero is valid for every field.
+        let mut raw: ibv_context = unsafe { std::mem::zeroed() };
+        raw.cmd_fd = nonblocking_event().into_raw_fd();
+        raw.async_fd = nonblocking_event().into_raw_fd();
+        raw.ops.poll_cq = Some(poll_cq);
+        raw.ops.req_notify_cq = Some(notify);
+        raw.ops.post_send = Some(post_send);
+        raw.ops.post_recv = Some(post_recv);
+        let context = &*Box::leak(Box::new(Context { raw, state: Mutex::default() }));
+        let raw = (&raw const *context).cast_mut().cast();
+        let (name, file_name) = ("fake0".to_owned(), "uverbs9".to_owned());
+        // SAFETY: a context that is never freed.
+        let device = unsafe { Device::of_context(library(), raw, name, file_name) };
+        let device = Arc::new(device.expect("a device"));
+        let domain = Domain::new(&device).expect("a domain");
+        let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
+        Fake { context, device, slabs }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.context.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn port(&self) -> LocalPort {
+        let gid = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
+        let (rate, distance) = (1000, 10);
+        let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance };
+        LocalPort { device: self.device.clone(), number: 1, gid_index: 0, port }
+    }
+
+    /// Queues that are connected to what the test plays.
+    pub fn messenger(&self) -> Messenger {
+        let port = self.port();
+        let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
+        let (ports, queue_pairs, receives) = ((0, 0), [5, 6], RECEIVES as u16);
+        let terms = Terms { ports, queue_pairs, first_packet: 1, receives, reads: 8 };
+        messenger.connect(port.port, &terms).expect("connected");
+        messenger
+    }
+
+    /// A message of the peer's comes. It has to have a buffer.
+    pub fn deliver(&self, header: Header, body: &[u8]) {
+        let mut state = self.state();
+        let (id, at) = state.receives.pop_front().expect("the receiver was ready");
+        let message = [&header.encode()[..], body].concat();
+        // SAFETY: a buffer that was posted for it.
+        unsafe { std::ptr::copy_nonoverlapping(message.as_ptr(), at as *mut u8, message.len()) };
+        let done = completion(id, ffi::IBV_WC_SUCCESS, message.len());
+        let queue = state.queues[0];
+        state.completions.entry(queue).or_default().push_back(done);
+    }
+
+    /// The send that was posted before all others ends. What it was.
+    pub fn end_send(&self, status: ibv_wc_status) -> (Header, Vec<u8>) {
+        let mut state = self.state();
+        let (id, message) = state.sent.pop_front().expect("something was sent");
+        let queue = state.queues[1];
+        state.completions.entry(queue).or_default().push_back(completion(id, status, 0));
+        let header = Header::decode(&message).expect("a header");
+        (header, message[HEADER_BYTES..].to_vec())
+    }
+
+    /// It says something by itself.
+    pub fn say(&self, event: ibv_event_type) {
+        self.state().events.push_back(event);
+        rustix::io::write(self.device.events(), &1u64.to_ne_bytes()).expect("an edge");
+    }
+
+    /// The descriptor of its events.
+    pub fn events(&self) -> OwnedFd {
+        self.device.events().as_fd().try_clone_to_owned().expect("another number for it")
+    }
+}

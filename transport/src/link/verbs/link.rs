@@ -1,0 +1,1084 @@
+//! A lane to one peer over verbs.
+
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+use thalweg_ffi::ibverbs as ffi;
+
+use super::alarm::Alarm;
+use super::bulk::{Incoming, Left, Next, Outgoing, Outgoings, Read};
+use super::device::is_removed;
+use super::engine::Opened;
+use super::messenger::{Ended, Messenger};
+use super::queues::{Completion, Side};
+use super::registrations::{Found, Held, Registrations, Use};
+use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
+use crate::error::{ErrorKind, LinkError};
+use crate::link::{
+    Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, Disposition, HEAD_MAX, How, Killed,
+    Landing, Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+};
+use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
+
+/// Payloads of this many bytes or more are read, if that can be: below, registering and a round
+/// trip take longer than copying.
+const READ_BYTES_MIN: usize = 32 << 10;
+/// Pieces of memory shorter than this are not worth a registration each.
+const PIECE_BYTES_MIN: usize = 4 << 10;
+/// Longer payloads wait at the sender until they are fetched, also if the receiver could place
+/// them at once.
+const EAGER_BYTES_MAX: usize = 64 << 10;
+/// Payloads of a bulk class that may wait to be fetched.
+const OUTGOING_MAX: usize = 1024;
+/// Control messages that may wait for room. Answers to what a peer sends are among them, so a peer
+/// that sends and never reads ends here.
+const WAITING_MAX: usize = 65_536;
+/// Payloads that may wait at the peer without having been landed.
+const OPEN_MAX: usize = 65_536;
+/// How long `kill` tries to destroy queue pairs that will not go before it comes back to that later.
+const KILL_PATIENCE: Duration = Duration::from_millis(20);
+/// What it waits in between.
+const KILL_STEP: Duration = Duration::from_millis(1);
+/// When it comes back to it: after the shorter time first, then after twice the last one.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+fn error(kind: ErrorKind, detail: impl Into<String>) -> LinkError {
+    LinkError::new(kind, LinkKind::Verbs, detail)
+}
+
+fn internal(detail: &str) -> LinkError {
+    error(ErrorKind::Io, detail)
+}
+
+fn protocol(detail: &str) -> LinkError {
+    LinkError::protocol(LinkKind::Verbs, detail)
+}
+
+fn io_error(doing: &str, error: &io::Error) -> LinkError {
+    if is_runtime_gone(error) {
+        return LinkError::new(ErrorKind::RuntimeGone, LinkKind::Verbs, error.to_string());
+    }
+    let mut made = LinkError::io(LinkKind::Verbs, doing, error);
+    if is_removed(error) {
+        made.kind = ErrorKind::ConnectionLost;
+    }
+    made
+}
+
+/// In words, what a completion on the sending side was about.
+fn doing(ended: &Ended) -> &'static str {
+    match ended {
+        Ended::Send => "sending",
+        Ended::Read(_) => "reading",
+    }
+}
+
+/// A payload at the peer that nobody has asked for yet.
+struct Offered {
+    id: u32,
+    len: usize,
+    pieces: Vec<Piece>,
+}
+
+/// A control message that waits for room: its header, and what comes behind it.
+struct Waiting {
+    header: Header,
+    body: Vec<u8>,
+}
+
+/// Until when queue pairs that will not go are left alone.
+struct Linger {
+    pause: Duration,
+    over: Sleep,
+}
+
+/// A lane; see the module.
+pub(crate) struct VerbsLink {
+    messenger: Messenger,
+    timers: Arc<Timers>,
+    channel: Source,
+    registrations: Arc<Registrations>,
+    alarm: Arc<Alarm>,
+    caps: Caps,
+    max_payload: u64,
+    /// Where the peer's process shows that it lives. Nothing more is said on it.
+    bootstrap: Source,
+    /// What ends the link once everything that came before has been handed up.
+    broken: Option<LinkError>,
+    /// Completions that have been taken and not dealt with: messages, and what was sent or read.
+    received: VecDeque<Completion>,
+    ended: VecDeque<Completion>,
+    waiting: VecDeque<Waiting>,
+    /// Payloads that were handed up and wait to be landed.
+    open: HashMap<u64, Offered>,
+    /// Payloads that are being landed, by the peer's number.
+    incoming: HashMap<u32, Incoming>,
+    /// Those among them with reads left to post, in turns.
+    reading: VecDeque<u32>,
+    /// Memory has been registered to be landed into: once a turn is enough.
+    has_registered: bool,
+    /// One of those waits for its turn to do that.
+    registers_next: bool,
+    outgoing: Outgoings,
+    next_payload: u64,
+    /// Something could not be sent for want of a buffer.
+    starved: bool,
+    /// Somebody waits until everything up to this message has arrived.
+    flush_goal: Cell<Option<u64>>,
+    dead: Option<LinkError>,
+    killed: bool,
+    /// The queue pairs of a link that was killed are still there.
+    lingers: Option<Linger>,
+    counters: LinkCounters,
+}
+
+impl VerbsLink {
+    pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
+        let Opened { messenger, channel, registrations, alarm, received, options, timers, why } =
+            opened;
+        let port = messenger.port().to_string();
+        VerbsLink {
+            messenger,
+            timers,
+            channel,
+            registrations,
+            alarm,
+            caps: Caps {
+                eager_max: options.eager_max.min(EAGER_BYTES_MAX),
+                ways: format!(
+                    "verbs at {port}, {why}; sends ≤ {} KiB, RDMA read ≥ {} KiB, chunks between",
+                    BODY_MAX >> 10,
+                    READ_BYTES_MIN >> 10
+                ),
+            },
+            max_payload: options.max_payload,
+            bootstrap,
+            broken: None,
+            received,
+            ended: VecDeque::new(),
+            waiting: VecDeque::new(),
+            open: HashMap::new(),
+            incoming: HashMap::new(),
+            reading: VecDeque::new(),
+            has_registered: false,
+            registers_next: false,
+            outgoing: Outgoings::default(),
+            next_payload: 0,
+            starved: false,
+            flush_goal: Cell::new(None),
+            dead: None,
+            killed: false,
+            lingers: None,
+            counters: LinkCounters::default(),
+        }
+    }
+
+    fn alive(&self) -> Result<(), LinkError> {
+        self.dead.clone().map_or(Ok(()), Err)
+    }
+
+    fn settle<T>(&mut self, result: Result<T, LinkError>) -> Result<T, LinkError> {
+        if let Err(error) = &result {
+            self.dead.get_or_insert_with(|| error.clone());
+        }
+        result
+    }
+
+    /// Whether the peer's process still holds its end of the bootstrap connection.
+    fn look_at_bootstrap(&mut self, cx: &mut Context<'_>) {
+        if self.broken.is_some() {
+            return;
+        }
+        if let Some(why) = self.alarm.raised() {
+            self.broken = Some(error(ErrorKind::ConnectionLost, why));
+            return;
+        }
+        let looked = self.bootstrap.poll_read(cx, |fd| {
+            let mut byte = [0];
+            rustix::io::read(fd, &mut byte).map(Attempt::More).map_err(Into::into)
+        });
+        self.broken = match looked {
+            Poll::Pending => None,
+            Poll::Ready(Ok(0)) => Some(error(
+                ErrorKind::PeerGone,
+                "the peer's end of the bootstrap connection was closed without goodbye",
+            )),
+            Poll::Ready(Ok(_)) => Some(protocol("bytes on a bootstrap that is over")),
+            Poll::Ready(Err(error)) => Some(io_error("watching the bootstrap connection", &error)),
+        };
+    }
+
+    /// Why a request failed.
+    fn failed(&self, doing: &str, completion: &Completion) -> LinkError {
+        let kind = match completion.status {
+            ffi::IBV_WC_RETRY_EXC_ERR
+            | ffi::IBV_WC_RNR_RETRY_EXC_ERR
+            | ffi::IBV_WC_WR_FLUSH_ERR
+            // Soft-RoCE's word for a packet that it cannot get rid of: the interface is down.
+            | ffi::IBV_WC_LOC_QP_OP_ERR
+            | ffi::IBV_WC_REM_OP_ERR
+            | ffi::IBV_WC_REM_ABORT_ERR
+            // The peer's memory is registered no more: its link is at an end.
+            | ffi::IBV_WC_REM_ACCESS_ERR
+            | ffi::IBV_WC_REM_INV_REQ_ERR
+            | ffi::IBV_WC_RESP_TIMEOUT_ERR
+            | ffi::IBV_WC_FATAL_ERR => ErrorKind::ConnectionLost,
+            _ => ErrorKind::Io,
+        };
+        let port = self.messenger.port();
+        let what = port.device.verbs.describe(completion.status);
+        let Completion { status, vendor, .. } = completion;
+        let detail = format!("{doing} at {port}: {what} (status {status}, vendor error {vendor})");
+        error(kind, detail)
+    }
+
+    /// A request has failed: the link ends once everything that came before has been handed up. One
+    /// that was flushed says only that another failed, which may be known by now.
+    fn breaks(&mut self, how: &str, completion: &Completion) {
+        if self.broken.is_some() {
+            return;
+        }
+        let cause = |known: &&Completion| {
+            !matches!(known.status, ffi::IBV_WC_SUCCESS | ffi::IBV_WC_WR_FLUSH_ERR)
+        };
+        let flushed = completion.status == ffi::IBV_WC_WR_FLUSH_ERR;
+        let cause = self.ended.iter().find(cause).filter(|_| flushed);
+        self.broken = Some(match cause {
+            Some(cause) => self.failed(doing(&self.messenger.what(cause)), cause),
+            None => self.failed(how, completion),
+        });
+    }
+
+    /// Why a request could not be posted. A queue pair that is broken takes none; what broke it is
+    /// known, or lies in the queues.
+    fn not_posted(&mut self, doing: &str, error: &io::Error) -> LinkError {
+        // An error of this would say less than the one there is.
+        let _ = self.take(Side::Send);
+        self.look_for_failures();
+        self.broken.clone().unwrap_or_else(|| io_error(doing, error))
+    }
+
+    /// Whether a request of this side's is known to have failed.
+    fn look_for_failures(&mut self) {
+        let bad = |completion: &&Completion| completion.status != ffi::IBV_WC_SUCCESS;
+        if let Some(bad) = self.ended.iter().find(bad).copied() {
+            self.breaks(doing(&self.messenger.what(&bad)), &bad);
+        }
+    }
+
+    fn take(&mut self, side: Side) -> Result<(), LinkError> {
+        let into = match side {
+            Side::Receive => &mut self.received,
+            Side::Send => &mut self.ended,
+        };
+        let taken = self.messenger.take(side, into);
+        taken.map(drop).map_err(|error| io_error("taking completions", &error))
+    }
+
+    /// Deals with sends and reads that have ended. `true`: there were some.
+    fn settle_ended(&mut self, sink: &mut dyn Sink) -> Result<bool, LinkError> {
+        self.take(Side::Send)?;
+        let any = !self.ended.is_empty();
+        while let Some(completion) = self.ended.pop_front() {
+            let ended = self.messenger.ended(&completion);
+            if completion.status != ffi::IBV_WC_SUCCESS {
+                // What the peer sent before is handed up first.
+                self.breaks(doing(&ended), &completion);
+                continue;
+            }
+            if let Ended::Read(id) = ended {
+                self.read_ended(id, sink)?;
+            }
+        }
+        self.starved &= !any;
+        Ok(any)
+    }
+
+    fn read_ended(&mut self, id: u32, sink: &mut dyn Sink) -> Result<(), LinkError> {
+        match self.incoming.get_mut(&id).map(Incoming::read_ended) {
+            None | Some(Left::More) => return Ok(()),
+            Some(Left::All) => return self.pull(id),
+            Some(Left::Nothing) => {}
+        }
+        let Some(incoming) = self.incoming.remove(&id) else { return Ok(()) };
+        let op = incoming.op;
+        drop(incoming);
+        if op != OpId::NONE {
+            sink.done(op, Ok(()));
+        }
+        self.answer(Header::about(Kind::Release, id, 0))
+    }
+
+    /// Hands up what has come. `Some`: something had, and whether the budget ended first.
+    fn receive(
+        &mut self,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<bool>, LinkError> {
+        let mut any = None;
+        loop {
+            if self.received.is_empty() {
+                self.take(Side::Receive)?;
+            }
+            let Some(completion) = self.received.pop_front() else { return Ok(any) };
+            any = Some(false);
+            if budget.parcels == 0 || budget.bytes == 0 {
+                self.received.push_front(completion);
+                return Ok(Some(true));
+            }
+            budget.parcels -= 1;
+            if completion.status != ffi::IBV_WC_SUCCESS {
+                self.take(Side::Send)?;
+                self.breaks("receiving", &completion);
+                continue;
+            }
+            self.message(&completion, budget, sink)?;
+            self.return_credit()?;
+        }
+    }
+
+    fn return_credit(&mut self) -> Result<(), LinkError> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        match self.messenger.return_credit() {
+            Ok(returned) => self.starved |= !returned,
+            Err(error) => return Err(self.not_posted("returning credit", &error)),
+        }
+        Ok(())
+    }
+
+    fn message(
+        &mut self,
+        completion: &Completion,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let Some((header, ptr, bytes)) = self.messenger.message(completion) else {
+            return Err(protocol("a message with a bad header, or credit that was never spent"));
+        };
+        // SAFETY: `bytes` of a buffer that is this side's until it is posted again, below, and that
+        // nobody writes meanwhile.
+        let body = unsafe { std::slice::from_raw_parts(ptr, bytes) };
+        let body = body.get(HEADER_BYTES..).unwrap_or_default();
+        let Some((head, rest)) = body.split_at_checked(header.head_len.into()) else {
+            return Err(protocol("a message shorter than its head"));
+        };
+        let bare = body.is_empty() && header.pieces == 0;
+        let spent = header.kind != Kind::Credit;
+        if spent && !self.messenger.peer_had_credit() {
+            return Err(protocol("a message without credit"));
+        }
+        match header.kind {
+            Kind::Eager if header.pieces == 0 => self.eager(head, rest, budget, sink)?,
+            Kind::Offer | Kind::Bulk => self.offer(&header, head, rest, sink)?,
+            Kind::Chunk if head.is_empty() && header.pieces == 0 => {
+                self.chunk(&header, rest, budget, sink)?;
+            }
+            Kind::Pull if bare => {
+                if !self.outgoing.pulled(header.id, header.len) {
+                    return Err(protocol("a payload is pulled that is not there"));
+                }
+            }
+            Kind::Release if bare => {
+                let Some(op) = self.outgoing.released(header.id) else {
+                    return Err(protocol("a payload is let go of that is not there"));
+                };
+                if op != OpId::NONE {
+                    sink.done(op, Ok(()));
+                }
+            }
+            Kind::Credit if bare => {}
+            Kind::Eager | Kind::Chunk | Kind::Pull | Kind::Release | Kind::Credit | Kind::Ping => {
+                return Err(protocol("a message of a form that may not be"));
+            }
+        }
+        if let Err(error) = self.messenger.repost(completion, spent) {
+            // What has come is dealt with; the end is told in its turn.
+            let why = self.not_posted("posting a buffer", &error);
+            self.broken.get_or_insert(why);
+        }
+        Ok(())
+    }
+
+    /// Counts a parcel that came, and numbers its payload.
+    fn arrived(&mut self) -> PayloadId {
+        let payload = PayloadId(self.next_payload);
+        self.next_payload += 1;
+        self.counters.parcels_received += 1;
+        payload
+    }
+
+    /// A parcel with its payload.
+    fn eager(
+        &mut self,
+        head: &[u8],
+        bytes: &[u8],
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let payload = self.arrived();
+        let len = bytes.len();
+        self.counters.inline_bytes_received += len as u64;
+        let (inline, how) = (Some(bytes), How::Eager);
+        let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
+        match sink.parcel(arrival) {
+            Disposition::Taken | Disposition::Discard => Ok(()),
+            Disposition::Land { to, op } => {
+                budget.bytes = budget.bytes.saturating_sub(len);
+                let mut landing = landing(to, op, len)?;
+                // SAFETY: the driver keeps the landing, which has room for as many.
+                unsafe { landing.take(bytes) };
+                if op != OpId::NONE {
+                    sink.done(op, Ok(()));
+                }
+                Ok(())
+            }
+            Disposition::Fatal(error) => Err(error),
+            Disposition::Hold | Disposition::View => {
+                Err(internal("an eager payload was neither landed nor discarded"))
+            }
+        }
+    }
+
+    /// A parcel whose payload waits at the peer.
+    fn offer(
+        &mut self,
+        header: &Header,
+        head: &[u8],
+        pieces: &[u8],
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        if header.len == 0 || header.len > self.max_payload {
+            return Err(protocol("a payload of a length that may not be"));
+        }
+        let Ok(len) = usize::try_from(header.len) else {
+            return Err(protocol("a payload over the limit"));
+        };
+        let Some(pieces) = Piece::decode_all(pieces, header.pieces, header.len) else {
+            return Err(protocol("an offer of memory that does not come to its length"));
+        };
+        // Before the driver is asked: what it wants landed is kept from then on.
+        if self.incoming.contains_key(&header.id) {
+            return Err(protocol("a payload's number is in use"));
+        }
+        if self.open.len() + self.incoming.len() >= OPEN_MAX {
+            return Err(protocol("too many open payloads"));
+        }
+        let payload = self.arrived();
+        let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
+        let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
+        let offered = Offered { id: header.id, len, pieces };
+        match sink.parcel(arrival) {
+            Disposition::Land { to, op } => self.fetch(offered, to, op),
+            Disposition::Hold if how == How::Offer => {
+                self.open.insert(payload.0, offered);
+                Ok(())
+            }
+            Disposition::Discard => self.answer(Header::about(Kind::Release, header.id, 0)),
+            Disposition::Fatal(error) => Err(error),
+            Disposition::Taken | Disposition::Hold | Disposition::View => {
+                Err(internal("an offer was neither landed, held nor discarded"))
+            }
+        }
+    }
+
+    /// Lands a payload that waits at the peer.
+    fn fetch(&mut self, offered: Offered, to: Landing, op: OpId) -> Result<(), LinkError> {
+        let Offered { id, len, pieces } = offered;
+        if self.incoming.contains_key(&id) {
+            return Err(protocol("a payload's number is in use"));
+        }
+        let mut incoming = landing(to, op, len)?;
+        let reads = !pieces.is_empty() && worth_registering(&incoming.segments(), len);
+        if reads {
+            incoming.read_from(pieces);
+            self.reading.push_back(id);
+        }
+        self.incoming.insert(id, incoming);
+        if reads { self.post_reads() } else { self.pull(id) }
+    }
+
+    /// Asks for the next chunks of a payload, if it is time.
+    fn pull(&mut self, id: u32) -> Result<(), LinkError> {
+        match self.incoming.get_mut(&id).and_then(Incoming::grant) {
+            Some(upto) => self.answer(Header::about(Kind::Pull, id, upto)),
+            None => Ok(()),
+        }
+    }
+
+    /// Registers the pieces of a payload that is offered, if that is worth it and can be.
+    fn register(
+        &mut self,
+        memory: &[(*const u8, usize)],
+        len: usize,
+    ) -> Option<SmallVec<[Held; 1]>> {
+        if !worth_registering(memory, len) {
+            return None;
+        }
+        let mut all = SmallVec::new();
+        for (ptr, len) in memory {
+            let found = self.registrations.get(*ptr, *len, Use::Offer, true);
+            all.push(count(&mut self.counters, found)?.0);
+        }
+        Some(all)
+    }
+
+    /// Posts reads, as far as there is room for them: one of each payload in turn. What they land in
+    /// is registered before them, one slice a turn.
+    fn post_reads(&mut self) -> Result<(), LinkError> {
+        let mut waiting = 0;
+        while self.broken.is_none()
+            && waiting < self.reading.len()
+            && self.messenger.queues().read_room() > 0
+        {
+            let Some(id) = self.reading.pop_front() else { break };
+            match self.incoming.get_mut(&id).map_or(Next::Nothing, Incoming::next_read) {
+                Next::Nothing => {}
+                Next::Read(read) => {
+                    waiting = 0;
+                    self.post_read(id, &read)?;
+                }
+                Next::Register { ptr, bytes } => match self.register_slice(id, ptr, bytes)? {
+                    true => self.reading.push_front(id),
+                    false => {
+                        waiting += 1;
+                        self.reading.push_back(id);
+                    }
+                },
+            }
+        }
+        self.registers_next = waiting > 0;
+        Ok(())
+    }
+
+    fn post_read(&mut self, id: u32, read: &Read) -> Result<(), LinkError> {
+        // SAFETY: within the landing, which the driver keeps until it is reported done; that
+        // happens when every read has completed or the queue pair is gone. It is registered for
+        // writing until then.
+        if let Err(error) = unsafe { self.messenger.read(id, read) } {
+            return Err(self.not_posted("posting a read", &error));
+        }
+        self.counters.rdma_bytes_received += u64::from(read.bytes);
+        if self.incoming.get(&id).is_some_and(Incoming::wants_reads) {
+            self.reading.push_back(id);
+        }
+        Ok(())
+    }
+
+    /// Registers what the next read of a payload lands in. `false`: not in this turn.
+    fn register_slice(&mut self, id: u32, ptr: *const u8, bytes: usize) -> Result<bool, LinkError> {
+        let found = self.registrations.get(ptr, bytes, Use::Land, !self.has_registered);
+        if matches!(found, Found::NotNow) {
+            return Ok(false);
+        }
+        self.has_registered |= !matches!(found, Found::Known(..));
+        let Some(incoming) = self.incoming.get_mut(&id) else { return Ok(true) };
+        match count(&mut self.counters, found) {
+            Some((held, covered)) => incoming.registered(held, covered),
+            None if incoming.refused() == Left::All => self.pull(id)?,
+            // What is under way ends first.
+            None => {}
+        }
+        Ok(true)
+    }
+
+    /// A piece of a payload that was pulled.
+    fn chunk(
+        &mut self,
+        header: &Header,
+        bytes: &[u8],
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        let id = header.id;
+        let expected = |incoming: &&mut Incoming| incoming.expects(header.len, bytes.len());
+        let Some(incoming) = self.incoming.get_mut(&id).filter(expected) else {
+            return Err(protocol("a chunk that was not asked for"));
+        };
+        // SAFETY: it was asked for, and the driver keeps the landing.
+        unsafe { incoming.take(bytes) };
+        budget.bytes = budget.bytes.saturating_sub(bytes.len());
+        // Chunks are no parcels: their bytes limit a turn.
+        budget.parcels += 1;
+        self.counters.inline_bytes_received += bytes.len() as u64;
+        if incoming.is_over() {
+            let op = incoming.op;
+            self.incoming.remove(&id);
+            if op != OpId::NONE {
+                sink.done(op, Ok(()));
+            }
+            return Ok(());
+        }
+        self.pull(id)
+    }
+
+    /// Says something about a payload of the peer's.
+    fn answer(&mut self, header: Header) -> Result<(), LinkError> {
+        self.send_or_queue(header, Vec::new)
+    }
+
+    /// Sends a control message, or puts it in the queue for when there is room.
+    fn send_or_queue(
+        &mut self,
+        header: Header,
+        body: impl FnOnce() -> Vec<u8>,
+    ) -> Result<(), LinkError> {
+        if self.waiting.len() >= WAITING_MAX {
+            let detail = "the peer causes answers and does not read them";
+            return Err(error(ErrorKind::LimitExceeded, detail));
+        }
+        self.waiting.push_back(Waiting { header, body: body() });
+        self.send_waiting()
+    }
+
+    fn send_waiting(&mut self) -> Result<(), LinkError> {
+        while self.can_send() {
+            let Some(Waiting { header, body }) = self.waiting.pop_front() else { return Ok(()) };
+            self.send(header, body.len(), |to| {
+                // SAFETY: room for as many bytes was asked for.
+                unsafe { std::ptr::copy_nonoverlapping(body.as_ptr(), to, body.len()) }
+            })?;
+        }
+        self.starved |= !self.waiting.is_empty();
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        header: Header,
+        body: usize,
+        fill: impl FnOnce(*mut u8),
+    ) -> Result<(), LinkError> {
+        let sent = self.messenger.send(header, HEADER_BYTES + body, fill);
+        sent.map_err(|error| self.not_posted("posting a send", &error))
+    }
+
+    /// Whether a message can go now. Over a link that is broken none can: it ends once what has come
+    /// is handed up.
+    fn can_send(&self) -> bool {
+        self.broken.is_none() && self.messenger.can_send()
+    }
+
+    /// Whether a message that may not wait in a queue can go.
+    fn has_room(&mut self) -> bool {
+        let room = self.waiting.is_empty() && self.can_send();
+        self.starved |= !room;
+        room
+    }
+
+    /// Sends what was pulled, as far as there is credit. `Some`: something was sent, and whether
+    /// the budget ended first.
+    fn send_chunks(
+        &mut self,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<bool>, LinkError> {
+        let mut any = None;
+        while self.may_send_chunks() {
+            if budget.bytes == 0 {
+                return Ok(Some(true));
+            }
+            any = Some(false);
+            let mut sent = 0;
+            let Self { messenger, outgoing, .. } = self;
+            let over = outgoing.send_next(|id, outgoing| {
+                let len = outgoing.next_len(BODY_MAX);
+                sent = len;
+                let offset = outgoing.offset() as u64;
+                let mut header = Header::about(Kind::Chunk, id, offset);
+                header.class = outgoing.class;
+                messenger.send(header, HEADER_BYTES + len, |to| {
+                    // SAFETY: room for as many bytes was asked for.
+                    unsafe { outgoing.next_chunk(BODY_MAX, to) };
+                })
+            });
+            let over = over.map_err(|error| self.not_posted("posting a send", &error))?;
+            budget.bytes = budget.bytes.saturating_sub(sent);
+            if let Some(op) = over.filter(|op| *op != OpId::NONE) {
+                sink.done(op, Ok(()));
+            }
+        }
+        self.starved |= self.outgoing.has_work();
+        Ok(any)
+    }
+
+    fn may_send_chunks(&self) -> bool {
+        self.outgoing.has_work()
+            && self.broken.is_none()
+            && self.waiting.is_empty()
+            && self.messenger.credits() > CHUNKS_LEAVE
+            && self.messenger.has_room()
+    }
+
+    /// A payload that the peer is to fetch.
+    fn post_outgoing(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<Post, LinkError> {
+        let offer = how == How::Offer;
+        let kind = if offer { Kind::Offer } else { Kind::Bulk };
+        // SAFETY: the driver keeps the payload until `Sink::done`; a short one is copied.
+        let mut outgoing = unsafe { Outgoing::new(op, class, offer, payload, len, COPIED_MAX) };
+        let mut body = head.to_vec();
+        let mut pieces = 0;
+        if let Some(held) = self.register(outgoing.segments(), len) {
+            for ((ptr, len), held) in outgoing.segments().iter().zip(&held) {
+                let key = held.remote_key();
+                Piece { address: *ptr as u64, len: *len as u64, key }.append(&mut body);
+                pieces += 1;
+            }
+            outgoing.hold(held);
+        }
+        let id = self.outgoing.next_id();
+        let head_len = head.len() as u16;
+        let header = Header { kind, class, head_len, credits: 0, pieces, id, len: len as u64 };
+        self.outgoing.insert(outgoing);
+        self.send_or_queue(header, || body)?;
+        Ok(Post::Pending)
+    }
+
+    fn post_parcel(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<Post, LinkError> {
+        let waits = len > 0 && (how == How::Offer || head.len() + len > BODY_MAX);
+        let may = self.has_room() && (!waits || self.outgoing.count(class) < OUTGOING_MAX);
+        if class != Class::Control && !may {
+            self.counters.stalls += 1;
+            return Ok(Post::Full);
+        }
+        self.counters.parcels_sent += 1;
+        if waits {
+            return self.post_outgoing(op, class, how, head, payload, len);
+        }
+        self.counters.inline_bytes_sent += len as u64;
+        let head_len = head.len() as u16;
+        let header =
+            Header { kind: Kind::Eager, class, head_len, credits: 0, pieces: 0, id: 0, len: 0 };
+        let fill = |mut to: *mut u8| {
+            // SAFETY: room for head and payload was asked for; the memory of a post is valid for
+            // reads while it is made.
+            unsafe {
+                std::ptr::copy_nonoverlapping(head.as_ptr(), to, head.len());
+                to = to.add(head.len());
+                for piece in payload {
+                    std::ptr::copy_nonoverlapping(piece.ptr, to, piece.len);
+                    to = to.add(piece.len);
+                }
+            }
+        };
+        if self.waiting.is_empty() && self.can_send() {
+            self.send(header, head.len() + len, fill)?;
+        } else {
+            self.send_or_queue(header, || {
+                let mut body = vec![0; head.len() + len];
+                fill(body.as_mut_ptr());
+                body
+            })?;
+        }
+        Ok(Post::Done)
+    }
+
+    /// Whether the end of what is under way on this side matters to somebody.
+    fn waits_for_sends(&self) -> bool {
+        self.starved || self.messenger.has_reads_under_way() || self.flush_goal.get().is_some()
+    }
+
+    fn turn(
+        &mut self,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(bool, bool), LinkError> {
+        let mut moved = false;
+        self.has_registered = false;
+        let taken = !self.ended.is_empty();
+        if taken || self.waits_for_sends() || !self.messenger.has_spare_room() {
+            moved |= self.settle_ended(sink)?;
+        }
+        let received = self.receive(budget, sink)?;
+        self.send_waiting()?;
+        self.post_reads()?;
+        let sent = self.send_chunks(budget, sink)?;
+        self.return_credit()?;
+        moved |= received.is_some() || sent.is_some();
+        let more = received == Some(true) || sent == Some(true) || self.registers_next;
+        Ok((moved, more))
+    }
+
+    /// Destroys the queue pairs. In a forked child they are the parent's, and none of this process's
+    /// memory is touched.
+    fn end_queues(&mut self) -> io::Result<()> {
+        if self.messenger.forked() {
+            return Ok(());
+        }
+        let until = Instant::now() + KILL_PATIENCE;
+        loop {
+            match self.messenger.end() {
+                Err(_) if Instant::now() < until => std::thread::sleep(KILL_STEP),
+                ended => return ended,
+            }
+        }
+    }
+
+    /// The queue pairs are left alone for a while.
+    fn linger(&mut self, why: &io::Error) {
+        let pause = match &self.lingers {
+            Some(before) => (before.pause * 2).min(PAUSE_MAX),
+            None => {
+                tracing::warn!(error = %why, "a queue pair cannot be destroyed yet");
+                PAUSE_MIN
+            }
+        };
+        let over = self.timers.sleep_until(Instant::now() + pause);
+        self.lingers = Some(Linger { pause, over });
+    }
+
+    /// Arms a link that was killed: until it is time to try to destroy its queue pairs again.
+    fn arm_to_end(&mut self, cx: &mut Context<'_>) -> Armed {
+        match self.lingers.as_mut().map(|linger| Pin::new(&mut linger.over).poll(cx)) {
+            Some(Poll::Ready(())) => Armed::Busy,
+            Some(Poll::Pending) | None => Armed::Yes,
+        }
+    }
+
+    /// Registers with everything that may have news, unless there is some already.
+    fn watch(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
+        let failed = |error: io::Error| io_error("waiting for completions", &error);
+        let sends = self.waits_for_sends();
+        let queues = self.messenger.queues();
+        // What was told before is old news; each queue tells once until it is armed again.
+        while queues.is_armed() {
+            match queues.take_event() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        queues.arm(Side::Receive).map_err(failed)?;
+        if sends {
+            queues.arm(Side::Send).map_err(failed)?;
+        }
+        self.take(Side::Receive)?;
+        if sends {
+            self.take(Side::Send)?;
+        }
+        if !self.received.is_empty() || !self.ended.is_empty() {
+            return Ok(Armed::Busy);
+        }
+        let Self { messenger, channel, .. } = self;
+        let queues = messenger.queues();
+        match channel.poll_read(cx, |_| queues.take_event().map(Attempt::More)) {
+            Poll::Pending => Ok(Armed::Yes),
+            Poll::Ready(Ok(())) => Ok(Armed::Busy),
+            Poll::Ready(Err(error)) => Err(failed(error)),
+        }
+    }
+}
+
+/// Whether these pieces of memory are better registered than copied.
+fn worth_registering(memory: &[(*const u8, usize)], len: usize) -> bool {
+    len >= READ_BYTES_MIN
+        && memory.len() <= PIECES_MAX
+        && memory.iter().all(|(_, len)| *len >= PIECE_BYTES_MIN)
+}
+
+/// Counts what came of asking for a registration. `None`: there is none.
+fn count(counters: &mut LinkCounters, found: Found) -> Option<(Held, usize)> {
+    match found {
+        Found::Known(held, covered) => {
+            counters.registrations_reused += 1;
+            Some((held, covered))
+        }
+        Found::Made(held, covered) => {
+            counters.registrations += 1;
+            Some((held, covered))
+        }
+        Found::NotNow | Found::Refused => {
+            counters.registrations_refused += 1;
+            None
+        }
+    }
+}
+
+/// A landing for a payload of this length.
+fn landing(to: Landing, op: OpId, len: usize) -> Result<Incoming, LinkError> {
+    let room: usize = to.iter().map(|segment| segment.len).sum();
+    if room != len || !to.iter().all(|segment| segment.kind.cpu_accessible()) {
+        return Err(internal("a landing of another length or kind than its payload"));
+    }
+    Ok(Incoming::new(op, to, len))
+}
+
+impl Link for VerbsLink {
+    fn kind(&self) -> LinkKind {
+        LinkKind::Verbs
+    }
+
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        spinning: bool,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Progress, LinkError> {
+        if self.killed {
+            return Ok(Progress::Idle);
+        }
+        self.alive()?;
+        // Before the queues are looked at: what the peer sent before it ended is there by then.
+        if !spinning {
+            self.look_at_bootstrap(cx);
+        }
+        let turn = self.turn(budget, sink);
+        let (moved, more) = self.settle(turn)?;
+        if more {
+            return Ok(Progress::More);
+        }
+        if moved {
+            return Ok(Progress::Some);
+        }
+        match self.broken.clone() {
+            Some(error) => self.settle(Err(error)),
+            None => Ok(Progress::Idle),
+        }
+    }
+
+    fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
+        if self.killed {
+            return Ok(self.arm_to_end(cx));
+        }
+        self.alive()?;
+        self.look_at_bootstrap(cx);
+        let waits =
+            !self.received.is_empty() || !self.ended.is_empty() || self.alarm.watch(cx.waker());
+        if self.broken.is_some() || waits || self.registers_next || self.may_send_chunks() {
+            return Ok(Armed::Busy);
+        }
+        let armed = self.watch(cx);
+        self.settle(armed)
+    }
+
+    fn post(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+    ) -> Result<Post, LinkError> {
+        self.alive()?;
+        if head.len() > HEAD_MAX {
+            return Err(internal("a head longer than HEAD_MAX"));
+        }
+        let mut len = 0;
+        for segment in payload {
+            if !segment.kind.cpu_accessible() {
+                let detail = format!("{} memory cannot be sent as it is", segment.kind);
+                return Err(error(ErrorKind::Unsupported, detail));
+            }
+            len += segment.len;
+        }
+        let posted = self.post_parcel(op, class, how, head, payload, len);
+        self.settle(posted)
+    }
+
+    fn land(&mut self, payload: PayloadId, to: Landing, op: OpId) -> Result<Post, LinkError> {
+        self.alive()?;
+        let Some(offered) = self.open.remove(&payload.0) else {
+            return Err(internal("landing of a payload that is not held"));
+        };
+        let fetched = self.fetch(offered, to, op);
+        self.settle(fetched)?;
+        Ok(Post::Pending)
+    }
+
+    fn release(&mut self, payload: PayloadId) {
+        if self.dead.is_none()
+            && let Some(offered) = self.open.remove(&payload.0)
+        {
+            let refused = self.answer(Header::about(Kind::Release, offered.id, 0));
+            // An error is told by the next poll.
+            let _ = self.settle(refused);
+        }
+    }
+
+    fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
+        self.dead.get_or_insert_with(|| error.clone());
+        self.killed = true;
+        if let Err(why) = self.end_queues() {
+            self.linger(&why);
+            return Killed::Lingers;
+        }
+        self.lingers = None;
+        self.open.clear();
+        self.waiting.clear();
+        let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
+        for op in landings.into_iter().chain(self.outgoing.clear()) {
+            if op != OpId::NONE {
+                sink.done(op, Err(error.clone()));
+            }
+        }
+        Killed::Over
+    }
+
+    /// A payload that waits for the peer to fetch it counts as not flushed. What was posted after
+    /// this was first asked does not count: a peer that goes on asking cannot hold it off.
+    fn flushed(&self) -> bool {
+        if self.killed {
+            return true;
+        }
+        if self.broken.is_some() {
+            return false;
+        }
+        let (posted, arrived) = self.messenger.counts();
+        let everything = posted + self.waiting.len() as u64;
+        let goal = self.flush_goal.get().unwrap_or(everything);
+        let flushed = arrived >= goal && !self.outgoing.any_owed();
+        self.flush_goal.set(Some(goal).filter(|_| !flushed));
+        flushed
+    }
+
+    /// A send that ends well matters to nobody, so nobody is woken by its end; one that does not
+    /// arrive is found here.
+    fn check(&mut self) -> Result<Check, LinkError> {
+        if self.killed || self.dead.is_some() {
+            return Ok(Check::Quiet);
+        }
+        self.take(Side::Send)?;
+        self.look_for_failures();
+        if self.broken.is_some() {
+            return Ok(Check::Drive);
+        }
+        let (posted, mut arrived) = self.messenger.counts();
+        arrived +=
+            self.ended.iter().filter(|ended| self.messenger.has_arrived(ended)).count() as u64;
+        Ok(if posted > arrived { Check::Owed } else { Check::Quiet })
+    }
+
+    fn counters(&self) -> LinkCounters {
+        self.counters
+    }
+}

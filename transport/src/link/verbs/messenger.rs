@@ -1,0 +1,314 @@
+//! Messages both ways over one link's queues, with credit.
+//!
+//! # Credit
+//!
+//! A side posts a buffer for each message that the other may send. All but [`RESERVE`] of them are
+//! credit; whoever takes a message out posts its buffer again and owes that credit, which every
+//! message of its own carries along. A message that does nothing else is sent when half of all
+//! credit is owed; it needs no credit itself, and its buffer is not owed.
+//!
+//! Such messages use the reserve, and two buffers are enough: each returns at least half of all
+//! credit, and credit that was returned and not yet been taken out by the peer is at most all of
+//! it, because it was all spent before. So at most two are in the peer's queue at a time, and a
+//! receiver is always ready.
+
+use std::io;
+use std::sync::Arc;
+
+use thalweg_ffi::ibverbs as ffi;
+
+use super::blob::Terms;
+use super::device::LocalPort;
+use super::queues::{Completion, Depths, Lane, Queues, Remote, Side};
+use super::slab::{Slab, Slabs};
+use super::wire::{BUFFER_BYTES, Header, Kind};
+
+/// Buffers for the peer's messages.
+pub(super) const RECEIVES: usize = 64;
+/// Messages of this side's that may be under way.
+pub(super) const SENDS: usize = 32;
+/// Reads of this side's that may be under way.
+const READS: usize = 16;
+/// Buffers of a link.
+pub(super) const BUFFERS: usize = RECEIVES + SENDS;
+/// Buffers for messages that only return credit.
+pub(super) const RESERVE: u16 = 2;
+/// What a send should be able to carry within its request, in bytes.
+const INLINE_BYTES: u32 = 192;
+/// Tells the requests of reads from those of sends.
+const READ_BIT: u64 = 1 << 63;
+/// Tells messages that only return credit: nobody waits for one to arrive.
+const CREDIT_BIT: u64 = 1 << 62;
+
+/// The queues and buffers of one link.
+pub(super) struct Messenger {
+    queues: Queues,
+    /// The first [`RECEIVES`] buffers are the peer's to fill, the others this side's to send.
+    slab: Option<Slab>,
+    home: Arc<Slabs>,
+    first_packet: u32,
+    /// Send buffers that are free.
+    free: Vec<u16>,
+    /// Messages that the peer has buffers for.
+    credits: u16,
+    credits_max: u16,
+    /// Credit that is to be returned.
+    owed: u16,
+    /// Messages posted, and those that have arrived at the peer, without those that only return
+    /// credit.
+    posted: u64,
+    arrived: u64,
+    taken: Vec<Completion>,
+}
+
+/// What ended on this side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// A message has arrived at the peer, or will not.
+    Send,
+    /// A read has.
+    Read(u32),
+}
+
+fn impossible(what: &str) -> io::Error {
+    io::Error::other(what.to_owned())
+}
+
+impl Messenger {
+    /// Makes queues at a port and posts every buffer for receiving.
+    pub fn new(home: &Arc<Slabs>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
+        let depths = Depths { receives: RECEIVES as u32, sends: SENDS as u32, reads: READS as u32 };
+        let queues = Queues::new(home.domain(), port, depths, INLINE_BYTES)?;
+        let slab = Some(home.take()?);
+        let mut messenger = Messenger {
+            queues,
+            slab,
+            home: home.clone(),
+            first_packet,
+            free: (RECEIVES as u16..BUFFERS as u16).collect(),
+            credits: 0,
+            credits_max: 0,
+            owed: 0,
+            posted: 0,
+            arrived: 0,
+            taken: Vec::with_capacity(super::queues::BATCH),
+        };
+        for index in 0..RECEIVES {
+            messenger.post_receive(index as u64)?;
+        }
+        Ok(messenger)
+    }
+
+    fn slab(&self) -> io::Result<&Slab> {
+        self.slab.as_ref().ok_or_else(|| impossible("the buffers are given back"))
+    }
+
+    /// What the peer has to know.
+    pub fn terms(&self, ports: (u8, u8)) -> Terms {
+        Terms {
+            ports,
+            queue_pairs: [self.queues.number(Lane::Messages), self.queues.number(Lane::Reads)],
+            first_packet: self.first_packet,
+            receives: RECEIVES as u16,
+            reads: self.queues.port().device.limits.reads_answered,
+        }
+    }
+
+    pub fn connect(&mut self, port: super::blob::Port, terms: &Terms) -> io::Result<()> {
+        let &Terms { queue_pairs, first_packet, reads, receives, .. } = terms;
+        for (lane, queue_pair) in [Lane::Messages, Lane::Reads].into_iter().zip(queue_pairs) {
+            let remote = Remote { port, queue_pair, first_packet, reads };
+            self.queues.connect(lane, self.first_packet, &remote)?;
+        }
+        self.credits = receives - RESERVE;
+        self.credits_max = self.credits;
+        Ok(())
+    }
+
+    pub fn port(&self) -> &LocalPort {
+        self.queues.port()
+    }
+
+    pub fn queues(&mut self) -> &mut Queues {
+        &mut self.queues
+    }
+
+    fn post_receive(&mut self, index: u64) -> io::Result<()> {
+        let slab = self.slab()?;
+        let (ptr, key) = (slab.buffer(index as usize), slab.key());
+        // SAFETY: a buffer of the slab's, which is registered, and stays until the queue pair is
+        // destroyed. It is looked at only after its completion was taken.
+        unsafe { self.queues.post_receive(index, ptr, BUFFER_BYTES, key) }
+    }
+
+    /// Whether a message can be sent now.
+    pub fn can_send(&self) -> bool {
+        self.credits > 0 && self.has_room()
+    }
+
+    /// Whether there is a buffer to send from.
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty() && self.queues.send_room() > 0
+    }
+
+    /// Whether there are buffers enough for a while.
+    pub fn has_spare_room(&self) -> bool {
+        self.free.len() > SENDS / 2
+    }
+
+    pub fn credits(&self) -> u16 {
+        self.credits
+    }
+
+    /// Sends a message of `bytes` in all: `fill` writes what comes behind the header. There must be
+    /// room, and unless it only returns credit, credit.
+    pub fn send(
+        &mut self,
+        mut header: Header,
+        bytes: usize,
+        fill: impl FnOnce(*mut u8),
+    ) -> io::Result<()> {
+        let spends = u16::from(header.kind != Kind::Credit);
+        if bytes > BUFFER_BYTES || self.credits < spends {
+            return Err(impossible("a message without credit, or too long"));
+        }
+        let Some(index) = self.free.pop() else {
+            return Err(impossible("a message without a buffer"));
+        };
+        header.credits = std::mem::take(&mut self.owed);
+        let slab = self.slab()?;
+        let (to, key) = (slab.buffer(index.into()), slab.key());
+        let encoded = header.encode();
+        // SAFETY: a free buffer, longer than the header; `fill` has what is left of it.
+        let body = unsafe {
+            std::ptr::copy_nonoverlapping(encoded.as_ptr(), to, encoded.len());
+            to.add(encoded.len())
+        };
+        fill(body);
+        let inline = bytes <= self.queues.max_inline_bytes();
+        let id = if spends == 0 { CREDIT_BIT } else { 0 } | u64::from(index);
+        // SAFETY: a registered buffer that is left alone until its completion was taken.
+        unsafe { self.queues.post_send(id, to, bytes, key, inline)? };
+        self.credits -= spends;
+        self.posted += u64::from(spends);
+        Ok(())
+    }
+
+    /// Returns credit that has piled up. `false`: it should, and there is no buffer to do it with.
+    pub fn return_credit(&mut self) -> io::Result<bool> {
+        if self.owed < (RECEIVES as u16 - RESERVE) / 2 {
+            return Ok(true);
+        }
+        if !self.has_room() {
+            return Ok(false);
+        }
+        let header = Header::about(Kind::Credit, 0, 0);
+        self.send(header, super::wire::HEADER_BYTES, |_| {}).map(|()| true)
+    }
+
+    /// Posts a read into memory of this side's.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Queues::post_read`].
+    pub unsafe fn read(&mut self, id: u32, read: &super::bulk::Read) -> io::Result<()> {
+        let super::bulk::Read { to, local_key, from, remote_key, bytes } = *read;
+        let id = READ_BIT | u64::from(id);
+        // SAFETY: the caller's.
+        unsafe { self.queues.post_read(id, to, bytes, local_key, from, remote_key) }
+    }
+
+    /// Takes completions of one side, at the end of `into`.
+    pub fn take(
+        &mut self,
+        side: Side,
+        into: &mut std::collections::VecDeque<Completion>,
+    ) -> io::Result<bool> {
+        self.taken.clear();
+        self.queues.take(side, &mut self.taken, |id| id & READ_BIT != 0)?;
+        into.extend(self.taken.iter().copied());
+        Ok(!self.taken.is_empty())
+    }
+
+    /// What a completion on the sending side is about.
+    pub fn what(&self, completion: &Completion) -> Ended {
+        match completion.id & READ_BIT {
+            0 => Ended::Send,
+            _ => Ended::Read(completion.id as u32),
+        }
+    }
+
+    /// Deals with a completion on the sending side: a message's buffer is free.
+    pub fn ended(&mut self, completion: &Completion) -> Ended {
+        let ended = self.what(completion);
+        if ended == Ended::Send {
+            self.free.push(completion.id as u16);
+            self.arrived += u64::from(self.has_arrived(completion));
+        }
+        ended
+    }
+
+    /// Whether a completion on the sending side is that of a message which has arrived.
+    pub fn has_arrived(&self, completion: &Completion) -> bool {
+        completion.id & (READ_BIT | CREDIT_BIT) == 0 && completion.status == ffi::IBV_WC_SUCCESS
+    }
+
+    /// A message that has come, and its header, whose credit has been booked. `None`: not from
+    /// this protocol. The bytes stay until [`Messenger::repost`].
+    pub fn message(&mut self, completion: &Completion) -> Option<(Header, *const u8, usize)> {
+        let slab = self.slab.as_ref().filter(|slab| slab.has(completion.id))?;
+        let ptr = slab.buffer(completion.id as usize).cast_const();
+        let bytes = completion.bytes.min(BUFFER_BYTES);
+        // SAFETY: the device has written it, and is finished with it.
+        let header = Header::decode(unsafe { std::slice::from_raw_parts(ptr, bytes) })?;
+        self.credits = self.credits.checked_add(header.credits)?;
+        (self.credits <= self.credits_max).then_some((header, ptr, bytes))
+    }
+
+    /// Whether the peer had credit for one more message.
+    pub fn peer_had_credit(&self) -> bool {
+        self.owed < RECEIVES as u16 - RESERVE
+    }
+
+    /// Posts a message's buffer again. `owes`: it was sent with credit, of which there was some.
+    pub fn repost(&mut self, completion: &Completion, owes: bool) -> io::Result<()> {
+        self.post_receive(completion.id)?;
+        self.owed += u16::from(owes);
+        Ok(())
+    }
+
+    /// Messages posted since the beginning, and those among them that have arrived.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.posted, self.arrived)
+    }
+
+    pub fn has_reads_under_way(&self) -> bool {
+        (self.queues.read_room() as usize) < READS
+    }
+
+    /// Whether this is a forked child, whose parent the queues belong to.
+    pub fn forked(&self) -> bool {
+        self.queues.device().forked()
+    }
+
+    /// Ends the queue pairs, after which no memory is touched any more, and gives the buffers back.
+    pub fn end(&mut self) -> io::Result<()> {
+        self.queues.destroy()?;
+        if let Some(slab) = self.slab.take() {
+            // No other link uses what a device that is gone may not have let go of.
+            if !self.queues.device().is_gone() {
+                self.home.give(slab);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Messenger {
+    fn drop(&mut self) {
+        if self.end().is_err() {
+            // The device may still use the buffers.
+            std::mem::forget(self.slab.take());
+        }
+    }
+}

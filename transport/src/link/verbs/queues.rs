@@ -1,0 +1,587 @@
+//! The queues of one link: two reliable connected queue pairs, the completion queues that they
+//! share, the channel that tells of completions.
+//!
+//! One pair carries messages both ways. The other one reads the peer's memory: a long read does
+//! not hold up messages there, and a key that is refused does not take the other pair down.
+//!
+//! A completion queue has room for everything that can be posted to it, which is counted here: it
+//! cannot overflow.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use thalweg_ffi::ibverbs::{
+    self as ffi, ibv_comp_channel, ibv_cq, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc,
+};
+
+use super::blob::{Fabric, Port};
+use super::device::{Device, Domain, Limits, LocalPort, os_error, set_nonblocking};
+use crate::runtime::Tracked;
+
+/// Completions taken at a time.
+pub(super) const BATCH: usize = 16;
+
+/// How long an unacknowledged packet waits before it is sent again: 4.096 µs · 2^16 = 268 ms.
+const TIMEOUT: u8 = 16;
+/// How often, before the connection counts as lost. The largest number, 7, is seven times for
+/// adapters, and for ever for the kernel's soft-RoCE.
+const RETRIES: u8 = 6;
+/// A receiver that is not ready is waited for as long as it takes. It does not happen: there is a
+/// buffer for every message that may be sent.
+const RECEIVER_RETRIES: u8 = 7;
+/// 0.64 ms.
+const RECEIVER_TIMER: u8 = 12;
+const HOPS_MAX: u8 = 64;
+
+/// Which of the two completion queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Messages that have come.
+    Receive = 0,
+    /// Sends and reads of this side's that have ended.
+    Send = 1,
+}
+
+/// Which of the two queue pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Messages = 0,
+    Reads = 1,
+}
+
+/// How a queue pair is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Receives can be posted.
+    Initial,
+    /// Both directions work.
+    Connected,
+    /// It is gone.
+    Destroyed,
+}
+
+/// A completion, as far as it matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Completion {
+    pub id: u64,
+    pub status: ffi::ibv_wc_status,
+    pub vendor: u32,
+    pub bytes: usize,
+}
+
+/// Numbers of requests that may be under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Depths {
+    pub receives: u32,
+    pub sends: u32,
+    pub reads: u32,
+}
+
+/// What the peer says of its end of a queue pair.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Remote {
+    pub port: Port,
+    pub queue_pair: u32,
+    pub first_packet: u32,
+    /// Reads that it answers at a time.
+    pub reads: u8,
+}
+
+struct Pair {
+    raw: *mut ibv_qp,
+    state: State,
+}
+
+/// The queues of one link.
+pub(super) struct Queues {
+    domain: Arc<Domain>,
+    port: LocalPort,
+    channel: *mut ibv_comp_channel,
+    completions: [*mut ibv_cq; 2],
+    pairs: [Pair; 2],
+    depths: Depths,
+    /// Requests whose completions have not been taken: receives, sends and reads.
+    under_way: [u32; 3],
+    /// The queue will tell the channel of its next completion.
+    armed: [bool; 2],
+    /// Events of the queue that have been taken and not acknowledged.
+    unacknowledged: [u32; 2],
+    max_inline_bytes: u32,
+    tracked: Option<Tracked>,
+}
+
+// SAFETY: libibverbs may be used from any thread, and each call here has `self` to itself or only
+// asks.
+unsafe impl Send for Queues {}
+
+fn null_error<T>(raw: *mut T) -> io::Result<*mut T> {
+    if raw.is_null() { Err(io::Error::last_os_error()) } else { Ok(raw) }
+}
+
+fn check(code: i32) -> io::Result<()> {
+    if code == 0 { Ok(()) } else { Err(os_error(code)) }
+}
+
+impl Queues {
+    /// Makes them at a port; receives can be posted afterwards. `inline`: bytes that a send should
+    /// be able to carry within the request.
+    pub fn new(
+        domain: &Arc<Domain>,
+        port: &LocalPort,
+        depths: Depths,
+        inline_bytes: u32,
+    ) -> io::Result<Queues> {
+        let Limits { queue_depth, completions, .. } = domain.device.limits;
+        if depths.receives.max(depths.sends).max(depths.reads) > queue_depth
+            || depths.receives.max(depths.sends + depths.reads) > completions
+        {
+            return Err(io::Error::other("the device has queues that are too short"));
+        }
+        let destroyed = || Pair { raw: std::ptr::null_mut(), state: State::Destroyed };
+        // From here on, what has been made is ended if the next step fails.
+        let mut queues = Queues {
+            domain: domain.clone(),
+            port: port.clone(),
+            channel: std::ptr::null_mut(),
+            completions: [std::ptr::null_mut(); 2],
+            pairs: [destroyed(), destroyed()],
+            depths,
+            under_way: [0; 3],
+            armed: [false; 2],
+            unacknowledged: [0; 2],
+            max_inline_bytes: 0,
+            tracked: None,
+        };
+        let device = domain.device.clone();
+        let functions = &device.verbs.functions;
+        // SAFETY: a live context.
+        queues.channel = null_error(unsafe { (functions.ibv_create_comp_channel)(device.raw()) })?;
+        queues.tracked = Some(Tracked::new(queues.channel_fd()));
+        set_nonblocking(queues.descriptor())?;
+        for (side, room) in [depths.receives, depths.sends + depths.reads].into_iter().enumerate() {
+            // SAFETY: a live context and channel; `null` is the context that events carry.
+            let made = unsafe {
+                let create = functions.ibv_create_cq;
+                create(device.raw(), room as i32, std::ptr::null_mut(), queues.channel, 0)
+            };
+            queues.completions[side] = null_error(made)?;
+        }
+        let messages = (depths.sends, depths.receives, inline_bytes);
+        for (lane, (sends, receives, inline)) in
+            [messages, (depths.reads, 0, 0)].into_iter().enumerate()
+        {
+            queues.pairs[lane] = queues.make(sends, receives, inline)?;
+        }
+        Ok(queues)
+    }
+
+    /// A queue pair that takes receives.
+    fn make(&mut self, sends: u32, receives: u32, inline: u32) -> io::Result<Pair> {
+        // SAFETY: zero is valid for every field.
+        let mut wanted: ffi::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
+        wanted.send_cq = self.completions[Side::Send as usize];
+        wanted.recv_cq = self.completions[Side::Receive as usize];
+        wanted.qp_type = ffi::IBV_QPT_RC;
+        wanted.cap.max_send_wr = sends;
+        wanted.cap.max_recv_wr = receives;
+        wanted.cap.max_send_sge = 1;
+        wanted.cap.max_recv_sge = u32::from(receives > 0);
+        wanted.cap.max_inline_data = inline;
+        let create = self.device().verbs.functions.ibv_create_qp;
+        // SAFETY: a live domain and queues; the struct is read, and what is granted written to it.
+        let mut raw = unsafe { create(self.domain.raw(), &raw mut wanted) };
+        if raw.is_null() && inline > 0 {
+            wanted.cap.max_inline_data = 0;
+            // SAFETY: as above.
+            raw = unsafe { create(self.domain.raw(), &raw mut wanted) };
+        }
+        let raw = null_error(raw)?;
+        if receives > 0 {
+            self.max_inline_bytes = wanted.cap.max_inline_data;
+        }
+        let pair = Pair { raw, state: State::Initial };
+        // SAFETY: zero is valid for every field; the mask says which are read.
+        let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attributes.qp_state = ffi::IBV_QPS_INIT;
+        attributes.port_num = self.port.number;
+        // The peer reads what this side offers, by the pair that this side reads with; it writes
+        // nothing.
+        attributes.qp_access_flags = if receives > 0 { 0 } else { ffi::IBV_ACCESS_REMOTE_READ };
+        let mask = ffi::IBV_QP_STATE
+            | ffi::IBV_QP_PKEY_INDEX
+            | ffi::IBV_QP_PORT
+            | ffi::IBV_QP_ACCESS_FLAGS;
+        if let Err(error) = self.modify(raw, &mut attributes, mask) {
+            // SAFETY: made above, and used by nobody.
+            unsafe { (self.device().verbs.functions.ibv_destroy_qp)(raw) };
+            return Err(error);
+        }
+        Ok(pair)
+    }
+
+    fn modify(
+        &self,
+        raw: *mut ibv_qp,
+        attributes: &mut ffi::ibv_qp_attr,
+        mask: ffi::ibv_qp_attr_mask,
+    ) -> io::Result<()> {
+        // SAFETY: a live queue pair, and a struct whose masked fields are set.
+        check(unsafe {
+            (self.device().verbs.functions.ibv_modify_qp)(raw, &raw mut *attributes, mask as i32)
+        })
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        &self.domain.device
+    }
+
+    pub fn port(&self) -> &LocalPort {
+        &self.port
+    }
+
+    fn channel_fd(&self) -> i32 {
+        // SAFETY: live until dropped.
+        unsafe { (*self.channel).fd }
+    }
+
+    /// The descriptor that becomes readable with an event.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        // SAFETY: open for as long as the channel lives, which `self` owns.
+        unsafe { BorrowedFd::borrow_raw(self.channel_fd()) }
+    }
+
+    /// Bytes that a send may carry within the request.
+    pub fn max_inline_bytes(&self) -> usize {
+        self.max_inline_bytes as usize
+    }
+
+    /// What events call the two queue pairs.
+    pub fn identities(&self) -> [u64; 2] {
+        self.pairs.each_ref().map(|pair| pair.raw as u64)
+    }
+
+    pub fn number(&self, lane: Lane) -> u32 {
+        let pair = &self.pairs[lane as usize];
+        if pair.state == State::Destroyed {
+            return 0;
+        }
+        // SAFETY: live until destroyed.
+        unsafe { (*pair.raw).qp_num }
+    }
+
+    /// Connects one of the pairs to its peer.
+    pub fn connect(&mut self, lane: Lane, first_packet: u32, to: &Remote) -> io::Result<()> {
+        let pair = &self.pairs[lane as usize];
+        if pair.state != State::Initial {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let raw = pair.raw;
+        self.to_receive(raw, to)?;
+        self.to_send(raw, first_packet, to)?;
+        self.pairs[lane as usize].state = State::Connected;
+        Ok(())
+    }
+
+    fn to_receive(&self, raw: *mut ibv_qp, to: &Remote) -> io::Result<()> {
+        // SAFETY: zero is valid for every field; the mask says which are read.
+        let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attributes.qp_state = ffi::IBV_QPS_RTR;
+        attributes.path_mtu = self.port.port.mtu.min(to.port.mtu).into();
+        attributes.dest_qp_num = to.queue_pair;
+        attributes.rq_psn = to.first_packet;
+        attributes.max_dest_rd_atomic = self.device().limits.reads_answered;
+        attributes.min_rnr_timer = RECEIVER_TIMER;
+        attributes.ah_attr.port_num = self.port.number;
+        attributes.ah_attr.dlid = to.port.lid;
+        if self.port.port.fabric != Fabric::InfiniBand {
+            attributes.ah_attr.is_global = 1;
+            attributes.ah_attr.grh.dgid = ffi::ibv_gid { raw: to.port.gid };
+            attributes.ah_attr.grh.sgid_index = self.port.gid_index;
+            attributes.ah_attr.grh.hop_limit = HOPS_MAX;
+        }
+        let mask = ffi::IBV_QP_STATE
+            | ffi::IBV_QP_AV
+            | ffi::IBV_QP_PATH_MTU
+            | ffi::IBV_QP_DEST_QPN
+            | ffi::IBV_QP_RQ_PSN
+            | ffi::IBV_QP_MAX_DEST_RD_ATOMIC
+            | ffi::IBV_QP_MIN_RNR_TIMER;
+        self.modify(raw, &mut attributes, mask)
+    }
+
+    fn to_send(&self, raw: *mut ibv_qp, first_packet: u32, to: &Remote) -> io::Result<()> {
+        // SAFETY: as above.
+        let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attributes.qp_state = ffi::IBV_QPS_RTS;
+        attributes.sq_psn = first_packet;
+        attributes.timeout = TIMEOUT;
+        attributes.retry_cnt = RETRIES;
+        attributes.rnr_retry = RECEIVER_RETRIES;
+        attributes.max_rd_atomic = self.device().limits.reads_issued.min(to.reads);
+        let mask = ffi::IBV_QP_STATE
+            | ffi::IBV_QP_SQ_PSN
+            | ffi::IBV_QP_TIMEOUT
+            | ffi::IBV_QP_RETRY_CNT
+            | ffi::IBV_QP_RNR_RETRY
+            | ffi::IBV_QP_MAX_QP_RD_ATOMIC;
+        self.modify(raw, &mut attributes, mask)
+    }
+
+    /// Takes one more of what is counted, if there is room.
+    fn begin(&mut self, what: usize, max: u32) -> io::Result<()> {
+        if self.under_way[what] >= max {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.under_way[what] += 1;
+        Ok(())
+    }
+
+    /// Sends that can be posted now.
+    pub fn send_room(&self) -> u32 {
+        self.depths.sends - self.under_way[1]
+    }
+
+    /// Reads that can be posted now.
+    pub fn read_room(&self) -> u32 {
+        self.depths.reads - self.under_way[2]
+    }
+
+    /// Posts a buffer for a message of the peer's.
+    ///
+    /// # Safety
+    ///
+    /// `key` registers the memory for writing by the device. It is the device's alone until the
+    /// completion has been taken or the pair destroyed.
+    pub unsafe fn post_receive(
+        &mut self,
+        id: u64,
+        ptr: *mut u8,
+        bytes: usize,
+        key: u32,
+    ) -> io::Result<()> {
+        let Pair { raw, state } = self.pairs[Lane::Messages as usize];
+        if state == State::Destroyed {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.begin(0, self.depths.receives)?;
+        let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
+        let mut request = ibv_recv_wr {
+            wr_id: id,
+            next: std::ptr::null_mut(),
+            sg_list: &raw mut piece,
+            num_sge: 1,
+        };
+        // SAFETY: a live pair; request and list are live for the call; for the memory answers the
+        // caller.
+        let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
+        self.under_way[0] -= u32::from(posted.is_err());
+        posted
+    }
+
+    /// Posts a send. With `inline` its bytes are copied into the request.
+    ///
+    /// # Safety
+    ///
+    /// The memory is valid for reads for this call, and unless `inline` registered under `key` and
+    /// unchanged until the completion has been taken or the pair destroyed.
+    pub unsafe fn post_send(
+        &mut self,
+        id: u64,
+        ptr: *const u8,
+        bytes: usize,
+        key: u32,
+        inline: bool,
+    ) -> io::Result<()> {
+        let raw = self.connected(Lane::Messages)?;
+        self.begin(1, self.depths.sends)?;
+        let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
+        // SAFETY: zero is valid for every field.
+        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        request.wr_id = id;
+        request.sg_list = &raw mut piece;
+        request.num_sge = 1;
+        request.opcode = ffi::IBV_WR_SEND;
+        request.send_flags = ffi::IBV_SEND_SIGNALED;
+        if inline {
+            request.send_flags |= ffi::IBV_SEND_INLINE;
+        }
+        // SAFETY: as in `post_receive`.
+        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
+        self.under_way[1] -= u32::from(posted.is_err());
+        posted
+    }
+
+    /// Posts a read of the peer's memory.
+    ///
+    /// # Safety
+    ///
+    /// `key` registers the memory at `to` for writing by the device. It is the device's alone until
+    /// the completion has been taken or the pair destroyed.
+    pub unsafe fn post_read(
+        &mut self,
+        id: u64,
+        to: *mut u8,
+        bytes: u32,
+        key: u32,
+        from: u64,
+        remote_key: u32,
+    ) -> io::Result<()> {
+        let raw = self.connected(Lane::Reads)?;
+        self.begin(2, self.depths.reads)?;
+        let mut piece = ibv_sge { addr: to as u64, length: bytes, lkey: key };
+        // SAFETY: zero is valid for every field.
+        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        request.wr_id = id;
+        request.sg_list = &raw mut piece;
+        request.num_sge = 1;
+        request.opcode = ffi::IBV_WR_RDMA_READ;
+        request.send_flags = ffi::IBV_SEND_SIGNALED;
+        request.wr.rdma.remote_addr = from;
+        request.wr.rdma.rkey = remote_key;
+        // SAFETY: as in `post_receive`.
+        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
+        self.under_way[2] -= u32::from(posted.is_err());
+        posted
+    }
+
+    fn connected(&self, lane: Lane) -> io::Result<*mut ibv_qp> {
+        match self.pairs[lane as usize] {
+            Pair { raw, state: State::Connected } => Ok(raw),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Takes completions, up to [`BATCH`]. `is_read` tells from a request's number what it was.
+    pub fn take(
+        &mut self,
+        side: Side,
+        into: &mut Vec<Completion>,
+        is_read: impl Fn(u64) -> bool,
+    ) -> io::Result<()> {
+        let mut batch = [const { std::mem::MaybeUninit::<ibv_wc>::uninit() }; BATCH];
+        // SAFETY: a live queue, and room for as many.
+        let count = unsafe {
+            ffi::poll_cq(self.completions[side as usize], BATCH, batch.as_mut_ptr().cast())
+        };
+        let count = usize::try_from(count).map_err(|_| os_error(count))?;
+        for entry in batch.iter().take(count) {
+            // SAFETY: the call has filled in the first `count`.
+            let entry = unsafe { entry.assume_init_ref() };
+            let what = match side {
+                Side::Receive => 0,
+                Side::Send => 1 + usize::from(is_read(entry.wr_id)),
+            };
+            self.under_way[what] = self.under_way[what].saturating_sub(1);
+            into.push(Completion {
+                id: entry.wr_id,
+                status: entry.status,
+                vendor: entry.vendor_err,
+                bytes: entry.byte_len as usize,
+            });
+        }
+        Ok(())
+    }
+
+    /// Asks for an event at the next completion. What has come before does not count: look again.
+    pub fn arm(&mut self, side: Side) -> io::Result<()> {
+        if !self.armed[side as usize] {
+            // SAFETY: a live queue with a channel.
+            check(unsafe { ffi::req_notify_cq(self.completions[side as usize]) })?;
+            self.armed[side as usize] = true;
+        }
+        Ok(())
+    }
+
+    /// Whether an event may have come.
+    pub fn is_armed(&self) -> bool {
+        self.armed[0] || self.armed[1]
+    }
+
+    /// Takes one event. `WouldBlock`: there is none.
+    pub fn take_event(&mut self) -> io::Result<()> {
+        let (mut queue, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: a live channel that does not block, and two pointers to write.
+        let code = unsafe {
+            let get = self.device().verbs.functions.ibv_get_cq_event;
+            get(self.channel, &raw mut queue, &raw mut context)
+        };
+        if code != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let Some(side) = self.completions.iter().position(|known| *known == queue) else {
+            return Err(io::Error::other("an event of a queue that is none of these"));
+        };
+        self.armed[side] = false;
+        self.unacknowledged[side] += 1;
+        // Acknowledging takes a lock: in numbers.
+        if self.unacknowledged[side] >= 64 {
+            self.acknowledge(side);
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, side: usize) {
+        let count = std::mem::take(&mut self.unacknowledged[side]);
+        if count > 0 {
+            // SAFETY: a live queue, and as many events of it have been taken.
+            unsafe {
+                (self.device().verbs.functions.ibv_ack_cq_events)(self.completions[side], count);
+            }
+        }
+    }
+
+    /// Destroys both queue pairs. After `Ok` the device touches none of the memory that was posted,
+    /// and the peer reads nothing through them.
+    pub fn destroy(&mut self) -> io::Result<()> {
+        if self.device().forked() {
+            return Err(io::Error::other("they are another process's"));
+        }
+        for lane in 0..self.pairs.len() {
+            let Pair { raw, state } = &mut self.pairs[lane];
+            if *state == State::Destroyed {
+                continue;
+            }
+            // SAFETY: a live pair, which is used no more if this succeeds.
+            let destroyed =
+                check(unsafe { (self.domain.device.verbs.functions.ibv_destroy_qp)(*raw) });
+            match destroyed {
+                Ok(()) => *state = State::Destroyed,
+                // The kernel has ended everything of a device that was taken away.
+                Err(error) if self.domain.device.took_along(&error) => *state = State::Destroyed,
+                Err(error) => return Err(error),
+            }
+        }
+        self.under_way = [0; 3];
+        Ok(())
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        if self.device().forked() {
+            return;
+        }
+        if let Err(error) = self.destroy() {
+            // Then the completion queues are in use and stay as well.
+            tracing::error!(%error, "a queue pair cannot be destroyed, and is left standing");
+            // The channel stays open: a forked child has to close it.
+            std::mem::forget(self.tracked.take());
+            return;
+        }
+        let device = self.device().clone();
+        let functions = &device.verbs.functions;
+        for side in 0..self.completions.len() {
+            self.acknowledge(side);
+            if !self.completions[side].is_null() {
+                // SAFETY: made once; its queue pairs are gone and its events acknowledged.
+                unsafe { (functions.ibv_destroy_cq)(self.completions[side]) };
+            }
+        }
+        self.tracked = None;
+        if !self.channel.is_null() {
+            // SAFETY: made once; its queues are gone.
+            unsafe { (functions.ibv_destroy_comp_channel)(self.channel) };
+        }
+    }
+}
