@@ -125,6 +125,6 @@ def progress(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line that stays, where somebody looks."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", file=sys.stderr, flush=True)
+    """A line that stays, whoever looks: a run that is interrupted has said what it had."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{clear}{text}", file=sys.stderr, flush=True)

@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> Results:
                     else:
                         samples.setdefault((words["step"], protocol), []).append(words)
                         unit = STEPS[words["step"]][1]
-                        note(f"{protocol}: {words['step']} {show_figure(words['value'])} {unit}")
+                        figure = show_figure(words["value"])
+                        note(f"[{turn}/{options.repeat}] {protocol} {words['step']}: {figure} {unit}")
             except BenchError as error:
                 protocols.remove(protocol)
                 results.failed = results.failed or not isinstance(error, Unavailable)
