@@ -87,7 +87,8 @@ def run(options: argparse.Namespace) -> Results:
                         samples.setdefault((words["step"], protocol), []).append(words)
                         unit = STEPS[words["step"]][1]
                         figure = show_figure(words["value"])
-                        note(f"[{turn}/{options.repeat}] {protocol} {words['step']}: {figure} {unit}")
+                        where = f"[{turn}/{options.repeat}] {protocol} {words['step']}"
+                        note(f"{where}: {figure} {unit}")
             except BenchError as error:
                 protocols.remove(protocol)
                 results.failed = results.failed or not isinstance(error, Unavailable)
