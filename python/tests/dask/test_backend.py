@@ -71,14 +71,54 @@ def test_settings_reach_the_node():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("spin", "-1s"), ("transports", ["pigeon"]), ("message_window", "much")]
+    ("name", "value"),
+    [
+        ("spin", "-1s"),
+        ("spin", "banana"),
+        ("close_timeout", "-1s"),
+        ("message_window", "much"),
+        ("message_window", -5),
+        ("host_pool", "1 ZB"),
+        ("single_copy", "maybe"),
+    ],
 )
 def test_a_setting_that_makes_no_sense(name, value):
     async def start():
         await listen("thalweg://127.0.0.1:0", lambda comm: None)
 
-    with settings(**{name: value}), pytest.raises(ValueError):
+    wrong = f"distributed.comm.thalweg.{name.replace('_', '-')} is n"
+    with settings(**{name: value}), pytest.raises(ValueError, match=wrong):
         asyncio.run(start())
+
+
+def test_an_unknown_transport():
+    async def start():
+        await listen("thalweg://127.0.0.1:0", lambda comm: None)
+
+    with settings(transports=["pigeon"]), pytest.raises(ValueError, match="pigeon"):
+        asyncio.run(start())
+
+
+@pytest.mark.parametrize(("word", "meaning"), [("off", False), ("no", False), ("On", True), (1, True)])
+def test_switches_may_be_words(word, meaning):
+    with settings(single_copy=word):
+        assert config.node_arguments()["single_copy"] is meaning
+
+
+def test_who_does_not_speak_thalweg_is_named_at_once():
+    async def answer(reader, writer):
+        writer.write(b"what Dask says over tcp, for instance")
+        await reader.read(1)
+        writer.close()
+        await writer.wait_closed()
+
+    async def main():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(FatalCommClosedError, match="not thalweg"):
+                await connect(f"thalweg://127.0.0.1:{port}", timeout=10)
+
+    asyncio.run(main())
 
 
 def test_tcp_timeouts_that_are_shorter_than_possible():

@@ -40,10 +40,34 @@ def get(name: str) -> Any:
 
 def seconds(name: str, value: Any) -> float:
     """A duration out of the setting ``name``."""
-    parsed = parse_timedelta(value, default="seconds")
+    try:
+        parsed = parse_timedelta(value, default="seconds")
+    except (KeyError, TypeError, ValueError):
+        parsed = None
     if parsed is None or parsed < 0:
         raise ValueError(f"{name} is not a duration: {value!r}")
     return float(parsed)
+
+
+def number_of_bytes(name: str, value: Any) -> int:
+    """A size out of the setting ``name``."""
+    try:
+        parsed = parse_bytes(value)
+    except (TypeError, ValueError):
+        parsed = -1
+    if parsed < 0:
+        raise ValueError(f"{name} is not a number of bytes: {value!r}")
+    return parsed
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """A switch out of the setting ``name``, which the environment may give as a word."""
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words |= {"false": False, "no": False, "off": False, "0": False}
+    parsed = words.get(str(value).strip().lower())
+    if parsed is None:
+        raise ValueError(f"{name} is neither true nor false: {value!r}")
+    return parsed
 
 
 def close_timeout() -> float:
@@ -56,11 +80,11 @@ def node_arguments() -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, argument in _BYTES.items():
         if (value := get(name)) is not None:
-            arguments[argument] = parse_bytes(value)
+            arguments[argument] = number_of_bytes(PREFIX + name, value)
     if (transports := get("transports")) is not None:
         arguments["transports"] = _names(transports)
     if (single_copy := get("single-copy")) is not None:
-        arguments["single_copy"] = bool(single_copy)
+        arguments["single_copy"] = yes_or_no(PREFIX + "single-copy", single_copy)
     if spin := seconds(PREFIX + "spin", get("spin") or 0):
         arguments["spin_us"] = round(spin * 1e6)
     connect = dask.config.get("distributed.comm.timeouts.connect")

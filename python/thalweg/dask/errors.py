@@ -10,7 +10,9 @@ import thalweg
 from distributed.comm.core import CommClosedError, FatalCommClosedError
 
 #: What trying again does not change: ``distributed.comm.connect`` gives up at once.
-FATAL_KINDS = frozenset({"version-mismatch", "no-route", "invalid-input", "unsupported", "forked"})
+FATAL_KINDS = frozenset(
+    {"not-thalweg", "version-mismatch", "no-route", "invalid-input", "unsupported", "forked"}
+)
 
 
 def closed(where: Any, error: BaseException) -> CommClosedError:
