@@ -4,6 +4,7 @@ import asyncio
 import importlib.metadata
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -106,19 +107,22 @@ def test_switches_may_be_words(word, meaning):
 
 
 def test_who_does_not_speak_thalweg_is_named_at_once():
-    async def answer(reader, writer):
-        writer.write(b"what Dask says over tcp, for instance")
-        await reader.read(1)
-        writer.close()
-        await writer.wait_closed()
+    def answer():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"what Dask says over tcp, for instance")
+            while connection.recv(1000):
+                pass
 
     async def main():
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
-            with pytest.raises(FatalCommClosedError, match="not thalweg"):
-                await connect(f"thalweg://127.0.0.1:{port}", timeout=10)
+        address = f"thalweg://127.0.0.1:{server.getsockname()[1]}"
+        answering = asyncio.ensure_future(asyncio.to_thread(answer))
+        with pytest.raises(FatalCommClosedError, match="not thalweg"):
+            await connect(address, timeout=10)
+        await answering
 
-    asyncio.run(main())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asyncio.run(main())
 
 
 def test_tcp_timeouts_that_are_shorter_than_possible():
