@@ -1,6 +1,7 @@
 """What is thalweg's own beyond the contract: backpressure, settings, the route, its errors."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import signal
@@ -109,7 +110,7 @@ def test_switches_may_be_words(word, meaning):
 def test_who_does_not_speak_thalweg_is_named_at_once():
     def answer():
         connection, _ = server.accept()
-        with connection:
+        with connection, contextlib.suppress(ConnectionResetError):
             connection.sendall(b"what Dask says over tcp, for instance")
             while connection.recv(1000):
                 pass
@@ -265,6 +266,12 @@ PEER = """
 """
 
 
+def kill(process):
+    """As ``process.kill()``, which also looks for the end and takes it from asyncio's own watcher."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+
+
 class Stranger:
     """Another process that connects, writes one message, and reads for ever."""
 
@@ -289,7 +296,7 @@ class Stranger:
     async def __aexit__(self, *_):
         self.accepted.result().abort()
         if self.process.returncode is None:
-            self.process.kill()
+            kill(self.process)
         await self.process.communicate()
         await self._listening.__aexit__(None, None, None)
 
@@ -299,7 +306,7 @@ async def test_a_peer_that_is_killed_is_noticed_at_once():
     async with Stranger() as (comm, process):
         read = asyncio.ensure_future(comm.read())
         await asyncio.sleep(0.05)
-        process.kill()
+        kill(process)
         with pytest.raises(CommClosedError) as caught:
             await asyncio.wait_for(read, 5)
         assert "PeerGoneError" in str(caught.value)
