@@ -4,8 +4,10 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 
 from tornado.websocket import websocket_connect
@@ -91,5 +93,6 @@ async def browsing(url, profile):
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                # `process.kill()` would take its end from asyncio's own watcher.
+                os.kill(process.pid, signal.SIGKILL)
         await process.wait()
