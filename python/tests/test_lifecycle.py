@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import thalweg
-from conftest import LIMIT, dial, pair, run
+from conftest import LIMIT, accepted, dial, pair, run
 
 
 @run
@@ -451,7 +451,7 @@ def test_fork_leaves_other_peoples_files_alone() -> None:
     async def main() -> None:
         async with thalweg.Node() as node:
             async with await node.listen("thalweg://127.0.0.1:0") as listener:
-                there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+                there, here = await asyncio.gather(dial(node, listener.address), accepted(listener))
                 region = node.register(bytearray(10))
                 waiting = [here.recv(), here.tag_recv(1, 1, bytearray(10)), there.send(b"x")]
                 waiting[0].send(None)
@@ -482,15 +482,11 @@ def test_fork_leaves_other_peoples_files_alone() -> None:
     asyncio.run(asyncio.wait_for(main(), LIMIT))
 
 
-async def _accept(listener: thalweg.Listener) -> thalweg.Endpoint:
-    return await listener.accept()
-
-
 @run
 async def test_an_endpoint_with_a_callback_closes_when_it_is_dropped() -> None:
     async with thalweg.Node() as node:
         async with await node.listen("thalweg://127.0.0.1:0") as listener:
-            there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+            there, here = await asyncio.gather(dial(node, listener.address), accepted(listener))
         told = []
         there.add_close_callback(lambda endpoint, why: told.append((endpoint, why.kind)))
         del there
@@ -505,7 +501,7 @@ async def test_an_endpoint_with_a_callback_closes_when_it_is_dropped() -> None:
 async def test_buffers_come_back_after_the_end() -> None:
     node = thalweg.Node()
     listener = await node.listen("thalweg://127.0.0.1:0")
-    there, here = await asyncio.gather(dial(node, listener.address), _accept(listener))
+    there, here = await asyncio.gather(dial(node, listener.address), accepted(listener))
     lent = [bytearray(10_000) for _ in range(4)]
     never = there.send(lent[0])
     never.close()
