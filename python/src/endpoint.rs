@@ -68,12 +68,12 @@ impl Endpoint {
         if let Ok(bytes) = object.cast::<PyBytes>() {
             let bytes = bytes.as_bytes();
             if bytes.len() <= COPIED_MAX {
-                return Ok(short_frame(bytes));
+                return Ok(Frame::copy_from_slice(bytes));
             }
         }
         let memory = PyMemory::reading(&self.shared, object)?;
         if memory.len() <= COPIED_MAX {
-            return Ok(short_frame(memory.as_ref()));
+            return Ok(Frame::copy_from_slice(memory.as_ref()));
         }
         Ok(Frame::from(Bytes::from_owner(memory)))
     }
@@ -90,10 +90,6 @@ impl Endpoint {
         }
         frames.try_iter()?.map(|frame| self.frame(&frame?)).collect()
     }
-}
-
-fn short_frame(bytes: &[u8]) -> Frame {
-    Frame::copy_from_slice(bytes)
 }
 
 #[pymethods]
