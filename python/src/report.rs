@@ -60,6 +60,7 @@ fn counters<'py>(py: Python<'py>, counters: &LinkCounters) -> PyResult<Bound<'py
     Ok(fields!(py, counters;
         parcels_sent, parcels_received, inline_bytes_sent, inline_bytes_received,
         loaned_bytes_sent, loaned_bytes_received, single_copy_bytes_received,
+        single_copy_bytes_sent,
         arena_bytes_sent, arena_bytes_received, wakes_sent, stalls,
     ))
 }

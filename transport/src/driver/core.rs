@@ -926,6 +926,7 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         loaned_bytes_sent: a.loaned_bytes_sent + b.loaned_bytes_sent,
         loaned_bytes_received: a.loaned_bytes_received + b.loaned_bytes_received,
         single_copy_bytes_received: a.single_copy_bytes_received + b.single_copy_bytes_received,
+        single_copy_bytes_sent: a.single_copy_bytes_sent + b.single_copy_bytes_sent,
         arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
         rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,

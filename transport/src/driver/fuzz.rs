@@ -118,7 +118,7 @@ impl Wire {
                 assert!(offered, "only offers can wait");
                 self.held.push((payload, parcel.len, parcel.fill));
             }
-            Disposition::Land { to, op } => {
+            Disposition::Land { to, op, .. } => {
                 check(&to, parcel.len);
                 self.landing.push((op, to, parcel.fill % 4));
             }

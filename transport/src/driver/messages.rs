@@ -493,7 +493,7 @@ impl State {
                 to.push(SegmentMut { ptr, len, kind: MemoryKind::Host });
             }
         }
-        Disposition::Land { to, op }
+        Disposition::Land { to, op, lasting: true }
     }
 
     pub(super) fn message_landed(&mut self, id: OpId, result: Result<(), Error>) {

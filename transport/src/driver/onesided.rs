@@ -192,7 +192,7 @@ impl State {
         }
         let to: Landing = smallvec![memory.write(len)];
         let op = self.ops.insert(Slot::new(Stage::Posted, What::PutIn { id, used }));
-        Disposition::Land { to, op }
+        Disposition::Land { to, op, lasting: false }
     }
 
     /// Admits a one-sided operation of the peer's. The outer error is the peer's breach, the inner
@@ -331,7 +331,7 @@ impl State {
             self.one_sided_over(id, Ok(()));
             return Disposition::Taken;
         }
-        Disposition::Land { to: smallvec![to.write(to.len)], op: id }
+        Disposition::Land { to: smallvec![to.write(to.len)], op: id, lasting: false }
     }
 
     fn refused(&self, status: Status) -> Error {

@@ -333,7 +333,11 @@ impl State {
                 self.tag_received(recv, len);
                 return Some(Disposition::Taken);
             }
-            return Some(Disposition::Land { to: smallvec![to.write(len)], op: recv });
+            return Some(Disposition::Land {
+                to: smallvec![to.write(len)],
+                op: recv,
+                lasting: false,
+            });
         }
     }
 
@@ -362,7 +366,7 @@ impl State {
         let what = What::LandTag { seq, buffer: Box::new(buffer), heir: None };
         let slot = self.ops.insert(Slot::new(Stage::Posted, what));
         let to = smallvec![SegmentMut { ptr, len, kind: MemoryKind::Host }];
-        Ok((Stray::Landing { slot, len, cost }, Disposition::Land { to, op: slot }))
+        Ok((Stray::Landing { slot, len, cost }, Disposition::Land { to, op: slot, lasting: false }))
     }
 
     /// The tag with this number has been placed; those that came early follow in order.

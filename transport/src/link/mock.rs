@@ -496,7 +496,7 @@ impl MockLink {
                 self.counters.inline_bytes_received += len;
                 self.close_payload(id, op);
             }
-            Disposition::Land { to, op } => self.begin(id, to, op)?,
+            Disposition::Land { to, op, .. } => self.begin(id, to, op)?,
             Disposition::View if views.is_some() => {
                 self.counters.loaned_bytes_received += len;
             }
@@ -840,7 +840,7 @@ mod tests {
             self.landed.push(memory);
             let to =
                 smallvec::smallvec![super::super::SegmentMut { ptr, len, kind: MemoryKind::Host }];
-            Disposition::Land { to, op: op(1000 + self.landed.len() as u32) }
+            Disposition::Land { to, op: op(1000 + self.landed.len() as u32), lasting: true }
         }
 
         fn done(&mut self, op: OpId, result: Result<(), LinkError>) {

@@ -197,8 +197,9 @@ pub(crate) enum Disposition {
     /// The payload is empty, or was copied out of `inline`: the link forgets it.
     Taken,
     /// Put the payload there. `Sink::done(op, _)` follows exactly once, perhaps before the current
-    /// `poll` returns.
-    Land { to: Landing, op: OpId },
+    /// `poll` returns. Where the memory is `lasting`, nobody waits for it when the link has been
+    /// killed: it may then be in use for as long as the peer likes.
+    Land { to: Landing, op: OpId, lasting: bool },
     /// The views stay open until `Link::release`.
     View,
     /// Only for `How::Offer`: stays open until `Link::land` or `Link::release`.
@@ -374,8 +375,12 @@ pub struct LinkCounters {
     pub loaned_bytes_sent: u64,
     /// Bytes of loans received by reference.
     pub loaned_bytes_received: u64,
-    /// Bytes this side copied straight out of the peer's memory (`process_vm_readv`).
+    /// Bytes received by a single copy, out of the sender's memory into the receiver's: by this
+    /// side (`process_vm_readv`) or, of long payloads, in part by the sender.
     pub single_copy_bytes_received: u64,
+    /// Bytes sent that this side copied into the receiver's memory itself (`process_vm_writev`);
+    /// the receiver copied the others.
+    pub single_copy_bytes_sent: u64,
     /// Bytes this side copied into the staging arena.
     pub arena_bytes_sent: u64,
     /// Bytes this side copied out of the peer's staging arena.

@@ -1,5 +1,5 @@
-//! The two ways in which this process copies out of a peer's memory: from a read-only mapping, and
-//! by `process_vm_readv`. Neither ever writes to the peer.
+//! The two ways in which this process copies out of a peer's memory, from a read-only mapping and
+//! by `process_vm_readv`; and the one in which it copies into it, by `process_vm_writev`.
 
 use std::io;
 
@@ -140,6 +140,61 @@ pub(super) unsafe fn read_peer(
     advance(from_cursor, read, |index| from.get(index).map(|piece| piece.len as usize));
     advance(to_cursor, read, |index| to.get(index).map(|segment| segment.len));
     Ok(read)
+}
+
+/// Writes `len` bytes, from `offset` on, of a payload that lies in `from` here to where its pieces
+/// are in the peer's memory. Some may have been written when it fails.
+///
+/// # Safety
+///
+/// Every piece of `from` must be valid for reads. (The peer's addresses need not be valid for
+/// anything: the kernel checks them.)
+pub(super) unsafe fn write_peer(
+    pid: i32,
+    from: &[Piece],
+    to: &[Piece],
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let start = |pieces: &[Piece]| {
+        let mut cursor = Cursor::default();
+        advance(&mut cursor, offset as usize, |at| pieces.get(at).map(|piece| piece.len as usize));
+        cursor
+    };
+    let (mut from_cursor, mut to_cursor) = (start(from), start(to));
+    let mut left = len as usize;
+    while left > 0 {
+        let of = |pieces: &[Piece], cursor| {
+            vectors(left, cursor, |index| {
+                let piece = pieces.get(index)?;
+                let start = std::ptr::with_exposed_provenance_mut(piece.addr as usize);
+                Some((start, piece.len as usize))
+            })
+        };
+        let (local, local_count, _) = of(from, from_cursor);
+        let (remote, remote_count, _) = of(to, to_cursor);
+        // SAFETY: the local vectors lie in pieces that the caller vouches for; the counts are those
+        // of the arrays. With different totals the kernel stops at the shorter.
+        let written = unsafe {
+            libc::process_vm_writev(
+                pid,
+                local.as_ptr(),
+                local_count as libc::c_ulong,
+                remote.as_ptr(),
+                remote_count as libc::c_ulong,
+                0,
+            )
+        };
+        let written = usize::try_from(written).map_err(|_| io::Error::last_os_error())?;
+        if written == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        left -= written.min(left);
+        for (cursor, pieces) in [(&mut from_cursor, from), (&mut to_cursor, to)] {
+            advance(cursor, written, |at| pieces.get(at).map(|piece| piece.len as usize));
+        }
+    }
+    Ok(())
 }
 
 /// Reads exactly `into.len()` bytes at `addr` of the peer.

@@ -23,7 +23,7 @@ use crate::link::{
     RawView, Segment, SegmentMut, Sink,
 };
 use crate::memory::{MemoryKind, OwnMapping, PeerMapping, SharedBlock, SharedPool};
-use crate::runtime::{Fd, HostLoop, Interest, Reactor};
+use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
 /// The longest payload that the link under test accepts.
 const PAYLOAD_MAX: u64 = 1 << 16;
@@ -77,12 +77,13 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
     let (here, there) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .expect("a pair of sockets");
     let source = |fd, interest| reactor.source(fd, interest).expect("a source");
-    let link = ShmLink::new(Parts {
+    let mut link = ShmLink::new(Parts {
         own: OwnPage::new(near),
         peer: made(&far_fd),
         socket: source(Fd::new(here), Interest::Read),
         process: source(descriptor(pidfd_open(getpid(), PidfdFlags::NONBLOCK)), Interest::Read),
         pid: getpid().as_raw_nonzero().get(),
+        timers: Arc::new(Timers::new(&reactor).expect("timers")),
         arena: Arc::new(Arena::new(ARENA_BYTES)),
         segments_limit_bytes: 1 << 30,
         max_payload: PAYLOAD_MAX,
@@ -91,6 +92,8 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
         peer_may_pull: may_pull,
         ways: String::new(),
     });
+    // What the far side gives for its memory is this process's.
+    link.may_help = false;
     let far_page = far.as_ptr();
     let pool = SharedPool::new(1 << 20);
     let block = pool.loan(KNOWN.len()).expect("room").into_block();
@@ -260,7 +263,7 @@ impl Sink for Driver {
             0 if fits => {
                 self.wanted_bytes += arrival.len;
                 let (to, op) = self.landing(arrival.len);
-                Disposition::Land { to, op }
+                Disposition::Land { to, op, lasting: true }
             }
             1 if fits => {
                 self.wanted_bytes += arrival.len;

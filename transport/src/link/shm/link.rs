@@ -6,6 +6,8 @@
 //! asks for it and the sender stages it through its arena. The receiver says when it is finished,
 //! and that ends the sender's operation.
 //!
+//! Long payloads are copied by both sides at once (see `together`).
+//!
 //! After `kill` the peer may still be reading memory of ours that it was told of. That harms
 //! nothing here: the kernel checks its addresses, and it cannot write. Nor is it deceived: before
 //! anything is freed, this side's page says so, and the peer looks there after each copy. (A
@@ -13,6 +15,7 @@
 
 mod incoming;
 mod outgoing;
+mod together;
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,6 +31,8 @@ use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 #[cfg(test)]
 pub(super) use self::outgoing::{BULK_MIN_BYTES, BULK_OPEN_MAX};
+pub(super) use self::together::TOGETHER_MIN_BYTES;
+use self::together::{Asked, Helping, Lingering};
 use super::cells::RECORD_MAX;
 use super::ring::{Bell, Corrupt, Page, Ring};
 use super::socket;
@@ -44,7 +49,7 @@ use crate::memory::{
     OwnMapping, PeerMapping, PeerSegment, PeerSegmentError, PeerSegments, PeerSlice, SEGMENTS_MAX,
     SharedBlock, SharedPool,
 };
-use crate::runtime::{Attempt, Source};
+use crate::runtime::{Attempt, Source, Timers};
 
 /// Open payloads that one class may have on its way; further posts of it are answered `Full`.
 const OUTGOING_MAX: usize = 1024;
@@ -210,6 +215,7 @@ pub(super) struct Parts {
     pub socket: Source,
     pub process: Source,
     pub pid: i32,
+    pub timers: Arc<Timers>,
     pub arena: Arc<Arena>,
     pub segments_limit_bytes: u64,
     pub max_payload: u64,
@@ -236,6 +242,7 @@ pub(crate) struct ShmLink {
     building: Option<Box<[u8; RECORD_MAX]>>,
     process: Source,
     pid: i32,
+    timers: Arc<Timers>,
     arena: Arc<Arena>,
     /// The peer's loans, and its arena.
     peer_loans: PeerSegments<PeerPage>,
@@ -251,6 +258,14 @@ pub(crate) struct ShmLink {
     /// Landings to be worked on, and payloads to be staged; in turns.
     landing: VecDeque<u64>,
     pushing: VecDeque<u64>,
+    /// The one landing that the peer copies as well, and the number of the last such copy.
+    asked: Option<Asked>,
+    last_number: u16,
+    /// The one payload that this side copies as well.
+    helping: Option<Helping>,
+    /// Whether that has always worked.
+    pub(super) may_help: bool,
+    lingering: Option<Lingering>,
     /// Chunks that the peer has not taken, oldest first.
     chunks: VecDeque<(SharedBlock, u64)>,
     arena_empty: bool,
@@ -293,6 +308,7 @@ impl ShmLink {
             building: Some(Box::new([0; RECORD_MAX])),
             process: parts.process,
             pid: parts.pid,
+            timers: parts.timers,
             arena: parts.arena,
             peer_loans: PeerSegments::new(parts.segments_limit_bytes, page.clone()),
             peer_arena: PeerSegments::new(4 * ARENA_BYTES as u64, page),
@@ -304,6 +320,11 @@ impl ShmLink {
             landing: VecDeque::new(),
             bulk_open: 0,
             pushing: VecDeque::new(),
+            asked: None,
+            last_number: 0,
+            helping: None,
+            may_help: true,
+            lingering: None,
             chunks: VecDeque::new(),
             arena_empty: false,
             backlog: VecDeque::new(),
@@ -348,6 +369,13 @@ impl ShmLink {
 
     pub(super) fn socket(&self) -> &Source {
         self.ring.bell().socket()
+    }
+
+    /// Whether the peer's process has ended, and with it every thread of it.
+    fn process_has_ended(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.process.fd(), PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok() && !fds[0].revents().is_empty()
     }
 
     /// Looks directly whether the peer lives: one system call. Reads no packet: a bell among them
@@ -485,6 +513,7 @@ impl ShmLink {
     /// Whether another poll would move something without any event from outside.
     fn has_work(&self) -> bool {
         !self.landing.is_empty()
+            || self.helping.is_some()
             || (!self.pushing.is_empty() && self.chunks.len() < CHUNKS_MAX && !self.arena_empty)
     }
 }
@@ -519,6 +548,9 @@ impl Link for ShmLink {
     }
 
     fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
+        if self.lingering.is_some() {
+            return Ok(self.arm_to_end(cx));
+        }
         if !self.ring.is_empty() || self.dead.is_some() || self.has_work() {
             return Ok(Armed::Busy);
         }
@@ -576,7 +608,8 @@ impl Link for ShmLink {
     }
 
     fn land(&mut self, payload: PayloadId, to: Landing, op: OpId) -> Result<Post, LinkError> {
-        self.start_landing(payload.0, to, op)?;
+        // The operation's own memory: it may not be kept for longer than the link.
+        self.start_landing(payload.0, to, op, false)?;
         self.landing.pop_back();
         self.land_at_once(payload.0).inspect_err(|error| {
             // Not accepted, so `kill` must not report it.
@@ -598,6 +631,8 @@ impl Link for ShmLink {
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         self.die(error.clone());
         self.tell_the_end();
+        self.helping = None;
+        let killed = self.end_help(error, sink);
         for queue in [&mut self.landing, &mut self.pushing] {
             queue.clear();
         }
@@ -616,7 +651,7 @@ impl Link for ShmLink {
         for (block, _) in self.chunks.drain(..) {
             self.arena.give_back(block);
         }
-        Killed::Over
+        killed
     }
 
     fn flushed(&self) -> bool {
@@ -661,12 +696,18 @@ impl ShmLink {
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
+        if self.lingering.is_some() {
+            return Ok(Progress::Idle);
+        }
         self.ring.wake_up();
         let mut moved = self.ring.room_appeared()?;
         moved |= self.flush_backlog()?;
         moved |= self.read_ring(budget, sink)?;
         if self.attention {
+            // Neither direction waits for the other's end.
+            moved |= self.help_turn(budget, budget.bytes / 2)?;
             moved |= self.land_turns(budget, sink)?;
+            moved |= self.help_turn(budget, budget.bytes)?;
             moved |= self.push_turns(budget)?;
         }
         self.ring.publish_if_wanted();
@@ -675,6 +716,7 @@ impl ShmLink {
             || self.ring.is_wanting()
             || self.dead.is_some()
             || !self.landing.is_empty()
+            || self.helping.is_some()
             || !self.pushing.is_empty();
         match &self.dead {
             // What the peer wrote before its end is read first.
@@ -719,6 +761,16 @@ impl ShmLink {
     /// Writes a record as it is given.
     pub(super) fn forge(&mut self, flags: u32, bytes: &[u8]) {
         assert!(self.ring.push(flags, bytes.len(), 0, [bytes].into_iter()).expect("sound"));
+    }
+
+    /// The page that this side writes.
+    pub(super) fn page(&self) -> &Page {
+        self.ring.own()
+    }
+
+    /// The landing for which the peer's help was asked.
+    pub(super) fn asked_key(&self) -> Option<u64> {
+        self.asked.map(|asked| asked.key())
     }
 
     /// Sends a packet over the Unix socket.

@@ -7,12 +7,14 @@
 //! | file | owns |
 //! | --- | --- |
 //! | `ring`, `cells` | the ring, sleep and wake, and what it is made of |
-//! | `model` | the same under `loom` (tests only) |
+//! | `marks` | how far two processes are that copy one payload together |
+//! | `model` | ring and marks under `loom` (tests only) |
 //! | `wire` | what a ring record says |
 //! | `link` | the link: its life and death, and what both directions share |
 //! | `link/incoming` | reading what the peer sends, and landing its payloads |
 //! | `link/outgoing` | posting, staging, and what the peer answers |
-//! | `copy` | copying out of a peer's memory |
+//! | `link/together` | payloads that both sides copy |
+//! | `copy` | copying out of a peer's memory, and into it |
 //! | `table` | keys with generations |
 //! | `socket` | packets and descriptors over the Unix socket, which never block |
 //! | `blob` | what a node tells its peers, and the judgement on it |
@@ -21,7 +23,9 @@
 //! | `fuzz` | what a peer may write, for fuzzing (its feature only) |
 //!
 //! What a peer can write is only ever read, once, into private memory, and checked there. What
-//! this process writes, a peer can only read: each memfd has one writer, sealed so.
+//! this process writes, a peer can only read: each memfd has one writer, sealed so. (A peer that
+//! may read this process's private memory may write it as well, by the same right of the kernel's;
+//! what an honest one writes there is told in `link/together`.)
 
 mod blob;
 mod cells;
@@ -30,6 +34,8 @@ mod engine;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;
 mod link;
+#[allow(clippy::duplicate_mod, reason = "the model runs the same file over other cells")]
+mod marks;
 #[cfg(test)]
 mod model;
 #[allow(clippy::duplicate_mod, reason = "the model runs the same file over other cells")]
@@ -52,7 +58,8 @@ pub(crate) use engine::ShmEngine;
 /// What is allowed, and how much.
 #[derive(Clone, Debug)]
 pub(crate) struct ShmOptions {
-    /// Whether payloads may be read out of the peer's memory (`process_vm_readv`), by either side.
+    /// Whether payloads may be read out of the peer's memory (`process_vm_readv`), by either side,
+    /// and long ones be written there (`process_vm_writev`).
     pub single_copy: bool,
     /// Whether loans go by reference.
     pub loans: bool,

@@ -1,4 +1,5 @@
-//! The shipped ring and sleep/wake code under `loom`: every interleaving, with few and small slots.
+//! The shipped ring, sleep/wake and marks under `loom`: every interleaving, with few and small
+//! slots.
 
 /// What the ring is made of here: `loom`'s atomics, and sizes that keep the model small.
 mod cells {
@@ -16,6 +17,9 @@ mod cells {
     pub fn fetch_for_writing<T>(_: &T) {}
 }
 
+#[allow(dead_code, clippy::duplicate_mod, reason = "the shipped file, of which not all is used")]
+#[path = "marks.rs"]
+mod marks;
 #[allow(dead_code, clippy::duplicate_mod, reason = "the shipped file, of which not all is used")]
 #[path = "ring.rs"]
 mod ring;
@@ -196,4 +200,37 @@ fn a_record_of_two_slots_is_seen_whole() {
         }
         sender.join().expect("sender");
     });
+}
+
+/// A sender that writes to what the receiver lets go of, once it sees the sender not busy.
+fn never_written_once_let_go_of(let_go: fn(&Page), may_begin: fn(&Page) -> bool) {
+    model(move || {
+        let [receiver, sender] = [(); 2].map(|()| Arc::new(Page::zeroed()));
+        let lent = Arc::new(cells::AtomicU32::new(0));
+        receiver.marks.take(1, 0);
+        let (peer, own, memory) = (receiver.clone(), sender.clone(), lent.clone());
+        let writer = thread::spawn(move || {
+            own.marks.begin(1, 10);
+            if may_begin(&peer) {
+                // `loom` checks that nobody else owns it now.
+                assert_eq!(memory.swap(1, cells::Ordering::Relaxed), 0, "written after the end");
+            }
+            own.marks.end(1, 10);
+        });
+        let_go(&receiver);
+        if !sender.marks.is_busy() {
+            lent.store(2, cells::Ordering::Relaxed);
+        }
+        writer.join().expect("writer");
+    });
+}
+
+#[test]
+fn a_copy_that_is_closed_is_written_no_more() {
+    never_written_once_let_go_of(|page| page.marks.close(1), |page| page.marks.taken(1).is_some());
+}
+
+#[test]
+fn a_copy_that_dies_is_written_no_more() {
+    never_written_once_let_go_of(Page::begin_dying, Page::trusted);
 }

@@ -15,7 +15,7 @@ use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::copy::read_peer_bytes;
 use super::engine::{ShmEngine, no_source, random};
-use super::link::{Parts, PeerPage, ShmLink};
+use super::link::{Parts, PeerPage, ShmLink, TOGETHER_MIN_BYTES};
 use super::ring::Page;
 use super::socket::{self, PACKET_MAX, Packet};
 use super::wire::INLINE_MAX;
@@ -231,7 +231,10 @@ fn ways(options: &ShmOptions, ours: &Result<(), String>, theirs: &Result<(), Str
         ", loans copied (configuration)"
     });
     match (ours, theirs) {
-        (Ok(()), Ok(())) => text.push_str(", single copy (process_vm_readv)"),
+        (Ok(()), Ok(())) => text.push_str(&format!(
+            ", single copy (process_vm_readv), by both sides from {} MiB on (process_vm_writev)",
+            TOGETHER_MIN_BYTES >> 20
+        )),
         (Err(ours), Err(theirs)) if ours == theirs => {
             text.push_str(&format!(", staging arena; single copy: {ours}"));
         }
@@ -299,6 +302,7 @@ pub(super) async fn establish(
         socket: talk.source,
         process,
         pid: pid.as_raw_nonzero().get(),
+        timers: engine.timers.clone(),
         arena: engine.arena.clone(),
         segments_limit_bytes: options.peer_segments_limit_bytes,
         max_payload: options.max_payload,

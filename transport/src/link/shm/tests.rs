@@ -1,6 +1,8 @@
 //! The link between two engines of one process: the kernel makes no difference between its own
 //! process and another for anything used here.
 
+mod together;
+
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -73,11 +75,11 @@ impl Sink for Recorder {
         match self.policy {
             Some(Policy::Land) => {
                 let (to, op) = self.landing(arrival.len as usize);
-                Disposition::Land { to, op }
+                Disposition::Land { to, op, lasting: true }
             }
             Some(Policy::Short) => {
                 let (to, op) = self.landing(arrival.len as usize - 1);
-                Disposition::Land { to, op }
+                Disposition::Land { to, op, lasting: true }
             }
             Some(Policy::Hold) => {
                 self.held.push((arrival.payload, arrival.len as usize));

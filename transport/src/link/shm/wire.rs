@@ -59,6 +59,11 @@ pub(super) enum Kind {
     Chunk = 7,
     /// The oldest such piece was copied out.
     Taken = 8,
+    /// The receiver asks the sender to copy a payload from its end on: `count` is that of the
+    /// pieces of its memory, which are listed here, and, above 32 bits, the number of the copy.
+    Help = 9,
+    /// The sender has stopped; from `len` on the payload is there.
+    Helped = 10,
 }
 
 impl Kind {
@@ -73,6 +78,8 @@ impl Kind {
             6 => Kind::Ask,
             7 => Kind::Chunk,
             8 => Kind::Taken,
+            9 => Kind::Help,
+            10 => Kind::Helped,
             _ => return None,
         })
     }

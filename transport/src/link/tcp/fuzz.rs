@@ -266,7 +266,7 @@ impl Sink for Session {
             }
             None if wanted => {
                 let (to, op) = self.landing(arrival.len, at);
-                Disposition::Land { to, op }
+                Disposition::Land { to, op, lasting: true }
             }
             None => Disposition::Discard,
         };

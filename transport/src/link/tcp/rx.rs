@@ -237,7 +237,7 @@ impl Rx {
         let to = match disposition {
             Disposition::Taken if whole => None,
             Disposition::Discard => None,
-            Disposition::Land { to, op } => Some((landing(&to, frame.len)?, op)),
+            Disposition::Land { to, op, .. } => Some((landing(&to, frame.len)?, op)),
             Disposition::Fatal(error) => return Err(error),
             Disposition::Taken | Disposition::Hold | Disposition::View => {
                 return Err(internal("an eager payload was neither landed nor discarded"));
@@ -288,7 +288,7 @@ impl Rx {
                 let offered = Offered { class: frame.class, len: frame.len, to: None };
                 self.offers.insert(frame.id, offered);
             }
-            Disposition::Land { to, op } => {
+            Disposition::Land { to, op, .. } => {
                 let offered = Offered { class: frame.class, len: frame.len, to: None };
                 self.offers.insert(frame.id, offered);
                 if self.land(frame.id, &to, op, tx)? {

@@ -134,13 +134,13 @@ impl Sink for Recorder {
         let inline = arrival.inline.is_some();
         let mut bytes = vec![0; arrival.len as usize];
         let disposition = match self.plan {
-            Plan::Land => Disposition::Land { to: in_two(&mut bytes), op },
+            Plan::Land => Disposition::Land { to: in_two(&mut bytes), op, lasting: true },
             Plan::Take => {
                 if let Some(inline) = arrival.inline {
                     bytes.copy_from_slice(inline);
                     Disposition::Taken
                 } else {
-                    Disposition::Land { to: in_two(&mut bytes), op }
+                    Disposition::Land { to: in_two(&mut bytes), op, lasting: true }
                 }
             }
             Plan::Hold if arrival.how == How::Offer => Disposition::Hold,

@@ -431,7 +431,7 @@ impl UcxLink {
         let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
         match sink.parcel(arrival) {
-            Disposition::Land { to, op } => self.pull(header.id, len, to, op),
+            Disposition::Land { to, op, .. } => self.pull(header.id, len, to, op),
             Disposition::Hold if how == How::Offer => {
                 self.open.insert(payload.0, (header.id, len));
                 Ok(())
@@ -725,7 +725,7 @@ impl Count {
         match sink.parcel(arrival) {
             Disposition::Taken if inline.is_some() => Ok(()),
             Disposition::Discard => Ok(()),
-            Disposition::Land { to, op } => {
+            Disposition::Land { to, op, .. } => {
                 budget.bytes = budget.bytes.saturating_sub(len);
                 let mut landing = landing(to, op, len)?;
                 // SAFETY: the caller's promise; the driver keeps the landing, which has room for

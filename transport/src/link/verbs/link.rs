@@ -432,7 +432,7 @@ impl VerbsLink {
         let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
         match sink.parcel(arrival) {
             Disposition::Taken | Disposition::Discard => Ok(()),
-            Disposition::Land { to, op } => {
+            Disposition::Land { to, op, .. } => {
                 budget.bytes = budget.bytes.saturating_sub(len);
                 let mut landing = landing(to, op, len)?;
                 // SAFETY: the driver keeps the landing, which has room for as many.
@@ -478,7 +478,7 @@ impl VerbsLink {
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
         let offered = Offered { id: header.id, len, pieces };
         match sink.parcel(arrival) {
-            Disposition::Land { to, op } => self.fetch(offered, to, op),
+            Disposition::Land { to, op, .. } => self.fetch(offered, to, op),
             Disposition::Hold if how == How::Offer => {
                 self.open.insert(payload.0, offered);
                 Ok(())

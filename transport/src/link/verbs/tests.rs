@@ -39,7 +39,7 @@ impl Sink for Driver {
     fn parcel(&mut self, arrival: Arrival<'_>) -> Disposition {
         self.parcels += 1;
         match (arrival.inline, self.landing.take()) {
-            (None, Some(to)) => Disposition::Land { to, op: OP },
+            (None, Some(to)) => Disposition::Land { to, op: OP, lasting: true },
             _ => Disposition::Discard,
         }
     }

@@ -28,8 +28,8 @@ const HELD_INLINE_MAX: usize = 1 << 17;
 /// A payload of the peer's that we are not finished with.
 pub(super) struct Incoming {
     /// The sender's key.
-    remote: u64,
-    len: u64,
+    pub(super) remote: u64,
+    pub(super) len: u64,
     origin: Origin,
     pub(super) landing: Option<Progressing>,
 }
@@ -48,11 +48,15 @@ enum Origin {
 }
 
 pub(super) struct Progressing {
-    to: Landing,
+    pub(super) to: Landing,
     pub(super) op: OpId,
     into: Cursor,
     from: Cursor,
-    done: u64,
+    pub(super) done: u64,
+    /// From here on the sender has copied it.
+    pub(super) end: u64,
+    /// The memory may stay in use after the link's end.
+    pub(super) lasting: bool,
     /// The rest comes through the peer's arena.
     asked: bool,
 }
@@ -121,6 +125,8 @@ impl ShmLink {
                 self.take_chunk(fixed.id, at, budget, sink)
             }
             Kind::Taken => self.take_taken(sink),
+            Kind::Help => self.take_help(fixed, reader),
+            Kind::Helped => self.take_helped(fixed),
             _ => self.take_offer(kind, how, head_len, fixed, reader, sink),
         }
     }
@@ -158,7 +164,7 @@ impl ShmLink {
         };
         match sink.parcel(arrival) {
             Disposition::Taken | Disposition::Discard | Disposition::View => Ok(()),
-            Disposition::Land { to, op } => {
+            Disposition::Land { to, op, .. } => {
                 if let Err(error) = check_landing(&to, payload.len() as u64) {
                     sink.done(op, Err(error.clone()));
                     return Err(error);
@@ -225,9 +231,11 @@ impl ShmLink {
         let incoming = Incoming { remote: fixed.id, len: fixed.len, origin, landing: None };
         self.incoming.insert(incoming);
         match disposition {
-            Disposition::Land { to, op } => self.start_landing(key, to, op).inspect_err(|error| {
-                sink.done(op, Err(error.clone()));
-            }),
+            Disposition::Land { to, op, lasting } => {
+                self.start_landing(key, to, op, lasting).inspect_err(|error| {
+                    sink.done(op, Err(error.clone()));
+                })
+            }
             Disposition::View | Disposition::Hold => Ok(()),
             Disposition::Taken | Disposition::Discard => self.let_go(key),
             Disposition::Fatal(error) => Err(error),
@@ -288,6 +296,7 @@ impl ShmLink {
         key: u64,
         to: Landing,
         op: OpId,
+        lasting: bool,
     ) -> Result<(), LinkError> {
         let Some(incoming) = self.incoming.get_mut(key) else {
             return Err(LinkError::new(
@@ -305,7 +314,9 @@ impl ShmLink {
             ));
         }
         let (into, from) = (Cursor::default(), Cursor::default());
-        incoming.landing = Some(Progressing { to, op, into, from, done: 0, asked: false });
+        let end = incoming.len;
+        incoming.landing =
+            Some(Progressing { to, op, into, from, done: 0, end, lasting, asked: false });
         self.landing.push_back(key);
         self.attention = true;
         Ok(())
@@ -442,8 +453,14 @@ impl ShmLink {
     }
 
     fn pull_turn(&mut self, key: u64, budget: &mut Budget) -> Result<Turn, LinkError> {
+        self.seek_help(key)?;
         let mut copied = 0;
         loop {
+            let Some((done, end)) = self.reach_of(key) else { return Ok(Turn::Waiting) };
+            if budget.bytes == 0 {
+                break;
+            }
+            let Some(take) = self.take_on(key, done, end, budget.bytes as u64) else { break };
             let Some(incoming) = self.incoming.get_mut(key) else {
                 return Ok(Turn::Waiting);
             };
@@ -451,11 +468,7 @@ impl ShmLink {
             else {
                 return Ok(Turn::Waiting);
             };
-            let left = incoming.len - landing.done;
-            if left == 0 || budget.bytes == 0 {
-                break;
-            }
-            let limit = usize::try_from(left).unwrap_or(usize::MAX).min(budget.bytes);
+            let limit = take as usize;
             #[cfg(test)]
             let limit = self.deny_pull_after.map_or(limit, |after| {
                 limit.min(after.saturating_sub(landing.done).max(1) as usize)
@@ -493,11 +506,25 @@ impl ShmLink {
         self.look_for_death()?;
         self.check_alive()?;
         self.counters.single_copy_bytes_received += copied;
-        let Some(incoming) = self.incoming.get_mut(key) else {
-            return Ok(Turn::Waiting);
-        };
-        let finished = incoming.landing.as_ref().is_some_and(|at| at.done == incoming.len);
-        Ok(if finished { Turn::Finished } else { Turn::More })
+        let Some((done, end)) = self.reach_of(key) else { return Ok(Turn::Waiting) };
+        if budget.bytes == 0 && done < end {
+            return Ok(Turn::More);
+        }
+        let Some(end) = self.close_help(key, end) else { return Ok(Turn::Waiting) };
+        let Some(incoming) = self.incoming.get_mut(key) else { return Ok(Turn::Waiting) };
+        let Some(landing) = &mut incoming.landing else { return Ok(Turn::Waiting) };
+        landing.end = end;
+        if done < end {
+            return Ok(Turn::More);
+        }
+        self.counters.single_copy_bytes_received += incoming.len - done;
+        Ok(Turn::Finished)
+    }
+
+    /// How much of a landing is there, and where what this side copies ends.
+    fn reach_of(&mut self, key: u64) -> Option<(u64, u64)> {
+        let landing = self.incoming.get_mut(key)?.landing.as_ref()?;
+        Some((landing.done, landing.end))
     }
 
     /// Permission may vanish at any time: then this payload comes through the arena from here on.
@@ -513,6 +540,10 @@ impl ShmLink {
     }
 
     fn ask(&mut self, key: u64) -> Result<Turn, LinkError> {
+        // The sender does one or the other.
+        if self.close_help(key, 0).is_none() {
+            return Ok(Turn::Waiting);
+        }
         let Some(incoming) = self.incoming.get_mut(key) else {
             return Ok(Turn::Waiting);
         };
@@ -562,7 +593,7 @@ fn sums_up_wrong() -> LinkError {
     protocol("descriptors that do not add up to the payload")
 }
 
-fn check_pieces(pieces: &[Piece], len: u64) -> Result<(), LinkError> {
+pub(super) fn check_pieces(pieces: &[Piece], len: u64) -> Result<(), LinkError> {
     let mut left = len;
     for piece in pieces {
         left = left.checked_sub(piece.len).ok_or_else(sums_up_wrong)?;

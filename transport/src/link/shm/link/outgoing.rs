@@ -29,14 +29,21 @@ pub(in super::super) const BULK_OPEN_MAX: usize = 2;
 pub(super) struct Outgoing {
     pub(super) op: OpId,
     class: Class,
-    len: u64,
+    pub(super) len: u64,
     /// Where it lies in our memory; for loans by reference, empty.
-    pieces: SmallVec<[Piece; 4]>,
+    pub(super) pieces: SmallVec<[Piece; 4]>,
     /// The payload itself, if it is one that `post` promises to copy, and not in the ring.
     copied: Box<[u8]>,
     push: Option<Push>,
     /// A large message that the peer copies.
     bulk: bool,
+}
+
+impl Outgoing {
+    /// Whether it lies in memory that the peer reads.
+    pub(super) fn is_read_by_peer(&self) -> bool {
+        !self.pieces.is_empty() && self.push.is_none()
+    }
 }
 
 /// A payload on its way through the arena.
@@ -198,6 +205,7 @@ impl ShmLink {
         if outgoing.push.is_some() {
             return Err(protocol("the end of a payload that is being staged"));
         }
+        self.forget_help(key);
         self.complete(key, sink);
         Ok(())
     }
@@ -217,6 +225,7 @@ impl ShmLink {
         outgoing.push =
             Some(Push { handle: fixed.count, from: cursor, left: outgoing.len - from, open: 0 });
         self.pushing.push_back(fixed.id);
+        self.forget_help(fixed.id);
         self.attention = true;
         Ok(())
     }
