@@ -377,7 +377,7 @@ impl Future for Closed {
             return Poll::Ready(op::forked());
         }
         let mut core = this.shared.core();
-        if core.ended()
+        if core.settled()
             && let Life::Dead(error) = &core.state.life
         {
             return Poll::Ready(error.clone());

@@ -236,6 +236,7 @@ pub(crate) struct Core {
     pub state: State,
     /// What the lanes had counted when they were killed.
     final_counters: Option<LinkCounters>,
+    settled: bool,
 }
 
 /// A sink that knows which lane speaks.
@@ -598,7 +599,7 @@ fn without_payload(
 
 impl Core {
     pub fn new(lanes: Lanes, state: State) -> Self {
-        Core { lanes, state, final_counters: None }
+        Core { lanes, state, final_counters: None, settled: false }
     }
 
     /// Polls every lane once and does what follows. Errors end the endpoint and are found in its
@@ -680,11 +681,16 @@ impl Core {
             close: None,
         };
         // A lane that lingers stays, and with it what it may still touch.
+        let mut is_waited_for = false;
         for (lane, mut link) in std::mem::take(&mut self.lanes).into_iter().enumerate() {
             let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
             match link.kill(&link_error, &mut sink) {
                 Killed::Over => self.state.after.discard_any(Box::new(link)),
-                Killed::Lingers => self.lanes.push(link),
+                Killed::Lingers => {
+                    is_waited_for = true;
+                    self.lanes.push(link);
+                }
+                Killed::Keeps => self.lanes.push(link),
             }
         }
         self.state.deliveries.clear();
@@ -693,13 +699,17 @@ impl Core {
             self.state.after.discard_use(reply.used);
         }
         self.state.fail_queued();
-        if !self.lanes.is_empty() {
+        if is_waited_for {
             // What is left ends when no lane touches it any more; the next drive looks again.
             return;
         }
+        self.settled = true;
         self.state.fail_unanswered(&error);
         for waker in self.state.end_waiters.take() {
             self.state.after.wake(waker);
+        }
+        if !self.lanes.is_empty() {
+            return;
         }
         // A subscriber's code runs when it closes: not under the lock.
         let span = std::mem::replace(&mut self.state.span, tracing::Span::none());
@@ -709,6 +719,12 @@ impl Core {
     /// Whether the lanes are gone.
     pub fn ended(&self) -> bool {
         self.lanes.is_empty()
+    }
+
+    /// Whether it is dead and all its operations are over. A lane may still be there, for the sake
+    /// of memory that is the driver's own.
+    pub fn settled(&self) -> bool {
+        self.settled
     }
 
     pub fn counters(&self) -> LinkCounters {

@@ -17,6 +17,8 @@ mod board_model;
 mod board_tests;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
+#[cfg(test)]
+mod end_tests;
 pub(crate) mod endpoint;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;

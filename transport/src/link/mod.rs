@@ -266,6 +266,9 @@ pub(crate) enum Killed {
     /// Something that this process does not control may still touch the memory of what has not
     /// been reported: call again, soon. The link does nothing else any more.
     Lingers,
+    /// As `Lingers`, but what has not been reported are landings in `lasting` memory: nobody waits
+    /// for them.
+    Keeps,
 }
 
 /// What a link knows of a peer that says nothing.

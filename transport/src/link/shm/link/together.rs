@@ -184,7 +184,7 @@ impl ShmLink {
         let op = lingering.op;
         if !self.writer_has_stopped() {
             self.linger();
-            return Killed::Lingers;
+            return Killed::Keeps;
         }
         self.lingering = None;
         sink.done(op, Err(error.clone()));

@@ -228,6 +228,19 @@ async fn a_link_ends_at_once_when_the_sender_is_not_writing() {
     assert_eq!(pair.copied_by_sender(), 0);
 }
 
+/// The word in the page alone, before anything else tells of the end.
+#[tokio::test]
+async fn a_receiver_that_is_dying_is_not_written_to() {
+    let mut pair = pair().await;
+    let bytes = pattern(LONG);
+    pair.ask(&bytes);
+    pair.right.page().begin_dying();
+    for _ in 0..10 {
+        turn(&mut pair.left, &mut pair.at_left).expect("it lives");
+    }
+    assert_eq!(pair.copied_by_sender(), 0);
+}
+
 #[tokio::test]
 async fn a_link_lingers_while_the_sender_writes() {
     let mut pair = pair().await;
@@ -237,7 +250,7 @@ async fn a_link_lingers_while_the_sender_writes() {
     assert_eq!(other.expect("posted"), Post::Pending);
     pair.be_busy(4096);
     for _ in 0..3 {
-        assert_eq!(pair.right.kill(&error(), &mut pair.at_right), Killed::Lingers);
+        assert_eq!(pair.right.kill(&error(), &mut pair.at_right), Killed::Keeps);
     }
     assert!(pair.at_right.done[&7].is_err(), "what nobody touches is reported");
     assert!(!pair.at_right.done.contains_key(&index), "the sender may still write there");
