@@ -773,6 +773,14 @@ impl ShmLink {
         self.asked.map(|asked| asked.key())
     }
 
+    /// Whether a payload is to come through the arena.
+    pub(super) fn asks_for_chunks(&mut self) -> bool {
+        self.asked_key().is_some_and(|key| {
+            let incoming = self.incoming.get_mut(key);
+            incoming.and_then(|open| open.landing.as_ref()).is_some_and(|landing| landing.asked)
+        })
+    }
+
     /// Sends a packet over the Unix socket.
     pub(super) fn forge_packet(&mut self, bytes: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) {
         socket::send(self.socket().fd(), bytes, fds).expect("sent");

@@ -58,7 +58,7 @@ pub(super) struct Progressing {
     /// The memory may stay in use after the link's end.
     pub(super) lasting: bool,
     /// The rest comes through the peer's arena.
-    asked: bool,
+    pub(super) asked: bool,
 }
 
 /// What one turn of a landing came to.

@@ -32,8 +32,10 @@ use crate::error::LinkError;
 use crate::link::{Armed, Budget, How, Killed, OpId, Sink};
 use crate::runtime::Sleep;
 
-/// Shorter payloads are copied before a helper would be awake.
-pub(in super::super) const TOGETHER_MIN_BYTES: u64 = 2 << 20;
+/// Shorter payloads are as good as copied when a helper is awake. With two cores, both in a window of
+/// 4, against the receiver alone: 512 KiB 12.9 against 10.5 GB/s, 1 MiB 16.5 against 9.6, 2 MiB 19.6
+/// against 8.4, 8 MiB 18.6 against 8.2.
+pub(in super::super) const TOGETHER_MIN_BYTES: u64 = 512 << 10;
 /// What either side takes on at a time, at most and at least. Towards the end half of what is left,
 /// so that neither waits long for the other.
 const PIECE_MAX_BYTES: u64 = 256 << 10;

@@ -156,7 +156,7 @@ async fn the_arena_takes_over_only_when_the_sender_has_stopped() {
     for _ in 0..10 {
         turn(&mut pair.right, &mut pair.at_right).expect("right");
     }
-    assert!(pair.right.asked_key().is_some(), "it waits for the sender");
+    assert!(!pair.right.asks_for_chunks(), "the sender is still writing");
     // It stops, having written nothing.
     pair.left.page().marks.end(1, LONG as u64);
     pair.pump(|pair| pair.at_right.done.contains_key(&index));
@@ -309,6 +309,8 @@ async fn a_receiver_without_memory_gets_no_help() {
     turn(&mut pair.left, &mut pair.at_left).expect("no harm done");
     assert!(!pair.left.may_help);
     assert_eq!(pair.copied_by_sender(), 0);
+    let given = pair.left.page().marks.given(5).expect("it has tried");
+    assert!(!given.busy && given.from == LONG as u64, "nothing is there: {given:?}");
 }
 
 #[test]
