@@ -2,7 +2,7 @@
 //! that judgement. Pure: whether two processes really share a host is proved at set-up.
 
 /// Layout version of the blob and of everything said over the Unix socket and the ring.
-pub(super) const VERSION: u16 = 2;
+pub(super) const VERSION: u16 = 3;
 const NAME_MAX: usize = 64;
 const FIXED: usize = 2 + 2 + 4 + 16 + 8 + 8;
 

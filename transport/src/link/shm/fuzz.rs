@@ -19,14 +19,16 @@ use super::{setup, socket};
 use crate::error::{ErrorKind, LinkError};
 use crate::fuzz_input::{Input, Seed, mix};
 use crate::link::{
-    Arrival, Budget, Class, Disposition, How, Landing, Link, LinkKind, OpId, PayloadId, Post,
-    RawView, Segment, SegmentMut, Sink,
+    Arrival, Budget, Class, Disposition, How, Killed, Landing, Link, LinkKind, OpId, PayloadId,
+    Post, RawView, Segment, SegmentMut, Sink,
 };
 use crate::memory::{MemoryKind, OwnMapping, PeerMapping, SharedBlock, SharedPool};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
 /// The longest payload that the link under test accepts.
 const PAYLOAD_MAX: u64 = 1 << 16;
+/// From so many bytes on both sides copy.
+const TOGETHER_MIN: u64 = 64;
 /// The sink takes no more than this into memory; the rest it does not want.
 const LANDED_MAX_BYTES: u64 = 4 << 20;
 /// The most steps of one input.
@@ -94,6 +96,7 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
     });
     // What the far side gives for its memory is this process's.
     link.may_help = false;
+    link.together_min = TOGETHER_MIN;
     let far_page = far.as_ptr();
     let pool = SharedPool::new(1 << 20);
     let block = pool.loan(KNOWN.len()).expect("room").into_block();
@@ -312,7 +315,14 @@ pub(crate) fn records(bytes: &[u8]) -> u64 {
     }
     let end = end.or_else(|| (0..4).find_map(|_| turn(&mut link, &mut driver).err()));
     let closed = LinkError::new(ErrorKind::Closed, LinkKind::Shm, "over");
-    link.kill(end.as_ref().unwrap_or(&closed), &mut driver);
+    let error = end.as_ref().unwrap_or(&closed);
+    let mut killed = link.kill(error, &mut driver);
+    if killed == Killed::Keeps {
+        assert_eq!(driver.open.len(), 1, "only what the far side may be writing to is kept");
+        villain.ring.own().marks.end(0, 0);
+        killed = link.kill(error, &mut driver);
+    }
+    assert_eq!(killed, Killed::Over);
     assert!(driver.open.is_empty(), "not reported: {:?}", driver.open);
     driver.check_fences();
     drop(link);
@@ -446,7 +456,19 @@ pub(crate) fn seeds() -> Vec<Seed> {
         &[post, &fixed(Kind::Ask, &[0], &[0xf1, 255, 255, 255, 255, 255, 255, 255, 255]), turn],
     );
     add("taken-of-nothing", discard, &[&fixed(Kind::Taken, &[0], &[0]), turn]);
-    add("unknown-kind", discard, &[&[0, 9, 0, 0, 0], turn]);
+    add("unknown-kind", discard, &[&[0, 15, 0, 0, 0], turn]);
+    let helped = |len: &[u8]| record(Kind::Helped, Eager, 0, &[&[0], len, &[1]], &[]);
+    let pull = record(Kind::Pull, Eager, 4, &[&[1], &[200], &[1], &[0xf0, 0], &[200]], b"head");
+    // The far side says that it is writing what lies from 0 on, in the first copy.
+    let busy: &[u8] = &[3, 0, 51, 0, 0, 0x80, 1, 0];
+    add("together", land, &[&pull, turn, &helped(&[100]), turn]);
+    add("together-busy", land, &[busy, &pull, turn, &helped(&[100]), turn]);
+    add("together-busy-too-long", land, &[busy, &pull, turn, &helped(&[201]), turn]);
+    add("together-busy-at-the-end", land, &[busy, &pull, turn]);
+    add("helped-with-nothing", discard, &[&helped(&[0]), turn]);
+    let pieces = [&[0][..], &[0], &[0xf1, 1, 0, 0, 0, 1, 0, 0, 0], &[0xf0, 0], &[0xf8, 0xb8, 11]];
+    add("help", discard, &[post, &record(Kind::Help, Eager, 0, &pieces, &[]), turn, turn]);
+    add("help-with-nothing", discard, &[&record(Kind::Help, Eager, 0, &pieces, &[]), turn]);
     add("stamp-ahead", discard, &[&inline, turn, &[3, 1, 0], turn, &[3, 1, 1], turn]);
     add("header-of-garbage", discard, &[&[3, 2, 255, 255, 255, 255], &[3, 1, 0], turn]);
     add("head-runs-away", discard, &[post, &[3, 3, 16, 200], turn, post, turn]);

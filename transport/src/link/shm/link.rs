@@ -265,6 +265,8 @@ pub(crate) struct ShmLink {
     helping: Option<Helping>,
     /// Whether that has always worked.
     pub(super) may_help: bool,
+    /// Payloads of so many bytes are copied by both.
+    pub(super) together_min: u64,
     lingering: Option<Lingering>,
     /// Chunks that the peer has not taken, oldest first.
     chunks: VecDeque<(SharedBlock, u64)>,
@@ -324,6 +326,7 @@ impl ShmLink {
             last_number: 0,
             helping: None,
             may_help: true,
+            together_min: TOGETHER_MIN_BYTES,
             lingering: None,
             chunks: VecDeque::new(),
             arena_empty: false,

@@ -98,8 +98,8 @@ impl ShmLink {
         let (remote, len) = (incoming.remote, incoming.len);
         let Some(landing) = &incoming.landing else { return Ok(()) };
         let worthwhile = landing.lasting
-            && (TOGETHER_MIN_BYTES..OFFSET_MAX).contains(&len)
-            && len - landing.done >= TOGETHER_MIN_BYTES
+            && (self.together_min..OFFSET_MAX).contains(&len)
+            && len - landing.done >= self.together_min
             && landing.end == len
             && landing.to.len() <= PULLS_MAX;
         if !worthwhile {
