@@ -100,6 +100,7 @@ fn role() {
         "landing" => run_once("role", lands_midway()),
         "withdrawing" => run_once("role", withdraws_midway()),
         "scribble" => run_once("role", scribbles()),
+        "flood" => run_once("role", floods()),
         other => panic!("no role {other}"),
     }
 }
@@ -261,6 +262,66 @@ fn calls_forbidden_by_a_sandbox() {
             }
         }
     }
+}
+
+/// Sends long messages until the other side ends.
+async fn floods() {
+    let node = Node::new(Config::new().transports([LinkKind::Shm])).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    while endpoint.send(pattern(1, 8 << 20)).await.is_ok() {}
+}
+
+fn signal(played: &Played, signal: libc::c_int) {
+    let process = played.child.id() as libc::pid_t;
+    // SAFETY: takes plain numbers; the child has not been waited for, so the number is its own.
+    assert_eq!(unsafe { libc::kill(process, signal) }, 0);
+}
+
+/// Stops the child, and returns when it has.
+fn stop(played: &Played) {
+    signal(played, libc::SIGSTOP);
+    let mut status = 0;
+    // SAFETY: the child is this process's; `status` is a local.
+    let waited = unsafe {
+        libc::waitpid(played.child.id() as libc::pid_t, &raw mut status, libc::WUNTRACED)
+    };
+    assert!(waited > 0 && libc::WIFSTOPPED(status), "it has ended: {status}");
+}
+
+/// A sender that is stopped where it writes the receiver's memory: nobody waits for it, and what it
+/// may still write is kept until it has gone on.
+#[test]
+fn a_sender_that_is_stopped_while_both_copy() {
+    run_once("a_sender_that_is_stopped_while_both_copy", async {
+        let mut kept = 0;
+        for round in 0..10 {
+            let node = Node::new(Config::new().transports([LinkKind::Shm])).expect("a node");
+            let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let address = listener.address().to_string();
+            let flood = Played::start(play("flood", &[("ADDRESS", &address)])).expect("it runs");
+            let endpoint = listener.accept().await.expect("accepting");
+            for _ in 0..=round % 4 {
+                let message = endpoint.recv().await.expect("receiving");
+                check_pattern(1, &message.to_vec().expect("bytes"));
+            }
+            // In the middle of the next one.
+            poll_times(&mut endpoint.recv(), 1).await;
+            stop(&flood);
+            endpoint.abort();
+            within(Duration::from_secs(5), "the end", async {
+                while endpoint.recv().await.is_ok() {}
+                endpoint.closed().await;
+            })
+            .await;
+            kept += node.stats().endpoints;
+            match round % 2 {
+                0 => signal(&flood, libc::SIGCONT),
+                _ => signal(&flood, libc::SIGKILL),
+            }
+            until("what was kept is let go of", || node.stats().endpoints == 0).await;
+        }
+        println!("MEASURED: landings kept for a stopped sender, of 10: {kept}");
+    });
 }
 
 /// Overwrites the ring that it writes, and tries to shrink memory that it shares.

@@ -240,11 +240,12 @@ impl Config {
         /// `THALWEG_TCP_BUFFER`. Default: 256 KiB (on loopback 1.3 times the kernel's choice).
         tcp_buffer_bytes: usize;
         /// Whether payloads may be copied straight out of the peer's memory
-        /// (`process_vm_readv`). `THALWEG_SINGLE_COPY`, 0 or 1. Default: yes, where it works.
+        /// (`process_vm_readv`), and those of long messages in part into it
+        /// (`process_vm_writev`). `THALWEG_SINGLE_COPY`, 0 or 1. Default: yes, where it works.
         single_copy: bool;
         /// Whether loans are handed over by reference. `THALWEG_LOANS`, 0 or 1. Default: yes.
         loans: bool;
-        /// Whether any process of this user may read this one's memory
+        /// Whether any process of this user may read and write this one's memory
         /// (`PR_SET_PTRACER_ANY`), which single copy needs where Yama restricts ptrace.
         /// `THALWEG_PTRACER_ANY`, 0 or 1. Default: no.
         ptracer_any: bool;

@@ -637,7 +637,8 @@ impl Core {
                 Ok(Armed::Busy) => return Armed::Busy,
                 Err(error) => {
                     self.fail_link(&error);
-                    return Armed::Yes;
+                    // A lane that lingers has a waker of its own to arm.
+                    return if self.lanes.is_empty() { Armed::Yes } else { Armed::Busy };
                 }
             }
         }

@@ -12,7 +12,7 @@ use crate::link::{
     Armed, Budget, Caps, Class, How, Killed, Landing, Link, LinkCounters, LinkKind, OpId,
     PayloadId, Post, Progress, Segment, Sink,
 };
-use crate::{Config, ErrorKind, Node};
+use crate::{CloseReason, Config, Endpoint, ErrorKind, Node};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -84,16 +84,22 @@ impl Link for Slow {
     }
 }
 
-async fn end_with(until: Killed) {
+/// A node with an endpoint that has such a lane, the endpoint and its peer's; and what ends the lane.
+async fn meet(until: Killed) -> (Node, (Endpoint, Endpoint, Node), Arc<AtomicBool>) {
     let config = || Config::new().transports([LinkKind::Tcp]);
     let (node_a, node_b) = (Node::new(config()).expect("a node"), Node::new(config()).expect("b"));
     let listener = node_b.listen("thalweg://127.0.0.1:0").await.expect("listening");
     let (a, b) = tokio::join!(node_a.connect(listener.address()), listener.accept());
-    let (_a, b) = (a.expect("connecting"), b.expect("accepting"));
+    let (a, b) = (a.expect("connecting"), b.expect("accepting"));
     let shared = node_b.shared().all_endpoints().remove(0);
     let over = Arc::new(AtomicBool::new(false));
     let caps = Caps { eager_max: 0, ways: String::new() };
     shared.core().lanes.push(Box::new(Slow { caps, until, over: over.clone() }));
+    (node_b, (b, a, node_a), over)
+}
+
+async fn end_with(until: Killed) {
+    let (node_b, (b, _a, _node_a), over) = meet(until).await;
     let mut closed = b.closed();
     let mut receive = b.recv();
     let mut cx = Context::from_waker(Waker::noop());
@@ -114,6 +120,15 @@ async fn end_with(until: Killed) {
     while !node_b.shared().all_endpoints().is_empty() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+/// Within less than the patience that a node has with endpoints that do not end.
+#[tokio::test]
+async fn a_node_does_not_wait_for_what_is_kept() {
+    let (node, _ends, _over) = meet(Killed::Keeps).await;
+    let closed =
+        tokio::time::timeout(Duration::from_secs(3), node.close(CloseReason::default())).await;
+    closed.expect("the node waits for a lane that nobody waits for");
 }
 
 #[tokio::test]

@@ -32,6 +32,7 @@ pub(crate) struct EndpointShared {
     /// Views that were dropped while somebody else held the lock.
     released: Mutex<Vec<(u8, PayloadId)>>,
     any_released: AtomicBool,
+    settled: AtomicBool,
     ended: AtomicBool,
     /// The window that was taken from the node's budget.
     window_bytes: u64,
@@ -73,8 +74,12 @@ impl Drop for CoreGuard<'_> {
         }
         let after = std::mem::take(&mut state.after);
         let announce = std::mem::take(&mut state.announce);
-        let ended = core.ended();
+        let (settled, ended) = (core.settled(), core.ended());
         drop(core);
+        if settled && !self.endpoint.settled.swap(true, Ordering::AcqRel) {
+            // A closing node waits for this.
+            self.endpoint.node.board.wake_resident();
+        }
         if ended && !self.endpoint.ended.swap(true, Ordering::AcqRel) {
             self.endpoint.node.endpoint_ended(self.endpoint);
         }
@@ -112,6 +117,7 @@ impl EndpointShared {
                 core: Shard::new(Core::new(lanes, state)),
                 released: Mutex::new(Vec::new()),
                 any_released: AtomicBool::new(false),
+                settled: AtomicBool::new(false),
                 ended: AtomicBool::new(false),
                 window_bytes,
                 handles: AtomicUsize::new(1),
@@ -127,6 +133,11 @@ impl EndpointShared {
     /// Whether the lanes are gone.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Whether it has ended but for memory that a lane still keeps.
+    pub fn has_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
     }
 
     /// The waker that lanes register.

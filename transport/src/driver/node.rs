@@ -200,8 +200,10 @@ impl NodeShared {
         lock(&self.endpoints).values().cloned().collect()
     }
 
+    /// Whether somebody may wait for an endpoint. One of which a lane still keeps some memory does
+    /// not count.
     pub fn has_endpoints(&self) -> bool {
-        !lock(&self.endpoints).is_empty()
+        lock(&self.endpoints).values().any(|endpoint| !endpoint.has_settled())
     }
 
     /// Called once per endpoint, when its lanes are gone.
@@ -295,6 +297,9 @@ impl NodeShared {
         for endpoint in self.all_endpoints() {
             endpoint.fail(runtime_gone());
         }
+        // Nobody looks after those whose lanes linger any more: their last handle does.
+        let left = std::mem::take(&mut *lock(&self.endpoints));
+        drop(left);
         drop(self.take_new_tasks());
         self.wake_all_waiters();
     }

@@ -295,7 +295,8 @@ pub(crate) struct Caps {
 
 /// One lane to one peer.
 ///
-/// Not `Sync`: the driver holds the endpoint's lock around every call. Nothing here blocks.
+/// Not `Sync`: the driver holds the endpoint's lock around every call. Nothing here blocks, but for
+/// the few milliseconds that `kill` may wait for something to let go.
 pub(crate) trait Link: Send {
     fn kind(&self) -> LinkKind;
     fn caps(&self) -> &Caps;

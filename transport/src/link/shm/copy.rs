@@ -142,8 +142,9 @@ pub(super) unsafe fn read_peer(
     Ok(read)
 }
 
-/// Writes `len` bytes, from `offset` on, of a payload that lies in `from` here to where its pieces
-/// are in the peer's memory. Some may have been written when it fails.
+/// Writes at most `len` bytes (not 0), from `offset` on, of a payload that lies in `from` here to
+/// where its pieces are in the peer's memory, in one system call. Writes may be short, but never
+/// answer 0.
 ///
 /// # Safety
 ///
@@ -155,46 +156,38 @@ pub(super) unsafe fn write_peer(
     to: &[Piece],
     offset: u64,
     len: u64,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     let start = |pieces: &[Piece]| {
         let mut cursor = Cursor::default();
         advance(&mut cursor, offset as usize, |at| pieces.get(at).map(|piece| piece.len as usize));
         cursor
     };
-    let (mut from_cursor, mut to_cursor) = (start(from), start(to));
-    let mut left = len as usize;
-    while left > 0 {
-        let of = |pieces: &[Piece], cursor| {
-            vectors(left, cursor, |index| {
-                let piece = pieces.get(index)?;
-                let start = std::ptr::with_exposed_provenance_mut(piece.addr as usize);
-                Some((start, piece.len as usize))
-            })
-        };
-        let (local, local_count, _) = of(from, from_cursor);
-        let (remote, remote_count, _) = of(to, to_cursor);
-        // SAFETY: the local vectors lie in pieces that the caller vouches for; the counts are those
-        // of the arrays. With different totals the kernel stops at the shorter.
-        let written = unsafe {
-            libc::process_vm_writev(
-                pid,
-                local.as_ptr(),
-                local_count as libc::c_ulong,
-                remote.as_ptr(),
-                remote_count as libc::c_ulong,
-                0,
-            )
-        };
-        let written = usize::try_from(written).map_err(|_| io::Error::last_os_error())?;
-        if written == 0 {
-            return Err(io::Error::from_raw_os_error(libc::EFAULT));
-        }
-        left -= written.min(left);
-        for (cursor, pieces) in [(&mut from_cursor, from), (&mut to_cursor, to)] {
-            advance(cursor, written, |at| pieces.get(at).map(|piece| piece.len as usize));
-        }
+    let of = |pieces: &[Piece]| {
+        vectors(len as usize, start(pieces), |index| {
+            let piece = pieces.get(index)?;
+            let start = std::ptr::with_exposed_provenance_mut(piece.addr as usize);
+            Some((start, piece.len as usize))
+        })
+    };
+    let (local, local_count, _) = of(from);
+    let (remote, remote_count, _) = of(to);
+    // SAFETY: the local vectors lie in pieces that the caller vouches for; the counts are those of
+    // the arrays. With different totals the kernel stops at the shorter.
+    let written = unsafe {
+        libc::process_vm_writev(
+            pid,
+            local.as_ptr(),
+            local_count as libc::c_ulong,
+            remote.as_ptr(),
+            remote_count as libc::c_ulong,
+            0,
+        )
+    };
+    match u64::try_from(written) {
+        Ok(0) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        Ok(written) => Ok(written),
+        Err(_) => Err(io::Error::last_os_error()),
     }
-    Ok(())
 }
 
 /// Reads exactly `into.len()` bytes at `addr` of the peer.

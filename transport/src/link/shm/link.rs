@@ -9,9 +9,9 @@
 //! Long payloads are copied by both sides at once (see `together`).
 //!
 //! After `kill` the peer may still be reading memory of ours that it was told of. That harms
-//! nothing here: the kernel checks its addresses, and it cannot write. Nor is it deceived: before
-//! anything is freed, this side's page says so, and the peer looks there after each copy. (A
-//! process that dies frees nothing that others have mapped.)
+//! nothing here: the kernel checks its addresses. Nor is it deceived: before anything is freed, this
+//! side's page says so, and the peer looks there after each copy. (A process that dies frees nothing
+//! that others have mapped.) What the peer may still be writing is kept.
 
 mod incoming;
 mod outgoing;
@@ -260,7 +260,7 @@ pub(crate) struct ShmLink {
     pushing: VecDeque<u64>,
     /// The one landing that the peer copies as well, and the number of the last such copy.
     asked: Option<Asked>,
-    last_number: u16,
+    pub(super) last_number: u16,
     /// The one payload that this side copies as well.
     helping: Option<Helping>,
     /// Whether that has always worked.
@@ -710,8 +710,8 @@ impl ShmLink {
             // Neither direction waits for the other's end.
             moved |= self.help_turn(budget, budget.bytes / 2)?;
             moved |= self.land_turns(budget, sink)?;
-            moved |= self.help_turn(budget, budget.bytes)?;
             moved |= self.push_turns(budget)?;
+            moved |= self.help_turn(budget, budget.bytes)?;
         }
         self.ring.publish_if_wanted();
         let more = !self.ring.is_empty() || self.has_work();

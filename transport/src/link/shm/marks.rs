@@ -1,5 +1,5 @@
 //! How far two processes have come that copy one payload together: the receiver from its start
-//! on, the sender from its end backwards (see `link/help`).
+//! on, the sender from its end backwards (see `link/together`).
 //!
 //! Each side's page has one [`Marks`], which only it writes. Two rules keep memory from being
 //! written that is no longer the copy's, and each is a pair of "store, `fence(SeqCst)`, load the

@@ -232,7 +232,7 @@ fn ways(options: &ShmOptions, ours: &Result<(), String>, theirs: &Result<(), Str
     });
     match (ours, theirs) {
         (Ok(()), Ok(())) => text.push_str(&format!(
-            ", single copy (process_vm_readv), by both sides from {} KiB on (process_vm_writev)",
+            ", single copy (process_vm_readv), messages from {} KiB on by both sides (process_vm_writev)",
             TOGETHER_MIN_BYTES >> 10
         )),
         (Err(ours), Err(theirs)) if ours == theirs => {

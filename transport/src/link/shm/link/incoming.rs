@@ -57,6 +57,8 @@ pub(super) struct Progressing {
     pub(super) end: u64,
     /// The memory may stay in use after the link's end.
     pub(super) lasting: bool,
+    /// The sender has been asked to copy as well.
+    pub(super) has_asked: bool,
     /// The rest comes through the peer's arena.
     pub(super) asked: bool,
 }
@@ -315,8 +317,17 @@ impl ShmLink {
         }
         let (into, from) = (Cursor::default(), Cursor::default());
         let end = incoming.len;
-        incoming.landing =
-            Some(Progressing { to, op, into, from, done: 0, end, lasting, asked: false });
+        incoming.landing = Some(Progressing {
+            to,
+            op,
+            into,
+            from,
+            done: 0,
+            end,
+            lasting,
+            has_asked: false,
+            asked: false,
+        });
         self.landing.push_back(key);
         self.attention = true;
         Ok(())

@@ -37,6 +37,8 @@ pub(super) struct Outgoing {
     push: Option<Push>,
     /// A large message that the peer copies.
     bulk: bool,
+    /// This side was asked to copy it as well.
+    pub(super) helped: bool,
 }
 
 impl Outgoing {
@@ -155,6 +157,7 @@ impl ShmLink {
             copied: Box::default(),
             push: None,
             bulk,
+            helped: false,
         };
         let kind = if by_reference {
             Kind::Loan

@@ -13,12 +13,13 @@
 //! link then lingers, until the sender is seen to have stopped or its process to have ended. So
 //! only memory that the driver can keep for so long is offered (`Disposition::Land`). And a number
 //! of a process that has ended may come to name another one: a look at the process's descriptor
-//! comes before each piece, so that to be wrong the kernel would have to give away all its other
-//! numbers between that look and the next instruction but few.
+//! comes before each write, so that to be wrong the kernel would have to give away all its other
+//! numbers between that look and the next instruction but few. (What no look can tell in that moment
+//! is that the process has become another program by `exec`.)
 
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use std::{hint, pin::Pin};
+use std::{pin::Pin, thread};
 
 use smallvec::SmallVec;
 
@@ -80,6 +81,7 @@ pub(super) struct Helping {
 pub(super) struct Lingering {
     op: OpId,
     pause: Duration,
+    next: Instant,
     over: Sleep,
 }
 
@@ -96,16 +98,21 @@ impl ShmLink {
         }
         let Some(incoming) = self.incoming.get_mut(key) else { return Ok(()) };
         let (remote, len) = (incoming.remote, incoming.len);
-        let Some(landing) = &incoming.landing else { return Ok(()) };
+        let Some(landing) = &mut incoming.landing else { return Ok(()) };
         let worthwhile = landing.lasting
             && (self.together_min..OFFSET_MAX).contains(&len)
             && len - landing.done >= self.together_min
-            && landing.end == len
+            && !landing.has_asked
             && landing.to.len() <= PULLS_MAX;
         if !worthwhile {
             return Ok(());
         }
-        let number = self.last_number.wrapping_add(1);
+        landing.has_asked = true;
+        let mut number = self.last_number.wrapping_add(1);
+        if self.ring.peer().marks.given(number).is_some() {
+            // The word in the page is that of a copy of long ago, or has never been written.
+            number = number.wrapping_add(1);
+        }
         self.last_number = number;
         let mut bytes = [0; RECORD_MAX];
         let count = landing.to.len() as u64 | u64::from(number) << 32;
@@ -159,13 +166,13 @@ impl ShmLink {
             // The copy was closed before the sender knew.
             return Ok(());
         };
-        self.asked = None;
         let Some(incoming) = self.incoming.get_mut(asked.key) else { return Ok(()) };
         if fixed.id != asked.key || fixed.len > incoming.len {
             return Err(protocol("the end of a common copy that cannot be"));
         }
         let Some(landing) = &mut incoming.landing else { return Ok(()) };
         landing.end = fixed.len;
+        self.asked = None;
         if asked.closed {
             self.landing.push_back(asked.key);
             self.attention = true;
@@ -179,8 +186,10 @@ impl ShmLink {
         if let Some(asked) = self.asked.take()
             && let Some(landing) = self.incoming.remove(asked.key).and_then(|open| open.landing)
         {
-            let over = self.timers.sleep_until(Instant::now());
-            self.lingering = Some(Lingering { op: landing.op, pause: PAUSE_MIN, over });
+            let next = Instant::now() + PAUSE_MIN;
+            let over = self.timers.sleep_until(next);
+            self.lingering = Some(Lingering { op: landing.op, pause: PAUSE_MIN, next, over });
+            self.wait_for_writer();
         }
         let Some(lingering) = &self.lingering else { return Killed::Over };
         let op = lingering.op;
@@ -193,29 +202,28 @@ impl ShmLink {
         Killed::Over
     }
 
-    /// Waits a little for a piece that is being written.
     fn writer_has_stopped(&self) -> bool {
-        if self.ring.own().forked() {
-            // It is the parent's memory that is written.
-            return true;
-        }
+        // In a forked child it is the parent's memory that is written.
+        self.ring.own().forked() || !self.ring.peer().marks.is_busy() || self.process_has_ended()
+    }
+
+    /// Waits a little for a piece that is being written.
+    fn wait_for_writer(&self) {
         let until = Instant::now() + KILL_PATIENCE;
-        loop {
-            if !self.ring.peer().marks.is_busy() || self.process_has_ended() {
-                return true;
-            }
-            if Instant::now() > until {
-                return false;
-            }
-            hint::spin_loop();
+        while !self.writer_has_stopped() && Instant::now() < until {
+            thread::yield_now();
         }
     }
 
+    /// Looks ever more seldom, however often it is asked meanwhile.
     fn linger(&mut self) {
         let Some(lingering) = &mut self.lingering else { return };
-        let over = Instant::now() + lingering.pause;
-        lingering.pause = (lingering.pause * 2).min(PAUSE_MAX);
-        lingering.over = self.timers.sleep_until(over);
+        let now = Instant::now();
+        if now >= lingering.next {
+            lingering.pause = (lingering.pause * 2).min(PAUSE_MAX);
+            lingering.next = now + lingering.pause;
+            lingering.over = self.timers.sleep_until(lingering.next);
+        }
     }
 
     /// Arms a link that lingers: until its peer's process ends, or it is time to look again.
@@ -258,11 +266,13 @@ impl ShmLink {
         if len >= OFFSET_MAX || !outgoing.is_read_by_peer() {
             return Err(protocol("help asked for with a payload that the peer does not read"));
         }
-        let few = outgoing.pieces.len() <= PULLS_MAX;
+        // An honest receiver asks once for a payload, and lists more pieces than that elsewhere.
+        let may = !outgoing.helped && outgoing.pieces.len() <= PULLS_MAX;
+        outgoing.helped = true;
         let helping = Helping { key: fixed.id, handle: fixed.len, number, to, from: len };
         // A copy before this one has been closed.
         self.helping = Some(helping);
-        if self.may_pull && self.may_help && few {
+        if self.may_pull && self.may_help && may {
             self.attention = true;
             Ok(())
         } else {
@@ -308,7 +318,13 @@ impl ShmLink {
             }
             let take = piece(open).min(left as u64);
             moved = true;
-            if !self.give(take)? {
+            let given = self.give(take)?;
+            if self.dead.is_some() {
+                // What the peer wrote before its end is read first.
+                self.helping = None;
+                break;
+            }
+            if !given {
                 self.stop_helping()?;
                 break;
             }
@@ -320,36 +336,44 @@ impl ShmLink {
 
     /// Writes the last `take` bytes before those that are there. `false`: it cannot be done.
     fn give(&mut self, take: u64) -> Result<bool, LinkError> {
-        self.look_for_death()?;
-        self.check_alive()?;
-        let Some(helping) = &mut self.helping else { return Ok(false) };
-        let Some(outgoing) = self.outgoing.get_mut(helping.key) else { return Ok(false) };
-        let (own, peer) = (&self.ring.own().marks, self.ring.peer());
-        let (number, before, from) = (helping.number, helping.from, helping.from - take);
-        own.begin(number, from);
+        let Some(Helping { number, from: before, .. }) = self.helping else { return Ok(false) };
+        let from = before - take;
+        self.ring.own().marks.begin(number, from);
         // From here to `end` the receiver keeps the memory, if it has not let go of it yet.
-        let written = if !peer.trusted() || peer.marks.taken(number).is_none_or(|at| at > from) {
-            Ok(false)
-        } else {
+        let written = self.write(number, from, take);
+        let there = if matches!(written, Ok(true)) { from } else { before };
+        self.ring.own().marks.end(number, there);
+        if let Some(helping) = &mut self.helping {
+            helping.from = there;
+        }
+        self.counters.single_copy_bytes_sent += before - there;
+        written
+    }
+
+    fn write(&mut self, number: u16, from: u64, take: u64) -> Result<bool, LinkError> {
+        let peer = self.ring.peer();
+        if !peer.trusted() || peer.marks.taken(number).is_none_or(|taken| taken > from) {
+            return Ok(false);
+        }
+        let mut at = from;
+        while at < from + take {
+            // Before each call: the number must still be that of the peer's process.
+            self.look_for_death()?;
+            let helping = self.helping.as_ref().filter(|_| self.dead.is_none());
+            let Some(helping) = helping else { return Ok(false) };
+            let Some(outgoing) = self.outgoing.get_mut(helping.key) else { return Ok(false) };
+            let (left, to) = (from + take - at, &helping.to);
             // SAFETY: the poster keeps the pieces readable until done, and `outgoing` is open.
-            unsafe { copy::write_peer(self.pid, &outgoing.pieces, &helping.to, from, take) }
-                .map(|()| true)
-        };
-        let written = match written {
-            Ok(true) => {
-                helping.from = from;
-                true
+            match unsafe { copy::write_peer(self.pid, &outgoing.pieces, to, at, left) } {
+                Ok(written) => at += written,
+                Err(error) => {
+                    // It may be read, and not written: a filter of system calls.
+                    tracing::debug!(%error, "copies into the peer's memory fail");
+                    self.may_help = false;
+                    return Ok(false);
+                }
             }
-            Ok(false) => false,
-            Err(error) => {
-                // It may be read, and not written: a filter of system calls.
-                tracing::debug!(%error, "copies into the peer's memory fail");
-                self.may_help = false;
-                false
-            }
-        };
-        own.end(number, if written { from } else { before });
-        self.counters.single_copy_bytes_sent += if written { take } else { 0 };
-        Ok(written)
+        }
+        Ok(true)
     }
 }

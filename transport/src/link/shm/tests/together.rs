@@ -229,6 +229,49 @@ async fn a_link_ends_at_once_when_the_sender_is_not_writing() {
 }
 
 /// The word in the page alone, before anything else tells of the end.
+/// The numbers of copies are used again, and a page that was never written says 0.
+#[tokio::test]
+async fn what_is_left_of_another_copy_is_not_believed() {
+    let mut pair = pair().await;
+    let bytes = pattern(LONG);
+    for (last, next) in [(u16::MAX, 1), (1, 3)] {
+        pair.right.last_number = last;
+        if last == u16::MAX {
+            pair.left.page().marks.end(0, 0);
+        } else {
+            pair.left.page().marks.end(2, 4096);
+        }
+        let index = pair.ask(&bytes);
+        assert_eq!(pair.right.last_number, next);
+        while !pair.at_right.done.contains_key(&index) {
+            turn(&mut pair.right, &mut pair.at_right).expect("right");
+        }
+        assert!(pair.at_right.landed[&index] == bytes);
+        pair.pump(|pair| pair.at_left.done.contains_key(&999));
+        pair.at_left.done.clear();
+    }
+}
+
+#[tokio::test]
+async fn a_payload_is_copied_once_by_the_sender() {
+    let mut pair = pair().await;
+    let bytes = pattern(LONG);
+    let mut memory = vec![0; LONG];
+    assert_eq!(pair.post(1, &[segment(&bytes)]), Post::Pending);
+    let addr = memory.as_mut_ptr().expose_provenance() as u64;
+    for number in [5, 6] {
+        pair.right.page().marks.take(number, 0);
+        let count = u64::from(number) << 32 | 1;
+        let record = numbers(&[0, 0, count, addr, LONG as u64]);
+        pair.right.forge(flags(Kind::Help, How::Eager, 0), &record);
+        for _ in 0..20 {
+            turn(&mut pair.left, &mut pair.at_left).expect("left");
+        }
+    }
+    assert!(memory == bytes);
+    assert_eq!(pair.copied_by_sender(), LONG as u64);
+}
+
 #[tokio::test]
 async fn a_receiver_that_is_dying_is_not_written_to() {
     let mut pair = pair().await;
