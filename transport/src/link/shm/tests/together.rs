@@ -261,7 +261,7 @@ async fn a_payload_is_copied_once_by_the_sender() {
     let addr = memory.as_mut_ptr().expose_provenance() as u64;
     for number in [5, 6] {
         pair.right.page().marks.take(number, 0);
-        let count = u64::from(number) << 32 | 1;
+        let count = (u64::from(number) << 32) | 1;
         let record = numbers(&[0, 0, count, addr, LONG as u64]);
         pair.right.forge(flags(Kind::Help, How::Eager, 0), &record);
         for _ in 0..20 {
@@ -310,16 +310,16 @@ async fn a_link_lingers_while_the_sender_writes() {
 async fn claims_that_cannot_be_end_the_link() {
     let list = |values: &[u64]| numbers(values);
     let len = LONG as u64;
-    let one = |number: u64| number << 32 | 1;
+    let one = |number: u64| (number << 32) | 1;
     // Of the sender's memory: payload 0 is open, of `len` bytes.
     let to_sender: Vec<(&str, Vec<u8>)> = vec![
         ("a payload that is not open", list(&[99, 0, one(1), 4096, len])),
         ("pieces too few", list(&[0, 0, one(1), 4096, len - 1])),
         ("pieces too many", list(&[0, 0, one(1), 4096, len + 1])),
-        ("a sum that overflows", list(&[0, 0, 2 | 1 << 32, 4096, u64::MAX, 4096, len + 1])),
-        ("a record that ends early", list(&[0, 0, 2 | 1 << 32, 4096, len])),
-        ("a number too large", list(&[0, 0, 1 | 1 << 48, 4096, len])),
-        ("a count too large", list(&[0, 0, PULLS_MAX as u64 + 1 | 1 << 32, 4096, len])),
+        ("a sum that overflows", list(&[0, 0, 2 | (1 << 32), 4096, u64::MAX, 4096, len + 1])),
+        ("a record that ends early", list(&[0, 0, 2 | (1 << 32), 4096, len])),
+        ("a number too large", list(&[0, 0, 1 | (1 << 48), 4096, len])),
+        ("a count too large", list(&[0, 0, (PULLS_MAX as u64 + 1) | (1 << 32), 4096, len])),
     ];
     for (what, record) in to_sender {
         let mut pair = pair().await;
@@ -347,7 +347,7 @@ async fn a_receiver_without_memory_gets_no_help() {
     let bytes = pattern(LONG);
     assert_eq!(pair.post(1, &[segment(&bytes)]), Post::Pending);
     pair.right.page().marks.take(5, 0);
-    let record = numbers(&[0, 0, 5 << 32 | 1, 4096, LONG as u64]);
+    let record = numbers(&[0, 0, (5 << 32) | 1, 4096, LONG as u64]);
     pair.right.forge(flags(Kind::Help, How::Eager, 0), &record);
     turn(&mut pair.left, &mut pair.at_left).expect("no harm done");
     assert!(!pair.left.may_help);
