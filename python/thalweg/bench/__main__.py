@@ -116,6 +116,8 @@ def _dask(options: argparse.Namespace) -> int:
         _write_json(json_file, results.rows)
         if json_file is not sys.stdout:
             print(cluster.render(results.rows))
+            if options.profile:
+                print(f"\n{cluster.profile.render(results.rows)}")
             for route in results.routes:
                 print(f"route: {route}")
         if options.plot:
