@@ -57,14 +57,19 @@ class ThalwegConnector(Connector):
         node.enter()
         try:
             endpoint = await node.node.connect(target)
-            if endpoint.is_closed:
-                raise CommClosedError(f"in {self}: {target} hung up")
             local = _local_address(endpoint, host)
             return self.comm_class(
                 endpoint, local, self.prefix + address, deserialize, node=node
             )
         except thalweg.Error as error:
-            raise errors.closed(self, error) from error
+            if not errors.is_hung_up(error):
+                raise errors.closed(self, error) from error
+            # Over tcp:// this connection would have been made, and the first use of it fail. Dask
+            # tries again where connecting fails, not then: who has begun to end is let be.
+            local = PREFIX + unparse_host_port(get_ip(ensure_ip(host or "localhost")), 0)
+            return self.comm_class(
+                None, local, self.prefix + address, deserialize, node=node, why_ended=error
+            )
         finally:
             node.leave()
 

@@ -45,7 +45,7 @@ class ThalwegComm(Comm):
 
     def __init__(
         self,
-        endpoint: thalweg.Endpoint,
+        endpoint: thalweg.Endpoint | None,
         local_addr: str,
         peer_addr: str,
         deserialize: bool = True,
@@ -53,18 +53,23 @@ class ThalwegComm(Comm):
         node: LoopNode,
         incoming: bool = False,
         owner: Any = None,
+        why_ended: thalweg.Error | None = None,
     ):
-        self._closed = False
+        """Without an endpoint it has ended from the beginning, and says why to who uses it."""
+        self._closed = endpoint is None
         super().__init__(deserialize=deserialize)
         self._local_addr = local_addr
         self._peer_addr = peer_addr
-        self._endpoint: thalweg.Endpoint | None = endpoint
+        self._endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         self._writing = 0
-        self._why_ended: thalweg.Error | None = None
+        self._why_ended = why_ended
         self.traffic = traffic.Traffic(endpoint, peer_addr, incoming, owner)
         self._finalizer = weakref.finalize(self, _finalize, endpoint, repr(self))
         self._finalizer.atexit = False
+        if endpoint is None:
+            self._finalizer.detach()
+            return
         traffic.started(self)
         node.enter()
         # Weakly: a callback that is never called, since its loop has ended, keeps nothing.
@@ -253,7 +258,7 @@ def _taken_apart(frames: list[memoryview]) -> list[memoryview]:
     return frames
 
 
-def _finalize(endpoint: thalweg.Endpoint, representation: str) -> None:
-    if not endpoint.is_closed:
+def _finalize(endpoint: thalweg.Endpoint | None, representation: str) -> None:
+    if endpoint is not None and not endpoint.is_closed:
         logger.warning("Closing dangling endpoint in %s", representation)
         endpoint.abort()
