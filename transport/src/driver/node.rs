@@ -169,6 +169,11 @@ impl NodeShared {
         Ok(())
     }
 
+    /// Whether the runtime has ended: nothing will progress any more.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
     /// Gives work to the resident task.
     pub fn spawn(&self, task: Task) {
         lock(&self.new_tasks).push(task);
@@ -294,6 +299,7 @@ impl NodeShared {
         }
         for endpoint in self.all_endpoints() {
             endpoint.fail(runtime_gone());
+            endpoint.core().wake_end_waiters();
         }
         drop(self.take_new_tasks());
         self.wake_all_waiters();
