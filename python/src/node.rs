@@ -17,7 +17,7 @@ use crate::buffer::{self, PyMemory};
 use crate::local::{self, Local};
 use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
 use crate::region::Region;
-use crate::{config, error, report};
+use crate::{config, error, log, report};
 
 /// A closed node is through with everything in one or two turns.
 const WIND_UP_TURNS: u32 = 8;
@@ -95,6 +95,7 @@ impl Shared {
             local::drop_postponed(py);
             buffer::give_back(py);
         }
+        log::hand_over(py);
         let ready = std::mem::take(&mut *lock(&self.ready));
         for wakeup in ready {
             result = result.and(wakeup.resume(py, self, how));
@@ -298,6 +299,7 @@ impl Node {
         let event_loop = running_loop(py)
             .map_err(|_| PyRuntimeError::new_err("a node is made inside a running event loop"))?;
         let config::Settings { config: settings, spin, allocator } = config::read(py, settings)?;
+        log::ask(py);
         let settings = match &allocator {
             Some(allocator) => settings.allocator(allocator.clone()),
             None => settings,
@@ -326,11 +328,13 @@ impl Node {
         }
         let reader = Bound::new(py, Reader(shared.clone()))?;
         event_loop.call_method1("add_reader", (descriptor, reader))?;
+        log::hand_over(py);
         Ok(Node { shared })
     }
 
     /// Listens at exactly this address (``thalweg://host:port``; port 0 lets the system choose).
-    fn listen(&self, address: String) -> PyResult<Operation> {
+    fn listen(&self, py: Python<'_>, address: String) -> PyResult<Operation> {
+        log::ask(py);
         let node = (*self.shared.node).clone();
         let work = async move { node.listen(address).await.map(Outcome::Listener) };
         self.operation("listen", None, None, work)
@@ -338,7 +342,13 @@ impl Node {
 
     /// Connects to a listener.
     #[pyo3(signature = (address, *, timeout=None))]
-    fn connect(&self, address: String, timeout: Option<f64>) -> PyResult<Operation> {
+    fn connect(
+        &self,
+        py: Python<'_>,
+        address: String,
+        timeout: Option<f64>,
+    ) -> PyResult<Operation> {
+        log::ask(py);
         let node = (*self.shared.node).clone();
         let peer = address.clone();
         let work = async move { node.connect(address).await.map(Outcome::Endpoint) };

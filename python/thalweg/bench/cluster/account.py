@@ -1,8 +1,8 @@
 """Where the time of a scheduler, a worker or a client goes, of their event loop above all.
 
 Preloaded into Dask's processes (``--preload``). What runs in the event loop's thread belongs to one
-of :data:`KINDS` at any time; changing it costs about a microsecond. Dask and the protocols' backends
-are not changed otherwise, and each is counted by the same rules:
+of :data:`KINDS` at any time; changing it costs about a microsecond. The protocols' backends are not
+changed otherwise, and are counted by the same rules, on connections that were there before as well:
 
 - ``comm``: every step of a comm's ``read`` and ``write``, and the callback that the loop calls when
   a descriptor is ready, system calls included. Not what Dask does in that same callback afterwards.
@@ -26,6 +26,7 @@ from typing import Any
 
 from distributed.batched import BatchedSend
 from distributed.comm.core import Comm
+from tornado.ioloop import IOLoop
 from tornado.iostream import BaseIOStream
 
 KINDS = ("comm", "serialise", "dask", "waits")
@@ -149,21 +150,34 @@ def _count_comms() -> None:
         for name in ("to_frames", "from_frames"):
             if name in vars(module):
                 _steps_of(module, name, "serialise")
-    # Tornado's streams, which tcp:// uses.
+
+
+def _count_streams(io_loop: Any) -> None:
+    """Tornado's streams, which tcp:// uses: those to come, and those that are open."""
     stream: Any = BaseIOStream
-    stream._handle_events = _calls_of(stream._handle_events, _READY)
+    handle = stream._handle_events
+    stream._handle_events = _calls_of(handle, _READY)
+    for descriptor, (file, handler) in list(io_loop.handlers.items()):
+        if getattr(handler, "__func__", None) is handle:
+            io_loop.handlers[descriptor] = (file, _calls_of(handler, _READY))
 
 
-def _count_loop(loop: Any) -> None:
-    loop._selector.select = _calls_of(loop._selector.select, "waits")
+def _count_readers(loop: Any) -> None:
+    """thalweg's nodes: those to come, and those that are there."""
     add_reader = loop.add_reader
 
+    def of_thalweg(callback: Any) -> bool:
+        return type(callback).__module__ == "thalweg"
+
     def counted(descriptor: Any, callback: Any, *arguments: Any) -> Any:
-        if type(callback).__module__ == "thalweg":
-            callback = _calls_of(callback, _READY)
+        callback = _calls_of(callback, _READY) if of_thalweg(callback) else callback
         return add_reader(descriptor, callback, *arguments)
 
     loop.add_reader = counted
+    for key in loop._selector.get_map().values():
+        reader, _ = key.data
+        if reader is not None and of_thalweg(reader._callback):
+            reader._callback = _calls_of(reader._callback, _READY)
 
 
 def _count_batches() -> None:
@@ -195,7 +209,10 @@ def begin() -> None:
     if _clock is None:
         _count_comms()
         _count_batches()
-        _count_loop(asyncio.get_running_loop())
+        loop: Any = asyncio.get_running_loop()
+        _count_streams(IOLoop.current())
+        _count_readers(loop)
+        loop._selector.select = _calls_of(loop._selector.select, "waits")
         _clock = Clock()
 
 
