@@ -11,7 +11,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefMethods, PyWeakrefReference};
-use thalweg::CloseReason;
+use thalweg::{CloseReason, HostTurn};
 
 use crate::buffer::{self, PyMemory};
 use crate::local::{self, Local};
@@ -43,6 +43,8 @@ pub struct Shared {
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
     heavy: Heavy,
+    /// As `heavy`, for what is done at the end of a turn.
+    resting: Heavy,
     allocator: Option<Arc<config::PyAllocator>>,
 }
 
@@ -101,6 +103,15 @@ impl Shared {
             result = result.and(wakeup.resume(py, self, how));
         }
         result
+    }
+
+    /// The end of a turn, after the tasks that are ready have gone on.
+    pub fn finish(self: &Arc<Self>, py: Python<'_>, turn: HostTurn<'_>) -> PyResult<()> {
+        {
+            let _inside = self.enter();
+            self.resting.run(py, || turn.finish());
+        }
+        self.settle(py, Resume::Soon)
     }
 
     pub fn new_watch_id(&self) -> u64 {
@@ -259,6 +270,7 @@ impl Reader {
     fn __call__(&self, py: Python<'_>) -> PyResult<()> {
         let shared = &self.0;
         shared.check()?;
+        let turn = shared.node.host_turn();
         let progress = {
             let _inside = shared.enter();
             shared.heavy.run(py, || shared.node.progress())
@@ -268,6 +280,7 @@ impl Reader {
             false => Ok(()),
         };
         shared.settle(py, Resume::Now)?;
+        shared.finish(py, turn)?;
         unwatched?;
         progress.map_err(|error| error::raise(py, &error))
     }
@@ -321,6 +334,7 @@ impl Node {
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),
             heavy: Heavy::default(),
+            resting: Heavy::default(),
             allocator,
         });
         if let Some(allocator) = &shared.allocator {
