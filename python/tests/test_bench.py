@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from thalweg.bench import pattern
 from thalweg.bench.case import Case
 from thalweg.bench.errors import BenchError

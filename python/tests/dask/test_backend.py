@@ -394,7 +394,7 @@ async def test_many_short_frames_travel_as_one():
         arrays = [np.full(i % 50, i % 256, "u1") for i in range(3000)]
         await a.write({"x": [to_serialize(x) for x in arrays]})
         got = await b.read()
-        assert all((x == y).all() and x.flags.writeable for x, y in zip(arrays, got["x"]))
+        assert all((x == y).all() and x.flags.writeable for x, y in zip(arrays, got["x"], strict=True))
 
 
 def test_putting_together_and_taking_apart():

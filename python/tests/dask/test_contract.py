@@ -167,7 +167,7 @@ async def test_many_arrays_in_one_message(protocol):
             a.write({"x": [to_serialize(x) for x in arrays]}), b.read()
         )
         assert len(got["x"]) == 1000
-        for x, y in zip(arrays, got["x"]):
+        for x, y in zip(arrays, got["x"], strict=True):
             np.testing.assert_array_equal(x, y)
 
 

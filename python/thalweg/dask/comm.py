@@ -116,9 +116,9 @@ class ThalwegComm(Comm):
                 deserializers=deserializers,
                 allow_offload=self.allow_offload,
             )
-        except EOFError:
+        except EOFError as error:
             self.abort()
-            raise CommClosedError("aborted stream on truncated data")
+            raise CommClosedError("aborted stream on truncated data") from error
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
         self._open_endpoint()
@@ -136,7 +136,7 @@ class ThalwegComm(Comm):
             frame_split_size=self.max_shard_size if compressed else sys.maxsize,
         )
         endpoint = self._open_endpoint()
-        size = sum(map(nbytes, frames))
+        size = int(sum(map(nbytes, frames)))
         # From here to where the endpoint has taken the message nothing is awaited: messages keep
         # the order in which they were serialised.
         self._writing += 1
@@ -160,7 +160,7 @@ class ThalwegComm(Comm):
 
     # A coroutine of tornado's needs no task: a loop that stops meanwhile destroys none.
     @gen.coroutine
-    def close(self) -> Any:
+    def close(self) -> Any:  # type: ignore[override]
         endpoint = self._endpoint
         self._forget()
         if endpoint is None or endpoint.is_closed:

@@ -137,7 +137,8 @@ def _calls_of(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
 
 def _comm_classes(base: type) -> set[type]:
-    return {each for sub in base.__subclasses__() for each in (sub, *_comm_classes(sub))}
+    subclasses: list[type] = base.__subclasses__()
+    return {each for one in subclasses for each in (one, *_comm_classes(one))}
 
 
 def _count_comms() -> None:

@@ -84,7 +84,7 @@ def cluster(duty: dict[str, Any]) -> Iterator[steps.Context]:
             scheduler_pid=scheduler.pid,
             worker_pids=[worker.pid for worker in workers],
             scale=duty["scale"],
-            profile=duty["profile"],
+            profiled=duty["profile"],
         )
 
 

@@ -35,7 +35,7 @@ class Context:
     worker_pids: list[int]
     scale: float
     #: Where the time goes is asked before and after everything that is timed.
-    profile: bool = False
+    profiled: bool = False
     profiles: list[profile.Profile] = dataclasses.field(default_factory=list)
 
     def scaled(self, count: float, smallest: int = 1) -> int:
@@ -44,12 +44,12 @@ class Context:
     @contextlib.contextmanager
     def timing(self) -> Iterator[Timing]:
         """Times what is inside of it."""
-        before = profile.so_far(self.client) if self.profile else {}
+        before = profile.so_far(self.client) if self.profiled else {}
         timing = Timing()
         begin = time.perf_counter()
         yield timing
         timing.seconds = time.perf_counter() - begin
-        if self.profile:
+        if self.profiled:
             self.profiles.append(profile.between(before, profile.so_far(self.client)))
 
 
@@ -87,7 +87,7 @@ def _random_bytes(count: int) -> Any:
 
 
 def _touch(array: Any) -> int:
-    return int(array[0]) + int(array[-1]) + array.nbytes
+    return int(array[0]) + int(array[-1]) + int(array.nbytes)
 
 
 def _sum(array: Any) -> int:
