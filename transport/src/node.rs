@@ -242,7 +242,7 @@ impl Node {
 
     /// Opens a stretch in which a host calls [`Node::progress`], polls operations, or lets its tasks
     /// do so. When it ends, endpoints that no operation waits on are looked after there and then, if
-    /// that was not done just before. Without it they are by a ticker of a millisecond: two or
+    /// that was not done often just before. Without it they are by a ticker of a millisecond: two or
     /// three further turns of the host's loop for every message that comes alone.
     ///
     /// A turn opened inside of another one is a part of it. Does nothing on a tokio runtime.

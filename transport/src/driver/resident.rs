@@ -23,9 +23,11 @@ use crate::runtime::{Sleep, Ticker};
 /// other traffic by at most two of these.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
 
-/// How often a host's turn ends with a look at the watch list at most: for a message that comes
-/// alone that saves two ticks, where messages follow each other closely the list is cheaper.
-const REST_EVERY: Duration = Duration::from_micros(200);
+/// How often a host's turn ends with a look at the watch list, in the long run: for a message that
+/// comes alone that saves two ticks, where messages follow each other closely the list is cheaper.
+const REST_EVERY: Duration = Duration::from_micros(250);
+/// So much of that may have been saved up: a request, its answer and what follows come at once.
+const RESTS_SAVED: Duration = Duration::from_millis(1);
 
 /// Handshakes and other tasks polled in one turn.
 const TASKS_PER_TURN: usize = 64;
@@ -41,7 +43,8 @@ pub(crate) struct Resident {
     before_tasks: bool,
     /// They have had it: the watch need not wait for a tick.
     rests: bool,
-    rested: Instant,
+    /// From when on the next such look is due.
+    rests_from: Instant,
     /// Endpoints whose peers may owe an acknowledgement; looked at every `patrol_every`.
     patrolled: HashMap<EndpointId, Arc<Pulse>>,
     patrol_every: Duration,
@@ -68,7 +71,7 @@ impl Resident {
             ticker,
             before_tasks: false,
             rests: false,
-            rested: Instant::now(),
+            rests_from: Instant::now(),
             patrolled: HashMap::new(),
             patrol_every,
             next_patrol: None,
@@ -83,14 +86,15 @@ impl Resident {
     }
 
     /// All tasks of the host's that were woken have polled what they wait for: an endpoint that is on
-    /// the watch list in the next turn is taken over at once, if that was not done just before. `true`:
-    /// that turn is needed, even if nobody was woken.
+    /// the watch list in the next turn is taken over at once, if that was not done often just
+    /// before. `true`: that turn is needed, even if nobody was woken.
     pub fn rests(&mut self) -> bool {
         self.before_tasks = false;
         let now = Instant::now();
-        self.rests = now.duration_since(self.rested) >= REST_EVERY;
+        self.rests = self.rests_from <= now;
         if self.rests {
-            self.rested = now;
+            let saved = now.checked_sub(RESTS_SAVED).unwrap_or(now);
+            self.rests_from = self.rests_from.max(saved) + REST_EVERY;
         }
         !self.watched.is_empty() && (self.rests || !self.ticker.is_running())
     }
