@@ -279,8 +279,11 @@ impl Reader {
             true => shared.unwatch(py),
             false => Ok(()),
         };
-        shared.settle(py, Resume::Now)?;
-        shared.finish(py, turn)?;
+        // A task may have been told to end the program; the turn ends all the same.
+        let settled = shared.settle(py, Resume::Now);
+        let finished = shared.finish(py, turn);
+        settled?;
+        finished?;
         unwatched?;
         progress.map_err(|error| error::raise(py, &error))
     }

@@ -111,11 +111,12 @@ pub struct HostTurn<'n> {
     node: &'n Node,
     /// It lies inside of another one, which ends later.
     inner: bool,
+    finished: bool,
 }
 
 impl HostTurn<'_> {
     /// Ends it: what nobody polls is looked after. Bounded work, as that of [`Node::progress`].
-    pub fn finish(self) {
+    pub fn finish(mut self) {
         if self.inner {
             return;
         }
@@ -127,6 +128,7 @@ impl HostTurn<'_> {
                 side.wakeup.state.fetch_or(WOKEN, Ordering::AcqRel);
             }
             side.wakeup.poll_if_woken(|| poll_resident(&mut resident, &side.waker));
+            self.finished = true;
         }
     }
 }
@@ -134,6 +136,10 @@ impl HostTurn<'_> {
 impl Drop for HostTurn<'_> {
     fn drop(&mut self) {
         let Some(side) = self.node.0.host.as_ref().filter(|_| !self.inner) else { return };
+        if !self.finished {
+            // The ticker may have been left to the end: the next turn sees to it.
+            side.wakeup.state.fetch_or(WOKEN, Ordering::AcqRel);
+        }
         let before = side.wakeup.state.fetch_and(!IN_TURN, Ordering::AcqRel);
         // Somebody inside of `progress` looks themselves.
         if before & (WOKEN | AT_WORK) == WOKEN {
@@ -250,7 +256,7 @@ impl Node {
         let state = self.0.host.as_ref().map(|side| &side.wakeup.state);
         let inner =
             state.is_some_and(|state| state.fetch_or(IN_TURN, Ordering::AcqRel) & IN_TURN != 0);
-        HostTurn { node: self, inner }
+        HostTurn { node: self, inner, finished: false }
     }
 
     /// The host's loop has ended and will not call [`Node::progress`] again: everything fails with
@@ -524,6 +530,9 @@ mod tests {
         side.wakeup.signal();
         drop(turn);
         assert!(readable(&side.host, 0));
+        rest();
+        drop(node.host_turn());
+        assert!(readable(&side.host, 0), "what the turn put off is done by the next one");
         rest();
         let turn = node.host_turn();
         side.wakeup.signal();
