@@ -315,7 +315,7 @@ def _after_a_tenth(once: Callable[[int], float], count: int) -> tuple[float, dic
 
 def _cpu_s(pids: list[int]) -> float:
     times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 def idle(context: Context) -> tuple[float, dict[str, float]]:
