@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use thalweg::{Config, Endpoint, ErrorKind, LinkKind, Message, Node, Verdict};
+use thalweg::{
+    Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, MockSwitch, Node, Verdict,
+};
 use thalweg_tests::{
     Way, check_pattern, pair, pattern, poll_times, run_once, skipped, until, within,
 };
@@ -898,6 +900,30 @@ fn host_loop(name: &str, way: Way) {
         d.closed().await;
         two.node.close(thalweg::CloseReason::new(2, "done")).await;
         until("wound up", || two.node.is_wound_up()).await;
+    });
+}
+
+/// Whoever waits for the end of an endpoint is told when the loop has ended, although the link is
+/// not through and nobody will drive it.
+#[test]
+fn host_loop_that_ends_while_a_link_lingers() {
+    let switch = MockSwitch::new();
+    let config = || Way::Mock.config().mock(MockPlan::new().switch(&switch));
+    let (one, two) = (Host::start(config()), Host::start(config()));
+    run_once("host_loop_that_ends_while_a_link_lingers", async {
+        let listener = two.node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = thalweg_tests::connect(&one.node, &listener).await;
+        let mut closed = a.closed();
+        assert!(poll_times(&mut closed, 3).await.is_none());
+        switch.linger(true);
+        one.node.host_ended();
+        let why = within(Duration::from_secs(10), "the end", closed).await;
+        assert_eq!(why.kind(), ErrorKind::RuntimeGone);
+        let again = within(Duration::from_secs(10), "the end", a.closed()).await;
+        assert_eq!(again.kind(), ErrorKind::RuntimeGone);
+        // What the link still had is let go of with the endpoint.
+        switch.linger(false);
+        drop((a, b));
     });
 }
 

@@ -11,10 +11,11 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use bytes::Bytes;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use thalweg::{Buffer, BufferMut, Region};
+use thalweg::{Buffer, BufferMut, Frame, Region};
 
 use crate::node::Shared;
 use crate::operation::Wakeup;
@@ -87,6 +88,23 @@ pub fn with_bytes<R>(object: &Bound<'_, PyAny>, use_bytes: impl FnOnce(&[u8]) ->
     let result = use_bytes(unsafe { std::slice::from_raw_parts(view.ptr(), view.len()) });
     view.release(object.py());
     Ok(result)
+}
+
+/// A frame of a buffer: a copy, if it has at most `copied_max` bytes, or the memory itself.
+pub fn frame(
+    shared: &Arc<Shared>,
+    object: &Bound<'_, PyAny>,
+    copied_max: usize,
+) -> PyResult<Frame> {
+    let view = View::get(object, ffi::PyBUF_SIMPLE)?;
+    if view.len() > copied_max {
+        return Ok(Frame::from(Bytes::from_owner(PyMemory::new(shared, view, None))));
+    }
+    // SAFETY: filled, `len` readable bytes; the GIL is held, so no Python code writes.
+    let bytes = unsafe { std::slice::from_raw_parts(view.ptr(), view.len()) };
+    let frame = Frame::copy_from_slice(bytes);
+    view.release(object.py());
+    Ok(frame)
 }
 
 /// What an operation has lent of its caller's memory and may still be written to.

@@ -14,6 +14,10 @@ use crate::error;
 use crate::local;
 use crate::node::Shared;
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What a node is made from.
 pub struct Settings {
     pub config: Config,
@@ -107,6 +111,8 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
 pub struct PyAllocator {
     /// Until the node ends: it may hold the node.
     callable: Mutex<Option<Py<PyAny>>>,
+    /// What the callable raised last, for the error that ends the endpoint.
+    refusal: Mutex<Option<String>>,
     elsewhere: HostPool,
     home: OnceLock<(Weak<Shared>, ThreadId)>,
 }
@@ -118,7 +124,12 @@ impl PyAllocator {
     fn new(callable: Py<PyAny>) -> Arc<Self> {
         let elsewhere = HostPool::new(ELSEWHERE_BYTES);
         let callable = Mutex::new(Some(callable));
-        Arc::new(PyAllocator { callable, elsewhere, home: OnceLock::new() })
+        Arc::new(PyAllocator {
+            callable,
+            refusal: Mutex::default(),
+            elsewhere,
+            home: OnceLock::new(),
+        })
     }
 
     /// The node, which is made after its allocator.
@@ -130,15 +141,11 @@ impl PyAllocator {
 
     /// The node has ended: nothing is received any more.
     pub fn end(&self) {
-        drop(self.callable().take());
-    }
-
-    fn callable(&self) -> MutexGuard<'_, Option<Py<PyAny>>> {
-        self.callable.lock().unwrap_or_else(PoisonError::into_inner)
+        drop(lock(&self.callable).take());
     }
 
     fn ask(&self, py: Python<'_>, shared: &Arc<Shared>, len: usize) -> PyResult<PoolBuf> {
-        let callable = self.callable().as_ref().map(|callable| callable.clone_ref(py));
+        let callable = lock(&self.callable).as_ref().map(|callable| callable.clone_ref(py));
         let callable = callable.ok_or_else(|| PyValueError::new_err("the node has ended"))?;
         let object = callable.bind(py).call1((len,))?;
         // What `recv` gives is made here: a refusal loses nothing yet.
@@ -164,10 +171,16 @@ impl Allocator for PyAllocator {
             Python::attach(|py| match self.ask(py, &shared, len_bytes) {
                 Ok(memory) => Some(memory),
                 Err(error) => {
+                    *lock(&self.refusal) = Some(format!("the allocator raised {error}"));
+                    // The traceback, which no text carries.
                     error.write_unraisable(py, None);
                     None
                 }
             })
         })
+    }
+
+    fn refusal(&self) -> Option<String> {
+        lock(&self.refusal).take()
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple, PyWeakrefReference};
 use thalweg::{CloseReason, Error, Failed, Frame, Message, RemoteKey as Key};
@@ -71,11 +70,7 @@ impl Endpoint {
                 return Ok(Frame::copy_from_slice(bytes));
             }
         }
-        let memory = PyMemory::reading(&self.shared, object)?;
-        if memory.len() <= COPIED_MAX {
-            return Ok(Frame::copy_from_slice(memory.as_ref()));
-        }
-        Ok(Frame::from(Bytes::from_owner(memory)))
+        buffer::frame(&self.shared, object, COPIED_MAX)
     }
 
     fn message(&self, frames: &Bound<'_, PyAny>) -> PyResult<Message> {

@@ -17,6 +17,7 @@ mod error;
 mod frame;
 mod listener;
 mod local;
+mod log;
 mod node;
 mod operation;
 mod region;
@@ -44,6 +45,7 @@ mod _core {
     /// The version of the package.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::log::install();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pyo3::prelude::*;
 
 use crate::local::Local;
+use crate::log;
 use crate::node::{Shared, with_block};
 use crate::operation::{Operation, Outcome, Terms};
 
@@ -44,7 +45,8 @@ impl Listener {
 
     /// The next endpoint. Fails with `ClosedError` once the listener is closed.
     #[pyo3(signature = (*, timeout=None))]
-    fn accept(&self, timeout: Option<f64>) -> PyResult<Operation> {
+    fn accept(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Operation> {
+        log::ask(py);
         let listener = self.listener.clone();
         let terms = Terms::new("accept", Some(&self.address), timeout)?;
         Ok(Operation::new(&self.shared, terms, async move {

@@ -11,13 +11,13 @@ use std::time::Duration;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefMethods, PyWeakrefReference};
-use thalweg::CloseReason;
+use thalweg::{CloseReason, HostTurn};
 
 use crate::buffer::{self, PyMemory};
 use crate::local::{self, Local};
 use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
 use crate::region::Region;
-use crate::{config, error, report};
+use crate::{config, error, log, report};
 
 /// A closed node is through with everything in one or two turns.
 const WIND_UP_TURNS: u32 = 8;
@@ -43,6 +43,8 @@ pub struct Shared {
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
     heavy: Heavy,
+    /// As `heavy`, for what is done at the end of a turn.
+    resting: Heavy,
     allocator: Option<Arc<config::PyAllocator>>,
 }
 
@@ -95,11 +97,21 @@ impl Shared {
             local::drop_postponed(py);
             buffer::give_back(py);
         }
+        log::hand_over(py);
         let ready = std::mem::take(&mut *lock(&self.ready));
         for wakeup in ready {
             result = result.and(wakeup.resume(py, self, how));
         }
         result
+    }
+
+    /// The end of a turn, after the tasks that are ready have gone on.
+    pub fn finish(self: &Arc<Self>, py: Python<'_>, turn: HostTurn<'_>) -> PyResult<()> {
+        {
+            let _inside = self.enter();
+            self.resting.run(py, || turn.finish());
+        }
+        self.settle(py, Resume::Soon)
     }
 
     pub fn new_watch_id(&self) -> u64 {
@@ -258,6 +270,7 @@ impl Reader {
     fn __call__(&self, py: Python<'_>) -> PyResult<()> {
         let shared = &self.0;
         shared.check()?;
+        let turn = shared.node.host_turn();
         let progress = {
             let _inside = shared.enter();
             shared.heavy.run(py, || shared.node.progress())
@@ -266,7 +279,11 @@ impl Reader {
             true => shared.unwatch(py),
             false => Ok(()),
         };
-        shared.settle(py, Resume::Now)?;
+        // A task may have been told to end the program; the turn ends all the same.
+        let settled = shared.settle(py, Resume::Now);
+        let finished = shared.finish(py, turn);
+        settled?;
+        finished?;
         unwatched?;
         progress.map_err(|error| error::raise(py, &error))
     }
@@ -298,6 +315,7 @@ impl Node {
         let event_loop = running_loop(py)
             .map_err(|_| PyRuntimeError::new_err("a node is made inside a running event loop"))?;
         let config::Settings { config: settings, spin, allocator } = config::read(py, settings)?;
+        log::ask(py);
         let settings = match &allocator {
             Some(allocator) => settings.allocator(allocator.clone()),
             None => settings,
@@ -319,6 +337,7 @@ impl Node {
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),
             heavy: Heavy::default(),
+            resting: Heavy::default(),
             allocator,
         });
         if let Some(allocator) = &shared.allocator {
@@ -326,11 +345,13 @@ impl Node {
         }
         let reader = Bound::new(py, Reader(shared.clone()))?;
         event_loop.call_method1("add_reader", (descriptor, reader))?;
+        log::hand_over(py);
         Ok(Node { shared })
     }
 
     /// Listens at exactly this address (``thalweg://host:port``; port 0 lets the system choose).
-    fn listen(&self, address: String) -> PyResult<Operation> {
+    fn listen(&self, py: Python<'_>, address: String) -> PyResult<Operation> {
+        log::ask(py);
         let node = (*self.shared.node).clone();
         let work = async move { node.listen(address).await.map(Outcome::Listener) };
         self.operation("listen", None, None, work)
@@ -338,7 +359,13 @@ impl Node {
 
     /// Connects to a listener.
     #[pyo3(signature = (address, *, timeout=None))]
-    fn connect(&self, address: String, timeout: Option<f64>) -> PyResult<Operation> {
+    fn connect(
+        &self,
+        py: Python<'_>,
+        address: String,
+        timeout: Option<f64>,
+    ) -> PyResult<Operation> {
+        log::ask(py);
         let node = (*self.shared.node).clone();
         let peer = address.clone();
         let work = async move { node.connect(address).await.map(Outcome::Endpoint) };

@@ -414,8 +414,10 @@ impl Operation {
     fn go_on<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
         this.shared.check()?;
+        let turn = this.shared.node.host_turn();
         let ended = this.step(py, slf);
-        if let Err(error) = this.shared.settle(py, Resume::Soon) {
+        let settled = this.shared.settle(py, Resume::Soon);
+        if let Err(error) = settled.and(this.shared.finish(py, turn)) {
             // Not this operation's affair, whose outcome must not be lost.
             error.write_unraisable(py, None);
         }

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from thalweg.bench import pattern
 from thalweg.bench.case import Case
 from thalweg.bench.errors import BenchError
@@ -367,7 +366,9 @@ def test_all_steps_over_both_protocols(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = rows_of(json_file.read_text())
-    steps = ["transfer", "shuffle", "rechunk", "tree", "sequential", "at-once", "idle"]
+    steps = [
+        "transfer", "transfer-recorded", "shuffle", "rechunk", "tree", "sequential", "at-once", "idle",
+    ]
     assert [(r["step"], r["protocol"]) for r in rows] == [
         (step, protocol) for step in steps for protocol in ("thalweg", "tcp")
     ]
@@ -376,10 +377,40 @@ def test_all_steps_over_both_protocols(tmp_path):
         assert row["value"] > 0 or row["step"] == "idle"
         assert row["samples"] == [row["value"]]
         assert row["ratio"] is None or row["protocol"] != "tcp" or row["ratio"] == 1
+        assert "profile" not in row
+    # What Dask's log has of a transfer is a part of what its client waits for.
+    values = {(row["step"], row["protocol"]): row["value"] for row in rows}
+    for protocol in ("thalweg", "tcp"):
+        assert values["transfer-recorded", protocol] < values["transfer", protocol]
     assert "thalweg / tcp" in done.stdout
     assert "route: thalweg: shm chosen" in done.stdout
     if plot:
         assert plot_file.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_distributed
+def test_a_profile_of_both_protocols(tmp_path):
+    json_file = tmp_path / "rows.json"
+    done = run(
+        "dask", "--scale", "0.1", "--repeat", "1", "--only", "sequential", "--profile",
+        "--json", str(json_file), limit_s=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(json_file.read_text())
+    assert [row["protocol"] for row in rows] == ["thalweg", "tcp"]
+    for row in rows:
+        for figures in row["profile"].values():
+            cpu = {name: value for name, value in figures.items() if name.endswith("_cpu_s")}
+            assert len(cpu) == 5 and all(value >= 0 for value in cpu.values())
+            # Messages go through all of these, and nothing is counted twice.
+            assert min(cpu["comm_cpu_s"], cpu["serialise_cpu_s"], cpu["dask_cpu_s"]) > 0
+            loop_s = sum(cpu.values()) - cpu["threads_cpu_s"]
+            assert loop_s + figures["waits_s"] < 1.1 * figures["wall_s"] + 0.1
+            assert figures["waits_s"] > 0
+        # 50 tasks, one after the other: a batch each, which waits for the last one's interval.
+        assert 50 <= row["profile"]["client"]["batches"] <= 60
+        assert 0 < row["profile"]["client"]["held_s"] < row["value"]
+    assert all(word in done.stdout for word in ("comm's share", "scheduler", "workers", "client"))
 
 
 @needs_distributed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import textwrap
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import thalweg
@@ -44,6 +47,84 @@ async def test_errors_of_connecting() -> None:
         thalweg.Node(transports="pigeon")
     with pytest.raises(ValueError):
         thalweg.Node(connect_timeout=-1)
+    for name in ["max_message", "message_window", "tag_window"]:
+        with pytest.raises(ValueError, match=f"at least 4096 .THALWEG_{name.upper()}"):
+            thalweg.Node(**{name: 4095})
+
+
+async def said(caplog: pytest.LogCaptureFixture, what: str) -> logging.LogRecord:
+    """The record of the logger ``thalweg`` that says this, when it is there."""
+    while True:
+        for record in caplog.records:
+            if record.name == "thalweg" and what in record.getMessage():
+                return record
+        await asyncio.sleep(0.005)
+
+
+@run
+async def test_a_stranger_at_the_door_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with thalweg.Node() as node, await node.listen("thalweg://127.0.0.1:0") as listener:
+        port = int(listener.address.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        record = await said(caplog, "handshake failed")
+        assert record.levelno == logging.WARNING
+        own = writer.get_extra_info("sockname")[1]
+        assert "not thalweg" in record.getMessage() and str(own) in record.getMessage()
+        writer.close()
+        # Who merely goes away is not worth a warning.
+        caplog.clear()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        await until_stats(node, lambda stats: stats["handshakes_failed"] == 2)
+        assert not caplog.records
+
+
+async def until_stats(node: thalweg.Node, condition: Callable[[dict[str, Any]], bool]) -> None:
+    while not condition(node.stats()):
+        await asyncio.sleep(0.005)
+
+
+@run
+async def test_the_log_has_more_for_who_wants_it(caplog: pytest.LogCaptureFixture) -> None:
+    async with pair():
+        pass
+    assert not caplog.records
+    caplog.set_level(logging.INFO, "thalweg")
+    async with pair():
+        record = await said(caplog, "endpoint up")
+        assert record.levelno == logging.INFO and "link shm" in record.getMessage()
+    caplog.set_level(logging.WARNING, "thalweg")
+    caplog.clear()
+    async with pair():
+        pass
+    assert not caplog.records
+
+
+@run
+async def test_a_log_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told with no lock in hand, and what it raises is not the operation's affair."""
+    seen = []
+
+    class Handler(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            seen.append(node.stats()["endpoints"])
+            raise ValueError("a handler that fails")
+
+    handler = Handler()
+    caplog.set_level(logging.INFO, "thalweg")
+    logging.getLogger("thalweg").addHandler(handler)
+    raised: list[Any] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda args: raised.append(args.exc_type)
+    try:
+        async with thalweg.Node() as node, await node.listen("thalweg://127.0.0.1:0") as listener:
+            there, here = await asyncio.gather(dial(node, listener.address), accepted(listener))
+            await there.send(b"goes on")
+            assert bytes((await here.recv())[0]) == b"goes on"
+    finally:
+        logging.getLogger("thalweg").removeHandler(handler)
+        sys.unraisablehook = hook
+    assert seen and raised == [ValueError] * len(seen)
 
 
 @run
@@ -360,7 +441,7 @@ async def test_from_another_thread() -> None:
 async def test_objects_dropped_in_other_threads() -> None:
     """Python's garbage collector runs where it likes."""
     async with pair(allocator=bytearray) as (there, here):
-        for number in range(30):
+        for _ in range(30):
             box = [here.recv(), there.tag_send(1, bytes(10)), here.tag_recv(1, 1, bytearray(100_000))]
             tasks = [asyncio.ensure_future(operation) for operation in box]
             box.clear()
@@ -406,9 +487,8 @@ def test_fork() -> None:
     asyncio.run(asyncio.wait_for(main(), LIMIT))
 
 
-@run
-async def test_idle_means_idle(link: str) -> None:
-    """A node at rest makes no callback of the loop's."""
+def counted_callbacks() -> Callable[[], int]:
+    """Counts callbacks of the loop's readers that are added from now on."""
     loop = asyncio.get_running_loop()
     calls = 0
     add_reader = loop.add_reader
@@ -422,6 +502,32 @@ async def test_idle_means_idle(link: str) -> None:
         return add_reader(fd, count, *args)
 
     loop.add_reader = counting  # type: ignore[method-assign]
+    return lambda: calls
+
+
+@run
+async def test_a_message_that_comes_alone_costs_few_callbacks(link: str) -> None:
+    """One for the message itself, and no ticks after it."""
+    calls = counted_callbacks()
+    async with pair(transports=link) as (there, here):
+        for _ in range(2):
+            before = calls()
+            for _ in range(50):
+                waiting = asyncio.ensure_future(here.recv())
+                await asyncio.sleep(0.002)
+                await there.send([b"short", bytearray(100)])
+                await waiting
+                await asyncio.sleep(0.004)
+            if calls() - before <= 75:
+                break
+        # Ticks would make it four each.
+        assert calls() - before <= 75
+
+
+@run
+async def test_idle_means_idle(link: str) -> None:
+    """A node at rest makes no callback of the loop's."""
+    calls = counted_callbacks()
     async with pair(transports=link) as (there, here):
         waiting = asyncio.ensure_future(here.recv())
         for _ in range(100):
@@ -429,17 +535,17 @@ async def test_idle_means_idle(link: str) -> None:
             await waiting
             waiting = asyncio.ensure_future(here.recv())
         await asyncio.sleep(0)
-        assert calls > 50
+        assert calls() > 50
         quiet = time.monotonic()
-        last = calls
+        last = calls()
         while time.monotonic() < quiet + 1:
             await asyncio.sleep(0.1)
-            if calls != last:
-                last, quiet = calls, time.monotonic()
+            if calls() != last:
+                last, quiet = calls(), time.monotonic()
             assert time.monotonic() < quiet + LIMIT
-        before, cpu = calls, time.thread_time()
+        before, cpu = calls(), time.thread_time()
         await asyncio.sleep(1)
-        assert calls == before
+        assert calls() == before
         assert time.thread_time() - cpu < 0.05
         await there.send(b"it still wakes")
         await asyncio.wait_for(waiting, 5)

@@ -211,7 +211,7 @@ async def test_with_asyncio() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.02):
                     await here.recv()
-            with pytest.raises(ExceptionGroup):
+            with pytest.raises(ExceptionGroup):  # noqa: F821
                 async with asyncio.TaskGroup() as group:
                     group.create_task(_wait(here))
                     group.create_task(_fail())

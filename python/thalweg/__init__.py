@@ -38,6 +38,7 @@ from ._core import (
     __version__,
 )
 from ._errors import (
+    KINDS,
     AddressError,
     BufferTooSmallError,
     ClosedError,
@@ -46,7 +47,6 @@ from ._errors import (
     Error,
     ForkedError,
     InvalidInputError,
-    KINDS,
     LimitError,
     NodeGoneError,
     NoRouteError,

@@ -12,6 +12,8 @@ use crate::link::LinkKind;
 use crate::memory::Allocator;
 
 /// The kernel counts in seconds, and needs one for each of silence, probe and answer.
+/// No window and no limit of a message is smaller, in bytes.
+const SIZE_MIN: u64 = 4096;
 const KEEPALIVE_MIN: Duration = Duration::from_secs(3);
 
 /// Points in time beyond this may not be representable.
@@ -229,7 +231,8 @@ impl Config {
         /// What the windows of all endpoints may add up to; later endpoints get smaller windows,
         /// down to 64 KiB. `THALWEG_NODE_BUDGET`. Default: 2 GiB.
         node_budget_bytes: u64;
-        /// The largest message that is accepted, in bytes. `THALWEG_MAX_MESSAGE`. Default: 16 GiB.
+        /// The largest message that is accepted, in bytes, at least 4 KiB. `THALWEG_MAX_MESSAGE`.
+        /// Default: 16 GiB.
         max_message_bytes: u64;
         /// The largest number of frames in a message. `THALWEG_MAX_FRAMES`. Default: 1,048,576.
         max_frames: u32;
@@ -384,8 +387,16 @@ impl Config {
         if self.transports.is_empty() {
             return bad("no transport is allowed".into());
         }
-        if self.message_window_bytes < 4096 || self.tag_window_bytes < 4096 {
-            return bad("a window below 4 KiB".into());
+        for (bytes, name) in [
+            (self.message_window_bytes, "MESSAGE_WINDOW"),
+            (self.tag_window_bytes, "TAG_WINDOW"),
+            (self.max_message_bytes, "MAX_MESSAGE"),
+        ] {
+            if bytes < SIZE_MIN {
+                return bad(format!(
+                    "{bytes} bytes are too few, at least {SIZE_MIN} (THALWEG_{name})"
+                ));
+            }
         }
         if self.max_handshakes == 0 {
             return bad("no handshake at all is allowed (THALWEG_MAX_HANDSHAKES)".into());
@@ -460,6 +471,9 @@ mod tests {
             ("THALWEG_CONNECT_TIMEOUT_MS", "0"),
             ("THALWEG_HANDSHAKE_TIMEOUT_MS", "0"),
             ("THALWEG_KEEPALIVE_MS", "2999"),
+            ("THALWEG_MESSAGE_WINDOW", "4095"),
+            ("THALWEG_TAG_WINDOW", "4095"),
+            ("THALWEG_MAX_MESSAGE", "4095"),
         ] {
             let error = parse(&[(name, value)]).expect(name).validate().expect_err(name);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);

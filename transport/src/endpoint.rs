@@ -377,7 +377,8 @@ impl Future for Closed {
             return Poll::Ready(op::forked());
         }
         let mut core = this.shared.core();
-        if core.settled()
+        // A link that lingers is not waited for where nobody drives it any more.
+        if (core.settled() || this.shared.node.is_gone())
             && let Life::Dead(error) = &core.state.life
         {
             return Poll::Ready(error.clone());

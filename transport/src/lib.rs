@@ -59,7 +59,7 @@ pub use link::{LinkCounters, LinkKind};
 pub use listener::Listener;
 pub use memory::{Allocator, Buffer, BufferMut, HostPool, Loan, MemoryKind, PoolBuf, Region};
 pub use message::{Frame, INLINE_MAX, Message};
-pub use node::{Node, RecvAny};
+pub use node::{HostTurn, Node, RecvAny};
 pub use peer::Peer;
 pub use region::{Access, Registered, RemoteKey};
 pub use route::{Candidate, Capability, Family, Lane, Route, Verdict};

@@ -223,7 +223,7 @@ async fn accept_loop(node: Arc<NodeShared>, acceptor: Acceptor, shared: Arc<Shar
         while let Poll::Ready(Some(done)) = handshakes.poll_next_unpin(cx) {
             match done {
                 Ok(endpoint) => deliver(&shared, endpoint),
-                Err(error) => tracing::warn!(%error, "handshake failed"),
+                Err(error) => tell(&error),
             }
         }
         loop {
@@ -246,7 +246,7 @@ async fn accept_loop(node: Arc<NodeShared>, acceptor: Acceptor, shared: Arc<Shar
                     if let Poll::Ready(Some(done)) = handshakes.poll_next_unpin(cx) {
                         match done {
                             Ok(endpoint) => deliver(&shared, endpoint),
-                            Err(error) => tracing::warn!(%error, "handshake failed"),
+                            Err(error) => tell(&error),
                         }
                     }
                 }
@@ -264,6 +264,17 @@ async fn accept_loop(node: Arc<NodeShared>, acceptor: Acceptor, shared: Arc<Shar
         }
     })
     .await;
+}
+
+/// Who goes away is nothing to look into; who speaks something else, or is too slow, may be.
+fn tell(error: &Error) {
+    use crate::ErrorKind::{Closed, ConnectionLost, PeerGone, RuntimeGone};
+    match error.kind() {
+        Closed | ConnectionLost | PeerGone | RuntimeGone => {
+            tracing::info!(%error, "handshake failed");
+        }
+        _ => tracing::warn!(%error, "handshake failed"),
+    }
 }
 
 fn full(shared: &Shared, waker: &Waker) -> bool {

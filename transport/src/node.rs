@@ -60,6 +60,8 @@ struct WakeHost {
 const WOKEN: u8 = 1;
 /// Somebody is inside of `progress`, and looks at [`WOKEN`] before they leave.
 const AT_WORK: u8 = 2;
+/// The host is inside of a [`HostTurn`], which looks at [`WOKEN`] when it ends.
+const IN_TURN: u8 = 4;
 
 impl WakeHost {
     fn new(host: Arc<HostLoop>) -> Self {
@@ -78,11 +80,15 @@ impl WakeHost {
         self.state.fetch_or(AT_WORK, Ordering::AcqRel);
         let _leaving = Leaving(self);
         let drained = self.host.drain();
+        self.poll_if_woken(poll);
+        drained
+    }
+
+    fn poll_if_woken(&self, poll: impl FnOnce()) {
         // What the waker of before wrote is seen by the poll: both are read-modify-writes.
         if self.state.fetch_and(!WOKEN, Ordering::AcqRel) & WOKEN != 0 {
             poll();
         }
-        drained
     }
 }
 
@@ -91,10 +97,62 @@ struct Leaving<'a>(&'a WakeHost);
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        let woken = self.0.state.fetch_and(!AT_WORK, Ordering::AcqRel) & WOKEN != 0;
-        if woken || std::thread::panicking() {
+        let before = self.0.state.fetch_and(!AT_WORK, Ordering::AcqRel);
+        if before & (WOKEN | IN_TURN) == WOKEN || std::thread::panicking() {
             self.0.host.wake();
         }
+    }
+}
+
+/// A stretch in which a host calls [`Node::progress`], polls operations, and lets its tasks go on;
+/// see [`Node::host_turn`].
+#[must_use = "it ends when it is dropped"]
+pub struct HostTurn<'n> {
+    node: &'n Node,
+    /// It lies inside of another one, which ends later.
+    inner: bool,
+    finished: bool,
+}
+
+impl HostTurn<'_> {
+    /// Ends it: what nobody polls is looked after. Bounded work, as that of [`Node::progress`].
+    pub fn finish(mut self) {
+        if self.inner {
+            return;
+        }
+        if let Some(side) = &self.node.0.host
+            && !self.node.0.shared.fork.forked()
+            && let Ok(mut resident) = side.resident.try_lock()
+        {
+            if resident.as_mut().is_some_and(Resident::rests) {
+                side.wakeup.state.fetch_or(WOKEN, Ordering::AcqRel);
+            }
+            side.wakeup.poll_if_woken(|| poll_resident(&mut resident, &side.waker));
+            self.finished = true;
+        }
+    }
+}
+
+impl Drop for HostTurn<'_> {
+    fn drop(&mut self) {
+        let Some(side) = self.node.0.host.as_ref().filter(|_| !self.inner) else { return };
+        if !self.finished {
+            // The ticker may have been left to the end: the next turn sees to it.
+            side.wakeup.state.fetch_or(WOKEN, Ordering::AcqRel);
+        }
+        let before = side.wakeup.state.fetch_and(!IN_TURN, Ordering::AcqRel);
+        // Somebody inside of `progress` looks themselves.
+        if before & (WOKEN | AT_WORK) == WOKEN {
+            side.host.wake();
+        }
+    }
+}
+
+fn poll_resident(resident: &mut Option<Resident>, waker: &Waker) {
+    if let Some(running) = resident
+        && Pin::new(running).poll(&mut Context::from_waker(waker)).is_ready()
+    {
+        *resident = None;
     }
 }
 
@@ -179,15 +237,26 @@ impl Node {
                 return Err(Error::new(ErrorKind::RuntimeGone, Phase::Transfer, text));
             }
         };
-        let drained = side.wakeup.turn(|| {
-            if let Some(running) = &mut *resident
-                && Pin::new(running).poll(&mut Context::from_waker(&side.waker)).is_ready()
-            {
-                *resident = None;
-            }
-        });
+        let in_turn = side.wakeup.state.load(Ordering::Acquire) & IN_TURN != 0;
+        if let Some(running) = &mut *resident {
+            running.before_tasks(in_turn);
+        }
+        let drained = side.wakeup.turn(|| poll_resident(&mut resident, &side.waker));
         drop(resident);
         drained.map_err(|error| Error::from_io(Phase::Transfer, "asking epoll", &error))
+    }
+
+    /// Opens a stretch in which a host calls [`Node::progress`], polls operations, or lets its tasks
+    /// do so. When it ends, endpoints that no operation waits on are looked after there and then, if
+    /// that was not done often just before. Without it they are by a ticker of a millisecond: two or
+    /// three further turns of the host's loop for every message that comes alone.
+    ///
+    /// A turn opened inside of another one is a part of it. Does nothing on a tokio runtime.
+    pub fn host_turn(&self) -> HostTurn<'_> {
+        let state = self.0.host.as_ref().map(|side| &side.wakeup.state);
+        let inner =
+            state.is_some_and(|state| state.fetch_or(IN_TURN, Ordering::AcqRel) & IN_TURN != 0);
+        HostTurn { node: self, inner, finished: false }
     }
 
     /// The host's loop has ended and will not call [`Node::progress`] again: everything fails with
@@ -404,6 +473,7 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
+    use crate::LinkKind;
 
     fn readable(host: &HostLoop, timeout_ms: i32) -> bool {
         let mut watched =
@@ -431,6 +501,46 @@ mod tests {
         assert!(readable(&host, 0));
         wakeup.turn(|| polls += 1).expect("a turn");
         assert!(polls == 2 && !readable(&host, 0));
+    }
+
+    #[test]
+    fn a_wake_inside_of_a_hosts_turn_is_for_its_end() {
+        let node = Node::with_host_loop(Config::new().transports([LinkKind::Tcp])).expect("a node");
+        let side = node.0.host.as_ref().expect("a host's");
+        let rest = || {
+            for _ in 0..3 {
+                node.progress().expect("progress");
+            }
+            assert!(!readable(&side.host, 0));
+        };
+        rest();
+        let turn = node.host_turn();
+        side.wakeup.signal();
+        assert!(!readable(&side.host, 0), "the turn sees to it");
+        // One inside of it ends nothing, and neither does progress.
+        node.host_turn().finish();
+        assert_ne!(side.wakeup.state.load(Ordering::Acquire) & IN_TURN, 0);
+        node.progress().expect("progress");
+        side.wakeup.signal();
+        assert!(!readable(&side.host, 0), "the turn sees to it");
+        turn.finish();
+        assert_eq!(side.wakeup.state.load(Ordering::Acquire), 0, "it did");
+        // One that is dropped leaves it to the loop, and so does one that another thread is in.
+        let turn = node.host_turn();
+        side.wakeup.signal();
+        drop(turn);
+        assert!(readable(&side.host, 0));
+        rest();
+        drop(node.host_turn());
+        assert!(readable(&side.host, 0), "what the turn put off is done by the next one");
+        rest();
+        let turn = node.host_turn();
+        side.wakeup.signal();
+        let resident = side.resident.lock().expect("not poisoned");
+        turn.finish();
+        drop(resident);
+        assert!(readable(&side.host, 0));
+        rest();
     }
 
     #[test]

@@ -24,7 +24,7 @@ const HELP: &str = "\
 cargo xtask test [--no-install]   every test; installs what they need where it may (Debian, root)
 cargo xtask lint                  format, clippy, documentation, licences and sources
 cargo xtask deny                  licences and sources of the dependencies alone
-cargo xtask python                the tests of the Python package alone
+cargo xtask python                style, types and tests of the Python package alone
 cargo xtask ucx                   the tests over UCX alone: each library, each choice of lanes
 cargo xtask verbs                 the tests over verbs alone, in a virtual machine
 cargo xtask soak                  the tests in their long forms; writes tests/SOAK.md

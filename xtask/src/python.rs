@@ -1,5 +1,5 @@
-//! The Python package: its wheel is built, installed into an environment of the build's own, and
-//! tested there.
+//! The Python package: its wheel is built, installed into an environment of the build's own, looked
+//! through and tested there.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ pub fn tests(root: &Path, install: bool) -> Summary {
     match built {
         Err(why) => summary.add(Row::skipped("the Python package", why)),
         Ok(python) => {
+            lint(root, &python, &mut summary);
             for (name, files, limit) in GROUPS {
                 let mut pytest = Command::new(python.with_file_name("pytest"));
                 pytest.args([
@@ -46,6 +47,17 @@ pub fn tests(root: &Path, install: bool) -> Summary {
         }
     }
     summary
+}
+
+/// What is wrong without being run: style and types of the package itself.
+fn lint(root: &Path, python: &Path, summary: &mut Summary) {
+    let folder = root.join("python");
+    let mut ruff = Command::new(python.with_file_name("ruff"));
+    ruff.args(["check", "--no-cache", "thalweg", "tests", "examples"]).current_dir(&folder);
+    summary.add(Step::new("python: ruff", minutes(1)).run(ruff));
+    let mut mypy = Command::new(python.with_file_name("mypy"));
+    mypy.arg("--cache-dir").arg(target(root).join("mypy")).current_dir(&folder);
+    summary.add(Step::new("python: mypy", minutes(3)).run(mypy));
 }
 
 fn target(root: &Path) -> PathBuf {

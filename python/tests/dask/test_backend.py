@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import thalweg
 from dask_support import in_loop, listening, pair, until
+from distributed import Scheduler
 from distributed.comm import CommClosedError, connect, listen
 from distributed.comm.core import FatalCommClosedError
 from distributed.protocol import to_serialize
@@ -101,6 +103,14 @@ def test_an_unknown_transport():
         asyncio.run(start())
 
 
+def test_a_limit_that_dask_cannot_live_with_is_refused():
+    for value in [0, 1000, "1023 KiB"]:
+        with settings(max_message=value), pytest.raises(ValueError, match="max-message.*1 MiB"):
+            config.node_arguments()
+    with settings(max_message="1 MiB"):
+        assert config.node_arguments()["max_message"] == MEBIBYTE
+
+
 @pytest.mark.parametrize(("word", "meaning"), [("off", False), ("no", False), ("On", True), (1, True)])
 def test_switches_may_be_words(word, meaning):
     with settings(single_copy=word):
@@ -124,6 +134,22 @@ def test_who_does_not_speak_thalweg_is_named_at_once():
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         asyncio.run(main())
+
+
+def test_the_log_tells_of_who_does_not_speak_thalweg(caplog):
+    """A client with the wrong protocol hears something; whoever runs the scheduler shall, too."""
+
+    async def main():
+        async with Scheduler(host="127.0.0.1", protocol="thalweg", dashboard_address=":0") as scheduler:
+            address = scheduler.address.replace("thalweg://", "tcp://")
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(connect(address, timeout=1), 2)
+            await until(lambda: any(record.name == "thalweg" for record in caplog.records))
+
+    asyncio.run(main())
+    (record,) = [record for record in caplog.records if record.name == "thalweg"]
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("handshake failed: peer is not thalweg")
 
 
 def test_tcp_timeouts_that_are_shorter_than_possible():
@@ -368,7 +394,7 @@ async def test_many_short_frames_travel_as_one():
         arrays = [np.full(i % 50, i % 256, "u1") for i in range(3000)]
         await a.write({"x": [to_serialize(x) for x in arrays]})
         got = await b.read()
-        assert all((x == y).all() and x.flags.writeable for x, y in zip(arrays, got["x"]))
+        assert all((x == y).all() and x.flags.writeable for x, y in zip(arrays, got["x"], strict=True))
 
 
 def test_putting_together_and_taking_apart():

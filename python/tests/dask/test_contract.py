@@ -8,6 +8,7 @@ import pickle
 import re
 import socket
 import ssl
+import struct
 import threading
 import weakref
 
@@ -166,7 +167,7 @@ async def test_many_arrays_in_one_message(protocol):
             a.write({"x": [to_serialize(x) for x in arrays]}), b.read()
         )
         assert len(got["x"]) == 1000
-        for x, y in zip(arrays, got["x"]):
+        for x, y in zip(arrays, got["x"], strict=True):
             np.testing.assert_array_equal(x, y)
 
 
@@ -752,6 +753,49 @@ async def test_connecting_waits_for_a_listener(protocol):
     listener = await listen(address, lambda comm: comm.close())
     (await attempt).abort()
     listener.stop()
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@in_loop
+async def test_a_listener_that_hangs_up(protocol, how):
+    """Connecting ends there: only if nobody listens it is tried again. So a worker that tells a
+    nanny which is ending does not try for half a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        address = f"{protocol}://127.0.0.1:{server.getsockname()[1]}"
+        times = []
+
+        def hang_up():
+            connection, _ = server.accept()
+            times.append(1)
+            with connection:
+                # Not before it is used: tcp:// itself would take that for a failure to connect.
+                connection.recv(1)
+                if how == "reset":
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                else:
+                    # Who has read everything ends without a reset.
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(4096):
+                        pass
+
+        for make in (connect, get_backend(protocol).get_connector().connect):
+            hanging = asyncio.ensure_future(asyncio.to_thread(hang_up))
+            with pytest.raises(CommClosedError) as caught:
+                loc = address if make is connect else address.split("://")[1]
+                comm = await asyncio.wait_for(make(loc), 10)
+                # Connecting by itself has succeeded.
+                assert make is not connect
+                assert comm.peer_address == address
+                await comm.write("anything")
+                await comm.read()
+            assert type(caught.value) is CommClosedError
+            assert caught.value.__cause__ is not None
+            await hanging
+        assert len(times) == 2
+        assert comm.closed()
+        comm.abort()
+        await comm.close()
 
 
 @in_loop

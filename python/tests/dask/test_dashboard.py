@@ -11,10 +11,10 @@ from dask_support import in_loop, until
 
 pytest.importorskip("bokeh")
 
-from bokeh.document import Document  # noqa: E402
-from distributed import Client, Scheduler, Worker  # noqa: E402
-from thalweg.dask import dashboard, traffic  # noqa: E402
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError  # noqa: E402
+from bokeh.document import Document
+from distributed import Client, Scheduler, Worker
+from thalweg.dask import dashboard, traffic
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 
 @pytest.fixture(autouse=True)

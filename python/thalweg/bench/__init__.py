@@ -8,7 +8,8 @@
 
 ``pingpong`` and ``bandwidth`` start two processes for every sample, each on a core of its own.
 Every repetition takes all backends in turn, and medians over the repetitions are reported. Every
-byte of the messages before the measurement is verified, and every byte of its last one. All have the same settings of malloc: without them asyncio's streams have two speeds, and chance decides
+byte of the messages before the measurement is verified, and every byte of its last one. All have
+the same settings of malloc: without them asyncio's streams have two speeds, and chance decides
 which. UCXX, which works in threads of its own, is not bound to a core. The other backends are used
 as their documentation shows, with the sockets' own settings.
 
@@ -22,5 +23,9 @@ further port of the system's choice, which firewalls between the two have to let
 listener believes whoever connects: do not leave it running on an open network.
 
 ``dask`` starts a scheduler and workers, one process each, for every protocol in turn, and takes the
-times that a client sees. Results are verified.
+times that a client sees; of the large transfer also the time that Dask's own log of transfers has.
+Results are verified. ``--profile`` says where that time goes: how much CPU
+scheduler, workers and client spend in the comms (those of thalweg, or of ``tcp``), in serialising, in
+the rest of their event loops and in other threads, and how long Dask's batched streams hold messages
+back. It counts the repetitions that are timed, and is the same for every protocol.
 """

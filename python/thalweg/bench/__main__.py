@@ -39,7 +39,8 @@ def _messages(options: argparse.Namespace) -> int:
         pins.check(options.pin)
     cores = options.pin or pins.default_pair()
     if options.listen is not None:
-        remote.listen(*options.listen, cores[1] if cores else None, options.once)
+        host, port = options.listen
+        remote.listen(host, port, cores[1] if cores else None, options.once)
         return 0
     with _output(options) as json_file:
         cases = _cases(options)
@@ -116,6 +117,8 @@ def _dask(options: argparse.Namespace) -> int:
         _write_json(json_file, results.rows)
         if json_file is not sys.stdout:
             print(cluster.render(results.rows))
+            if options.profile:
+                print(f"\n{cluster.profile.render(results.rows)}")
             for route in results.routes:
                 print(f"route: {route}")
         if options.plot:

@@ -175,6 +175,9 @@ def _dask(options: argparse.ArgumentParser) -> None:
     add("--repeat", metavar="N", type=_reader(_count(1, 100)), default=3,
         help="measure everything this many times, in turn, each with a cluster of its own, and "
         "report medians [3]")
+    add("--profile", action="store_true",
+        help="also say where the time goes: CPU of comm, serialisation and the rest of Dask in each "
+        "process, and how long Dask's batched streams hold messages back. Costs a little of it")
     _output(options)
 
 

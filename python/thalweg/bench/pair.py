@@ -143,8 +143,8 @@ def hear(
             for key, _ in ready:
                 if key.fileobj is stop_on:
                     raise BenchError("the connecting program has gone")
+                assert isinstance(key.fileobj, Side)
                 side = key.fileobj
-                assert isinstance(side, Side)
                 try:
                     words.update(side.read() or {})
                 except EOFError:

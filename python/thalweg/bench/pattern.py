@@ -15,7 +15,7 @@ OUT, BACK = "out", "back"
 _PERIOD = 65521
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _block(way: str) -> bytes:
     return random.Random(way).randbytes(_PERIOD)
 

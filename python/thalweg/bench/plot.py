@@ -43,10 +43,10 @@ def messages(rows: Sequence[dict[str, Any]], path: str) -> None:
     for name, points in curves.items():
         sizes, values = zip(*sorted(points), strict=True)
         axes.plot(sizes, values, marker="o", label=name)
-    sizes = sorted({row["size_bytes"] for row in rows})
+    ticks = sorted({row["size_bytes"] for row in rows})
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(sizes, [show_size(size) for size in sizes])
+    axes.set_xticks(ticks, [show_size(size) for size in ticks])
     axes.minorticks_off()
     axes.set_xlabel("size of a message")
     axes.set_ylabel("half a round trip, median, µs" if latency else "GB/s")

@@ -57,14 +57,19 @@ class ThalwegConnector(Connector):
         node.enter()
         try:
             endpoint = await node.node.connect(target)
-            if endpoint.is_closed:
-                raise CommClosedError(f"in {self}: {target} hung up")
             local = _local_address(endpoint, host)
             return self.comm_class(
                 endpoint, local, self.prefix + address, deserialize, node=node
             )
         except thalweg.Error as error:
-            raise errors.closed(self, error) from error
+            if not errors.is_hung_up(error):
+                raise errors.closed(self, error) from error
+            # Over tcp:// this connection would have been made, and the first use of it fail. Dask
+            # tries again where connecting fails, not then: who has begun to end is let be.
+            local = PREFIX + unparse_host_port(get_ip(ensure_ip(host or "localhost")), 0)
+            return self.comm_class(
+                None, local, self.prefix + address, deserialize, node=node, why_ended=error
+            )
         finally:
             node.leave()
 
@@ -84,7 +89,7 @@ class ThalwegListener(BaseListener):
     def __init__(
         self,
         address: str,
-        comm_handler: Callable[[ThalwegComm], Awaitable[None] | None],
+        comm_handler: Callable[[ThalwegComm], Awaitable[None]],
         deserialize: bool = True,
         allow_offload: bool = True,
         default_host: str | None = None,
@@ -236,8 +241,8 @@ class ThalwegListener(BaseListener):
             return self.default_host
         scheduler = getattr(getattr(self.server, "scheduler", None), "address", None)
         if isinstance(scheduler, str) and scheduler.startswith(PREFIX):
-            return get_ip(ensure_ip(parse_host_port(scheduler)[0]))
-        return ensure_concrete_host(wildcard)
+            return str(get_ip(ensure_ip(parse_host_port(scheduler)[0])))
+        return str(ensure_concrete_host(wildcard))
 
 
 async def _addresses_to_bind(host: str, port: int) -> list[str]:
@@ -248,10 +253,10 @@ async def _addresses_to_bind(host: str, port: int) -> list[str]:
         type=socket.SOCK_STREAM,
         flags=socket.AI_PASSIVE,
     )
-    hosts = {}
+    hosts: dict[str, None] = {}
     for family, _, _, _, address in sorted(found, key=lambda entry: entry[0] != socket.AF_INET):
         if family == socket.AF_INET or (family == socket.AF_INET6 and socket.has_ipv6):
-            hosts[address[0]] = None
+            hosts[str(address[0])] = None
     return list(hosts)
 
 

@@ -45,7 +45,7 @@ class ThalwegComm(Comm):
 
     def __init__(
         self,
-        endpoint: thalweg.Endpoint,
+        endpoint: thalweg.Endpoint | None,
         local_addr: str,
         peer_addr: str,
         deserialize: bool = True,
@@ -53,18 +53,23 @@ class ThalwegComm(Comm):
         node: LoopNode,
         incoming: bool = False,
         owner: Any = None,
+        why_ended: thalweg.Error | None = None,
     ):
-        self._closed = False
+        """Without an endpoint it has ended from the beginning, and says why to who uses it."""
+        self._closed = endpoint is None
         super().__init__(deserialize=deserialize)
         self._local_addr = local_addr
         self._peer_addr = peer_addr
-        self._endpoint: thalweg.Endpoint | None = endpoint
+        self._endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         self._writing = 0
-        self._why_ended: thalweg.Error | None = None
+        self._why_ended = why_ended
         self.traffic = traffic.Traffic(endpoint, peer_addr, incoming, owner)
         self._finalizer = weakref.finalize(self, _finalize, endpoint, repr(self))
         self._finalizer.atexit = False
+        if endpoint is None:
+            self._finalizer.detach()
+            return
         traffic.started(self)
         node.enter()
         # Weakly: a callback that is never called, since its loop has ended, keeps nothing.
@@ -111,9 +116,9 @@ class ThalwegComm(Comm):
                 deserializers=deserializers,
                 allow_offload=self.allow_offload,
             )
-        except EOFError:
+        except EOFError as error:
             self.abort()
-            raise CommClosedError("aborted stream on truncated data")
+            raise CommClosedError("aborted stream on truncated data") from error
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
         self._open_endpoint()
@@ -131,7 +136,7 @@ class ThalwegComm(Comm):
             frame_split_size=self.max_shard_size if compressed else sys.maxsize,
         )
         endpoint = self._open_endpoint()
-        size = sum(map(nbytes, frames))
+        size = int(sum(map(nbytes, frames)))
         # From here to where the endpoint has taken the message nothing is awaited: messages keep
         # the order in which they were serialised.
         self._writing += 1
@@ -155,7 +160,7 @@ class ThalwegComm(Comm):
 
     # A coroutine of tornado's needs no task: a loop that stops meanwhile destroys none.
     @gen.coroutine
-    def close(self) -> Any:
+    def close(self) -> Any:  # type: ignore[override]
         endpoint = self._endpoint
         self._forget()
         if endpoint is None or endpoint.is_closed:
@@ -253,7 +258,7 @@ def _taken_apart(frames: list[memoryview]) -> list[memoryview]:
     return frames
 
 
-def _finalize(endpoint: thalweg.Endpoint, representation: str) -> None:
-    if not endpoint.is_closed:
+def _finalize(endpoint: thalweg.Endpoint | None, representation: str) -> None:
+    if endpoint is not None and not endpoint.is_closed:
         logger.warning("Closing dangling endpoint in %s", representation)
         endpoint.abort()

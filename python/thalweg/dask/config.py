@@ -19,6 +19,9 @@ DEFAULTS = pathlib.Path(__file__).with_name("thalweg.yaml")
 SHORTEST_TIMEOUT_S = 0.001
 SHORTEST_KEEPALIVE_S = 3.0
 
+#: What Dask itself has to say must fit: who registers, a graph's tasks. ``max-message`` cannot be less.
+SMALLEST_MAX_MESSAGE_BYTES = 1 << 20
+
 _BYTES = {
     "message-window": "message_window",
     "node-budget": "node_budget",
@@ -81,6 +84,11 @@ def node_arguments() -> dict[str, Any]:
     for name, argument in _BYTES.items():
         if (value := get(name)) is not None:
             arguments[argument] = number_of_bytes(PREFIX + name, value)
+    if arguments.get("max_message", SMALLEST_MAX_MESSAGE_BYTES) < SMALLEST_MAX_MESSAGE_BYTES:
+        raise ValueError(
+            f"{PREFIX}max-message: {get('max-message')!r} is too little, "
+            f"at least {SMALLEST_MAX_MESSAGE_BYTES} bytes (1 MiB)"
+        )
     if (transports := get("transports")) is not None:
         arguments["transports"] = _names(transports)
     if (single_copy := get("single-copy")) is not None:

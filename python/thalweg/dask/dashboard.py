@@ -110,7 +110,7 @@ class Pairs(DashboardComponent):
     def __init__(self, scheduler: Any):
         self.scheduler = scheduler
         names = ["from", "to", "link", "connections", "sent", "received", "messages", "why"]
-        self.source = ColumnDataSource({name: [] for name in names})
+        self.source: Any = ColumnDataSource({name: [] for name in names})
         self.cells = ColumnDataSource(
             {name: [] for name in ["x", "y", "color", "alpha", "label", "why"]}
         )
@@ -181,7 +181,7 @@ class Pairs(DashboardComponent):
             **_DATATABLE_STYLESHEETS_KWARGS,
         )
 
-    @without_property_validation
+    @without_property_validation  # type: ignore[untyped-decorator]
     @log_errors
     def update(self) -> None:
         found = rows(self.scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import Any, NoReturn
@@ -13,6 +14,17 @@ from distributed.comm.core import CommClosedError, FatalCommClosedError
 FATAL_KINDS = frozenset(
     {"not-thalweg", "version-mismatch", "no-route", "invalid-input", "unsupported", "forked"}
 )
+
+#: How a connection ends that was there.
+_ENDED_KINDS = frozenset({"connection-lost", "peer-gone", "closed"})
+#: What the system says of a connection that never was.
+_NO_WAY = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN})
+
+
+def is_hung_up(error: thalweg.Error) -> bool:
+    """Whether this error of ``connect`` says that somebody was there, and ended the connection
+    before it was set up."""
+    return error.kind in _ENDED_KINDS and error.errno not in _NO_WAY
 
 
 def closed(where: Any, error: BaseException) -> CommClosedError:

@@ -46,9 +46,9 @@ class Traffic:
 
     __slots__ = ("_endpoint", "_why", "incoming", "link", "owner", "peer")
 
-    def __init__(self, endpoint: thalweg.Endpoint, peer: str, incoming: bool, owner: Any):
-        self._endpoint: thalweg.Endpoint | None = endpoint
-        self.link: str = endpoint.link
+    def __init__(self, endpoint: thalweg.Endpoint | None, peer: str, incoming: bool, owner: Any):
+        self._endpoint = endpoint
+        self.link: str = "" if endpoint is None else endpoint.link
         self.peer = peer
         self.incoming = incoming
         # Of who was connected to. Of who connects Dask says it when the comm is there.
@@ -149,7 +149,7 @@ def _bounded(table: dict[tuple[str, str], Counts]) -> dict[tuple[str, str], Coun
         return table
 
     def volume(item: tuple[tuple[str, str], Counts]) -> int:
-        return item[1]["bytes_sent"] + item[1]["bytes_received"]
+        return int(item[1]["bytes_sent"] + item[1]["bytes_received"])
 
     busiest = sorted(table.items(), key=volume, reverse=True)
     named = dict(busiest[: PEERS_MAX - 1])

@@ -151,6 +151,11 @@ impl Pulse {
         }
     }
 
+    /// Whether a beat is left to an operation that is polled again at once.
+    pub fn is_polled_soon(&self) -> bool {
+        self.polled_soon.load(Ordering::Acquire)
+    }
+
     /// The watch takes the endpoint off its list. Before arming, so that whatever happens after
     /// puts it on again.
     pub fn unwatched(&self) {
@@ -193,10 +198,5 @@ impl Pulse {
     /// Whether it is on the watch list.
     pub fn is_watched(&self) -> bool {
         self.watched.load(Ordering::Acquire)
-    }
-
-    /// Whether a beat is left to an operation that is polled again at once.
-    pub fn is_polled_soon(&self) -> bool {
-        self.polled_soon.load(Ordering::Acquire)
     }
 }

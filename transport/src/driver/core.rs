@@ -336,11 +336,16 @@ impl State {
         })
     }
 
-    pub(super) fn no_memory(len: u64) -> Disposition {
+    /// The allocator has no memory for a received frame.
+    pub(super) fn no_memory(&self, len: u64) -> Disposition {
+        // As where it is asked for memory: a panic must not unwind through a link.
+        let refusal = AssertUnwindSafe(|| self.allocator.refusal());
+        let why = std::panic::catch_unwind(refusal).ok().flatten();
+        let why = why.map(|why| format!(": {why}")).unwrap_or_default();
         Disposition::Fatal(LinkError {
             kind: ErrorKind::Resources,
             link: None,
-            detail: format!("no memory for {len} received bytes"),
+            detail: format!("no memory for {len} received bytes{why}"),
             os: None,
             close: None,
         })
@@ -488,7 +493,8 @@ impl State {
         if error.kind() == ErrorKind::Closed {
             tracing::debug!(peer = %self.peer, %error, "endpoint closed");
         } else {
-            tracing::warn!(peer = %self.peer, %error, "endpoint failed");
+            // Not a warning: whoever uses the endpoint gets it as an error.
+            tracing::info!(peer = %self.peer, %error, "endpoint failed");
         }
     }
 
@@ -706,15 +712,20 @@ impl Core {
         }
         self.settled = true;
         self.state.fail_unanswered(&error);
-        for waker in self.state.end_waiters.take() {
-            self.state.after.wake(waker);
-        }
+        self.wake_end_waiters();
         if !self.lanes.is_empty() {
             return;
         }
         // A subscriber's code runs when it closes: not under the lock.
         let span = std::mem::replace(&mut self.state.span, tracing::Span::none());
         self.state.after.discard_any(Box::new(span));
+    }
+
+    /// Wakes those who wait for the end.
+    pub fn wake_end_waiters(&mut self) {
+        for waker in self.state.end_waiters.take() {
+            self.state.after.wake(waker);
+        }
     }
 
     /// Whether the lanes are gone.

@@ -221,15 +221,20 @@ impl EndpointShared {
             Some(guard) => self.guard(guard).state.activity,
             None => return Some(last.map_or(0, |last| last.wrapping_sub(1))),
         };
-        if last != Some(activity) {
-            return Some(activity);
-        }
+        if last == Some(activity) && self.take_over() { None } else { Some(activity) }
+    }
+
+    /// A look of the watch after everybody has had the opportunity to drive. `true`: the endpoint is
+    /// off the list.
+    pub fn rest(&self) -> bool {
+        !self.pulse.is_polled_soon() && self.take_over()
+    }
+
+    /// Drives and arms it in place of whoever does not. `true`: it is off the watch list.
+    fn take_over(&self) -> bool {
         // Off the list before arming: an event that comes between puts it on again.
         self.pulse.unwatched();
-        if self.resident_turn() || !self.pulse.watched_again() {
-            return None;
-        }
-        Some(activity)
+        self.resident_turn() || !self.pulse.watched_again()
     }
 
     /// Looks whether the peer has fallen silent. `true`: look again.

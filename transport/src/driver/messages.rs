@@ -473,7 +473,7 @@ impl State {
         let mut message = Message::new();
         for len in lens {
             let frame = usize::try_from(*len).ok().and_then(|len| self.allocate(len));
-            let Some(frame) = frame else { return State::no_memory(*len) };
+            let Some(frame) = frame else { return self.no_memory(*len) };
             message.push(frame);
         }
         let message = self.boxes.wrap(message);
@@ -481,7 +481,7 @@ impl State {
         // Short frames lie inside the message, which moves when it has landed: they get memory of
         // their own for as long as a link writes to them.
         let Some(Slot { what: What::LandMessage { message, .. }, .. }) = self.ops.get(op) else {
-            return State::no_memory(len);
+            return self.no_memory(len);
         };
         let mut to = Landing::new();
         for frame in message.frames_mut() {

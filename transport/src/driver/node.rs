@@ -169,6 +169,11 @@ impl NodeShared {
         Ok(())
     }
 
+    /// Whether the runtime has ended: nothing will progress any more.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
     /// Gives work to the resident task.
     pub fn spawn(&self, task: Task) {
         lock(&self.new_tasks).push(task);
@@ -296,6 +301,7 @@ impl NodeShared {
         }
         for endpoint in self.all_endpoints() {
             endpoint.fail(runtime_gone());
+            endpoint.core().wake_end_waiters();
         }
         // Nobody looks after those whose lanes linger any more: their last handle does.
         let left = std::mem::take(&mut *lock(&self.endpoints));

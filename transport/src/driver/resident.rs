@@ -23,6 +23,12 @@ use crate::runtime::{Sleep, Ticker};
 /// other traffic by at most two of these.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
 
+/// How often a host's turn ends with a look at the watch list, in the long run: for a message that
+/// comes alone that saves two ticks, where messages follow each other closely the list is cheaper.
+const REST_EVERY: Duration = Duration::from_micros(250);
+/// So much of that may have been saved up: a request, its answer and what follows come at once.
+const RESTS_SAVED: Duration = Duration::from_millis(1);
+
 /// Handshakes and other tasks polled in one turn.
 const TASKS_PER_TURN: usize = 64;
 
@@ -33,6 +39,12 @@ pub(crate) struct Resident {
     watched: Vec<Watched>,
     newly_watched: Vec<Arc<Pulse>>,
     ticker: Ticker,
+    /// A host's tasks have their turn after this one, and after them another one comes.
+    before_tasks: bool,
+    /// They have had it: the watch need not wait for a tick.
+    rests: bool,
+    /// From when on the next such look is due.
+    rests_from: Instant,
     /// Endpoints whose peers may owe an acknowledgement; looked at every `patrol_every`.
     patrolled: HashMap<EndpointId, Arc<Pulse>>,
     patrol_every: Duration,
@@ -57,11 +69,34 @@ impl Resident {
             watched: Vec::new(),
             newly_watched: Vec::new(),
             ticker,
+            before_tasks: false,
+            rests: false,
+            rests_from: Instant::now(),
             patrolled: HashMap::new(),
             patrol_every,
             next_patrol: None,
             winding_up: None,
         })
+    }
+
+    /// Whether tasks of a host's have their turn after the next one of these, and then
+    /// [`Resident::rests`] is called.
+    pub fn before_tasks(&mut self, yes: bool) {
+        self.before_tasks = yes;
+    }
+
+    /// All tasks of the host's that were woken have polled what they wait for: an endpoint that is on
+    /// the watch list in the next turn is taken over at once, if that was not done often just
+    /// before. `true`: that turn is needed, even if nobody was woken.
+    pub fn rests(&mut self) -> bool {
+        self.before_tasks = false;
+        let now = Instant::now();
+        self.rests = self.rests_from <= now;
+        if self.rests {
+            let saved = now.checked_sub(RESTS_SAVED).unwrap_or(now);
+            self.rests_from = self.rests_from.max(saved) + REST_EVERY;
+        }
+        !self.watched.is_empty() && (self.rests || !self.ticker.is_running())
     }
 
     /// One turn. Ready: the node has wound up, or its runtime has ended.
@@ -118,11 +153,17 @@ impl Resident {
             self.patrolled.entry(pulse.id).or_insert_with(|| pulse.clone());
             self.watched.push(Watched { pulse, last: None });
         }
+        if std::mem::take(&mut self.rests) {
+            let node = &self.node;
+            self.watched.retain(|watched| {
+                node.endpoint(watched.pulse.id).is_some_and(|endpoint| !endpoint.rest())
+            });
+        }
         if self.watched.is_empty() {
             self.ticker.stop();
             return;
         }
-        if !self.ticker.poll_tick(cx) {
+        if self.before_tasks && !self.ticker.is_running() || !self.ticker.poll_tick(cx) {
             return;
         }
         let node = &self.node;

@@ -358,10 +358,10 @@ impl State {
             return Ok((stray, Disposition::Hold));
         }
         let buffer = usize::try_from(arrival.len).ok().and_then(|len| self.allocate(len));
-        let Some(mut buffer) = buffer else { return Err(State::no_memory(arrival.len)) };
+        let Some(mut buffer) = buffer else { return Err(self.no_memory(arrival.len)) };
         buffer.make_stable();
         let Some((ptr, len)) = buffer.as_mut_slice().map(|b| (b.as_mut_ptr(), b.len())) else {
-            return Err(State::no_memory(arrival.len));
+            return Err(self.no_memory(arrival.len));
         };
         let what = What::LandTag { seq, buffer: Box::new(buffer), heir: None };
         let slot = self.ops.insert(Slot::new(Stage::Posted, what));

@@ -155,6 +155,15 @@ impl MockSwitch {
         }
     }
 
+    /// Links that end linger, or do no longer: they are not through with their memory.
+    pub fn linger(&self, lingers: bool) {
+        for pair in self.pairs() {
+            let mut shared = pair.lock();
+            shared.lingers = lingers;
+            wake(shared);
+        }
+    }
+
     fn pairs(&self) -> Vec<Arc<Pair>> {
         lock(&self.0).pairs.iter().filter_map(Weak::upgrade).collect()
     }
@@ -233,6 +242,7 @@ struct Shared {
     wakers: [Option<Waker>; 2],
     broken: Option<&'static str>,
     paused: bool,
+    lingers: bool,
 }
 
 /// Wakes both sides, outside of the lock.
@@ -766,6 +776,11 @@ impl Link for MockLink {
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         let mut shared = self.pair.lock();
         shared.broken.get_or_insert("the other side has ended");
+        if shared.lingers {
+            wake(shared);
+            self.dead = true;
+            return Killed::Lingers;
+        }
         // From here on the peer does not look at our memory, nor we at its.
         let way = &mut shared.ways[self.side];
         way.queues.iter_mut().for_each(VecDeque::clear);

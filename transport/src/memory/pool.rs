@@ -18,6 +18,12 @@ pub trait Allocator: Send + Sync + 'static {
     /// Memory of exactly `len_bytes` (never 0), or `None` when there is none: the endpoint then
     /// fails with [`crate::ErrorKind::Resources`].
     fn allocate(&self, len_bytes: usize) -> Option<PoolBuf>;
+
+    /// Why the last [`Allocator::allocate`] on this thread gave nothing, for the error that ends the
+    /// endpoint. Asked at once after it, under the same lock.
+    fn refusal(&self) -> Option<String> {
+        None
+    }
 }
 
 const CLASS_MIN: usize = 4096;

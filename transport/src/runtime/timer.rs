@@ -206,6 +206,10 @@ impl Ticker {
         }
     }
 
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     pub fn stop(&mut self) {
         if self.running {
             self.running = false;

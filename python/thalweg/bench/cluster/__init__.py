@@ -26,6 +26,7 @@ from ..measure import note, progress
 from ..stats import median
 from ..table import lay_out
 from ..units import show_figure
+from . import profile
 
 #: What is measured, its unit, and how long it may take at a scale of 1.
 STEPS = {
@@ -37,6 +38,9 @@ STEPS = {
     "at-once": ("10,000 tiny tasks at once", "s", 120),
     "idle": ("idle CPU, scheduler and workers", "% of a core", 40),
 }
+
+#: What a step finds out by the way: after which step it is shown, and what as those above.
+FOUND_BY = {"transfer-recorded": ("transfer", "transfer (as Dask records it)", "s")}
 
 #: How long a cluster may take to start, and to end.
 _START_S, _END_S = 90.0, 40.0
@@ -62,6 +66,7 @@ class _Turn:
     steps: list[str]
     workers: int
     scale: float
+    profile: bool
 
     def limit_s(self, step: str) -> float:
         return STEPS[step][2] * max(1.0, self.scale)
@@ -78,14 +83,14 @@ def run(options: argparse.Namespace) -> Results:
     for turn in range(1, options.repeat + 1):
         for protocol in list(protocols):
             progress(f"[{turn}/{options.repeat}] {protocol}")
-            this = _Turn(protocol, steps, options.workers, options.scale)
+            this = _Turn(protocol, steps, options.workers, options.scale, options.profile)
             try:
                 for words in _take(this, f"[{turn}/{options.repeat}] {protocol}"):
                     if "route" in words:
                         results.routes.append(f"{protocol}: {words['route']}")
                     else:
                         samples.setdefault((words["step"], protocol), []).append(words)
-                        unit = STEPS[words["step"]][1]
+                        unit = _described(words["step"])[1]
                         figure = show_figure(words["value"])
                         where = f"[{turn}/{options.repeat}] {protocol} {words['step']}"
                         note(f"{where}: {figure} {unit}")
@@ -95,10 +100,22 @@ def run(options: argparse.Namespace) -> Results:
                 results.left_out.append(f"{protocol}: {error}")
     progress("")
     results.routes = list(dict.fromkeys(results.routes))
-    for step in steps:
+    for step in _with_what_they_find(steps):
         taken = {name: samples[step, name] for name in options.protocol if (step, name) in samples}
         results.rows += _rows(step, taken, options)
     return results
+
+
+def _described(step: str) -> tuple[str, str]:
+    """What a step is called, and its unit."""
+    what, unit = FOUND_BY[step][1:] if step in FOUND_BY else STEPS[step][:2]
+    return what, unit
+
+
+def _with_what_they_find(steps: list[str]) -> Iterator[str]:
+    for step in steps:
+        yield step
+        yield from (name for name, (after, *_) in FOUND_BY.items() if after == step)
 
 
 def _possible(steps: list[str], results: Results) -> list[str]:
@@ -215,13 +232,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     baseline = "tcp" if "tcp" in taken else next(iter(taken), None)
     rows = []
+    what, unit = _described(step)
     for protocol, samples in taken.items():
         row = {
             "program": "dask",
             "protocol": protocol,
             "step": step,
-            "what": STEPS[step][0],
-            "unit": STEPS[step][1],
+            "what": what,
+            "unit": unit,
             "value": median(sample["value"] for sample in samples),
             "samples": [sample["value"] for sample in samples],
             "workers": options.workers,
@@ -233,6 +251,8 @@ def _rows(
             name: median(sample.get("details", {}).get(name) for sample in samples)
             for name in sorted(details)
         }
+        if profiles := [sample["profile"] for sample in samples if sample.get("profile")]:
+            row["profile"] = profile.mean(profiles)
         rows.append(row)
     reference = next((row["value"] for row in rows if row["protocol"] == baseline), None)
     for row in rows:

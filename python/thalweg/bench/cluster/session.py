@@ -21,7 +21,7 @@ from distributed import Client
 from .. import offspring
 from ..errors import BenchError
 from ..words import Voice
-from . import steps
+from . import profile, steps
 
 
 def main() -> int:
@@ -31,8 +31,14 @@ def main() -> int:
         with cluster(duty) as context:
             for name in duty["steps"]:
                 say(begin=name)
+                context.profiles.clear()
                 value, details = steps.BY_NAME[name](context)
-                say(step=name, value=value, details=details)
+                # The first time was for nothing.
+                taken = context.profiles[1:]
+                say(step=name, value=value, details=details,
+                    profile=profile.mean(taken) if taken else None)
+                if (recorded := details.get("recorded_s")) is not None:
+                    say(step="transfer-recorded", value=recorded, details={})
             if route := steps.route(context):
                 say(route=route)
             say(end=True)
@@ -50,12 +56,13 @@ def main() -> int:
 def cluster(duty: dict[str, Any]) -> Iterator[steps.Context]:
     """A scheduler, workers and a client, all ended again."""
     folder, protocol = duty["folder"], duty["protocol"]
+    preload = ["--preload", "thalweg.bench.cluster.account"] if duty["profile"] else []
     scheduler_file = os.path.join(folder, "scheduler.json")
     with contextlib.ExitStack() as stack:
         scheduler = stack.enter_context(_program(
             folder, "scheduler", "distributed.cli.dask_scheduler", "--protocol", protocol,
             "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-            "--scheduler-file", scheduler_file,
+            "--scheduler-file", scheduler_file, *preload,
         ))
         address = _address(scheduler, scheduler_file, folder)
         workers = [
@@ -63,18 +70,21 @@ def cluster(duty: dict[str, Any]) -> Iterator[steps.Context]:
                 folder, f"worker-{number}", "distributed.cli.dask_worker", address,
                 "--protocol", protocol, "--host", "127.0.0.1", "--no-dashboard", "--no-nanny",
                 "--nthreads", "1", "--memory-limit", "0", "--name", str(number),
-                "--local-directory", folder,
+                "--local-directory", folder, *preload,
             ))
             for number in range(duty["workers"])
         ]
         client = stack.enter_context(Client(address, timeout=30))
         client.wait_for_workers(duty["workers"], timeout=60)
+        if duty["profile"]:
+            profile.begin(client)
         yield steps.Context(
             client=client,
             workers=sorted(client.scheduler_info(n_workers=-1)["workers"]),
             scheduler_pid=scheduler.pid,
             worker_pids=[worker.pid for worker in workers],
             scale=duty["scale"],
+            profiled=duty["profile"],
         )
 
 

@@ -6,10 +6,11 @@ for nothing before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask
@@ -18,6 +19,7 @@ from distributed import Client, wait
 
 from ..errors import BenchError
 from ..stats import median
+from . import profile
 
 #: How long the client waits for anything; the whole step is bounded elsewhere.
 _WAIT_S = 100
@@ -32,9 +34,30 @@ class Context:
     scheduler_pid: int
     worker_pids: list[int]
     scale: float
+    #: Where the time goes is asked before and after everything that is timed.
+    profiled: bool = False
+    profiles: list[profile.Profile] = dataclasses.field(default_factory=list)
 
     def scaled(self, count: float, smallest: int = 1) -> int:
         return max(smallest, round(count * self.scale))
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[Timing]:
+        """Times what is inside of it."""
+        before = profile.so_far(self.client) if self.profiled else {}
+        timing = Timing()
+        begin = time.perf_counter()
+        yield timing
+        timing.seconds = time.perf_counter() - begin
+        if self.profiled:
+            self.profiles.append(profile.between(before, profile.so_far(self.client)))
+
+
+@dataclasses.dataclass
+class Timing:
+    """How long something took."""
+
+    seconds: float = 0.0
 
 
 Step = Callable[[Context], tuple[float, dict[str, float]]]
@@ -64,7 +87,7 @@ def _random_bytes(count: int) -> Any:
 
 
 def _touch(array: Any) -> int:
-    return int(array[0]) + int(array[-1]) + array.nbytes
+    return int(array[0]) + int(array[-1]) + int(array.nbytes)
 
 
 def _sum(array: Any) -> int:
@@ -81,16 +104,34 @@ def transfer(context: Context) -> tuple[float, dict[str, float]]:
     def once() -> float:
         array = submit(_random_bytes, size_bytes, here)
         touched = submit(_touch, array, here).result(_WAIT_S)
-        begin = time.perf_counter()
-        got = submit(_touch, array, there).result(_WAIT_S)
-        seconds = time.perf_counter() - begin
+        with context.timing() as timing:
+            got = submit(_touch, array, there).result(_WAIT_S)
         check("what was touched", got, touched)
+        recorded.append(_recorded(client, there, size_bytes))
         sums = [submit(_sum, array, worker).result(_WAIT_S) for worker in (here, there)]
         check("the sum", sums[1], sums[0])
-        return seconds
+        return timing.seconds
 
+    recorded: list[float] = []
     seconds = _median_of(3, once)
-    return seconds, {"gb_per_s": size_bytes / seconds / 1e9}
+    # As for the whole: the first was for nothing.
+    itself = median(recorded[1:])
+    assert itself
+    return seconds, {"gb_per_s": size_bytes / seconds / 1e9, "recorded_s": itself}
+
+
+def _recorded(client: Client, worker: str, size_bytes: int) -> float:
+    """How long the last transfer took of which the receiving worker's own log says so: from its
+    request for the data until it had them."""
+
+    def last(dask_worker: Any) -> Any:
+        log = dask_worker.transfer_incoming_log
+        return (log[-1]["total"], log[-1]["duration"]) if log else (0, 0.0)
+
+    total, seconds = client.run(last, workers=[worker])[worker]
+    if not size_bytes <= total <= 1.1 * size_bytes + 1000:
+        raise BenchError(f"the worker's log of transfers ends with {total} bytes, not {size_bytes}")
+    return float(seconds)
 
 
 # Peer to peer
@@ -132,10 +173,9 @@ def shuffle(context: Context) -> tuple[float, dict[str, float]]:
         made = dd.from_map(_rows, range(parts), rows=rows, turn=next(turns), meta=meta)
         source = client.persist(made)
         wait(source, timeout=_WAIT_S)
-        begin = time.perf_counter()
-        shuffled = client.persist(source.shuffle("key", npartitions=parts))
-        wait(shuffled, timeout=_WAIT_S)
-        seconds = time.perf_counter() - begin
+        with context.timing() as timing:
+            shuffled = client.persist(source.shuffle("key", npartitions=parts))
+            wait(shuffled, timeout=_WAIT_S)
         got = client.compute(shuffled.map_partitions(_digest, meta=digest_meta)).result(_WAIT_S)
         expected = {
             "rows": parts * rows,
@@ -145,7 +185,7 @@ def shuffle(context: Context) -> tuple[float, dict[str, float]]:
         }
         for name, value in expected.items():
             check(f"shuffled: {name}", int(got[name].sum()), int(value))
-        return seconds
+        return timing.seconds
 
     with dask.config.set({"dataframe.shuffle.method": "p2p", "dataframe.convert-string": False}):
         seconds = _median_of(2, once)
@@ -183,15 +223,13 @@ def rechunk(context: Context) -> tuple[float, dict[str, float]]:
         turn = next(turns)
         source = client.persist(da.map_blocks(_block, n, turn, chunks=rows, dtype="i8"))
         wait(source, timeout=_WAIT_S)
-        with dask.config.set({"array.rechunk.method": "p2p"}):
-            begin = time.perf_counter()
+        with dask.config.set({"array.rechunk.method": "p2p"}), context.timing() as timing:
             turned = client.persist(source.rechunk((n, chunk)))
             wait(turned, timeout=_WAIT_S)
-            seconds = time.perf_counter() - begin
         ones = tuple((1,) * count for count in turned.numblocks)
         wrong = turned.map_blocks(_wrong, n, turn, chunks=ones, dtype="i8").sum()
         check("count of numbers in the wrong place", int(client.compute(wrong).result(_WAIT_S)), 0)
-        return seconds
+        return timing.seconds
 
     seconds = _median_of(3, once)
     return seconds, {"mb": n * n * 8 / 1e6}
@@ -222,16 +260,15 @@ def tree(context: Context) -> tuple[float, dict[str, float]]:
             for number in range(count)
         ]
         wait(level, timeout=_WAIT_S)
-        begin = time.perf_counter()
-        while len(level) > 1:
-            level = [
-                client.submit(_add, *level[at : at + 4], pure=False)
-                for at in range(0, len(level), 4)
-            ]
-        result = level[0].result(_WAIT_S)
-        seconds = time.perf_counter() - begin
+        with context.timing() as timing:
+            while len(level) > 1:
+                level = [
+                    client.submit(_add, *level[at : at + 4], pure=False)
+                    for at in range(0, len(level), 4)
+                ]
+            result = level[0].result(_WAIT_S)
         check("the sum", _sum(result), count * 8191 * 4096 + 8192 * count * (count - 1) // 2)
-        return seconds
+        return timing.seconds
 
     return _median_of(3, once), {"arrays": count}
 
@@ -244,13 +281,12 @@ def sequential(context: Context) -> tuple[float, dict[str, float]]:
     client = context.client
 
     def once(count: int) -> float:
-        begin = time.perf_counter()
         value = 0
-        for _ in range(count):
-            value = client.submit(_increment, value, pure=False).result(_WAIT_S)
-        seconds = time.perf_counter() - begin
+        with context.timing() as timing:
+            for _ in range(count):
+                value = client.submit(_increment, value, pure=False).result(_WAIT_S)
         check("the count", value, count)
-        return seconds
+        return timing.seconds
 
     return _after_a_tenth(once, context.scaled(500, 5))
 
@@ -259,12 +295,11 @@ def at_once(context: Context) -> tuple[float, dict[str, float]]:
     client = context.client
 
     def once(count: int) -> float:
-        begin = time.perf_counter()
-        futures = client.map(_increment, range(count), pure=False)
-        values = client.gather(futures)
-        seconds = time.perf_counter() - begin
+        with context.timing() as timing:
+            futures = client.map(_increment, range(count), pure=False)
+            values = client.gather(futures)
         check("the sum", sum(values), count * (count + 1) // 2)
-        return seconds
+        return timing.seconds
 
     return _after_a_tenth(once, context.scaled(10_000, 100))
 
@@ -280,7 +315,7 @@ def _after_a_tenth(once: Callable[[int], float], count: int) -> tuple[float, dic
 
 def _cpu_s(pids: list[int]) -> float:
     times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 def idle(context: Context) -> tuple[float, dict[str, float]]:
