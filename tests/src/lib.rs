@@ -109,9 +109,10 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
-            // UCX's way of sleeping does not work on every device.
+            // UCX's way of sleeping does not work on every device. Where it does not, connecting is
+            // slow as well: the device is emulated, and so is the processor.
             Way::Ucx if std::env::var_os("THALWEG_TEST_UCX_SPINS").is_some() => {
-                config.wake(Wake::Spin).spin_limit(PATIENCE)
+                config.wake(Wake::Spin).spin_limit(PATIENCE).handshake_timeout(PATIENCE)
             }
             Way::Tcp | Way::ShmAll | Way::Ucx => config,
             Way::Verbs => config.verbs_devices(verbs_device(0)),

@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use run::Step;
 use summary::Summary;
-use verbs::Extent;
 
 const HELP: &str = "\
 cargo xtask test [--no-install]   every test; installs what they need where it may (Debian, root)
@@ -47,7 +46,7 @@ fn main() -> ExitCode {
         }
         ["python"] => python::tests(&root(), true),
         ["ucx"] => ucx::tests(&root(), true, false),
-        ["verbs"] => verbs::tests(&root(), Extent::Whole),
+        ["verbs"] => verbs::tests(&root(), false),
         ["soak"] => soak::run(&root()),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -92,7 +91,7 @@ fn test(install: bool) -> Summary {
     let tests = cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES);
     summary.extend(run::tests(tests, minutes(6), minutes(20)));
     summary.extend(ucx::tests(&root(), install, false).into_rows());
-    summary.extend(verbs::tests(&root(), Extent::Short).into_rows());
+    summary.extend(verbs::tests(&root(), false).into_rows());
     summary.extend(python::tests(&root(), install).into_rows());
     for (name, arguments) in PROGRAMS {
         let command = Command::new(built_programs().join(name)).with(arguments);

@@ -26,7 +26,7 @@ pub fn run(root: &Path) -> Summary {
     tests.env("THALWEG_TEST_LONG", "1").env("THALWEG_FUZZ_SECONDS", FUZZ_SECONDS);
     summary.extend(run::tests(tests, minutes(40), minutes(120)));
     summary.extend(ucx::tests(root, true, true).into_rows());
-    summary.extend(verbs::tests(root, verbs::Extent::Long).into_rows());
+    summary.extend(verbs::tests(root, true).into_rows());
     let path = root.join("tests/SOAK.md");
     match std::fs::write(&path, record(&summary)) {
         Ok(()) => println!("wrote {}", path.display()),

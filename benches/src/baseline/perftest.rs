@@ -2,15 +2,14 @@
 //! are installed, over the RDMA device that the link `verbs` would take.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::{Unavailable, tool};
 use crate::case::{Baseline, Case, Program};
-use crate::pin::{self, Pins};
-use crate::stats::{Figures, Percentiles, Sample};
+use crate::pin::Pins;
+use crate::stats::Sample;
 
 /// The fewest iterations that perftest takes.
 const ITERS_MIN: usize = 5;
@@ -31,16 +30,8 @@ fn program(baseline: Baseline) -> &'static str {
 pub(super) fn measure(baseline: Baseline, case: &Case, pins: Option<Pins>) -> Result<Sample> {
     let name = program(baseline);
     let device = device().ok_or_else(|| Unavailable::new("there is no RDMA device"))?;
-    let port = tool::free_port()?;
-    let mut server = command(name, case, &device, port, pins.map(|pins| pins.peer));
-    server.stdout(Stdio::null());
-    let client = || {
-        let mut client = command(name, case, &device, port, pins.map(|pins| pins.here));
-        client.arg("127.0.0.1");
-        client
-    };
-    let output = tool::run(name, server, client)?;
-    figures(case, &output).with_context(|| format!("reading what {name} says: {output:?}"))
+    let command = |port| command(name, case, &device, port);
+    tool::measure(name, pins, command, |output| figures(case, output))
 }
 
 /// The first device that the link may use.
@@ -66,7 +57,7 @@ fn gid_index(device: &str) -> Option<usize> {
     })
 }
 
-fn command(name: &str, case: &Case, device: &str, port: u16, cpu: Option<usize>) -> Command {
+fn command(name: &str, case: &Case, device: &str, port: u16) -> Command {
     let mut command = Command::new(name);
     command.args(["-F", "-d", device]);
     if let Some(index) = gid_index(device) {
@@ -80,10 +71,6 @@ fn command(name: &str, case: &Case, device: &str, port: u16, cpu: Option<usize>)
         // Without the search for the best moment, which takes a time for each message.
         command.arg("-N");
     }
-    if let Some(cpu) = cpu {
-        // SAFETY: the closure runs in the forked child, and calls nothing but `sched_setaffinity`.
-        unsafe { command.pre_exec(move || pin::to(cpu)) };
-    }
     command
 }
 
@@ -93,28 +80,18 @@ fn command(name: &str, case: &Case, device: &str, port: u16, cpu: Option<usize>)
 fn figures(case: &Case, output: &str) -> Result<Sample> {
     let mut lines = output.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
     let line = lines.nth(1).context("no line of figures")?;
-    let column = |index: usize| -> Result<f64> {
-        let text = line.split_whitespace().nth(index).context("too few figures")?;
-        text.parse().with_context(|| format!("{text:?} is no figure"))
-    };
-    let figures = match case.program {
-        Program::Pingpong => Figures::Latency {
-            half_rtt_us: Percentiles { p50: Some(column(4)?), ..Percentiles::default() },
-            cpu_us_per_message: None,
-        },
-        Program::Bandwidth => {
-            let per_second = column(3)? * 1_048_576.0 / (case.size_bytes.max(1) as f64);
-            ensure!(per_second > 0.0, "a rate of nothing");
-            Figures::Stream { seconds: case.iters as f64 / per_second }
-        }
-    };
-    Ok(Sample { figures, disturbed: 0.0 })
+    let column = |index| tool::column(line.split_whitespace(), index);
+    match case.program {
+        Program::Pingpong => Ok(tool::latency(column(4)?)),
+        Program::Bandwidth => tool::stream(case, tool::per_second(case, column(3)?)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::case::Subject;
+    use crate::stats::Figures;
 
     fn case(program: Program, size_bytes: usize) -> Case {
         Case {

@@ -2,14 +2,14 @@
 //! it is installed, with the same size and pinning: over shared memory (`UCX_TLS=posix,cma,self`),
 //! or with the settings and the handling of errors that the link `ucx` has.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use super::tool;
 use crate::case::{Case, Program};
 use crate::pin::Pins;
-use crate::stats::{Figures, Percentiles, Sample};
+use crate::stats::Sample;
 
 const PROGRAM: &str = "ucx_perftest";
 
@@ -29,19 +29,11 @@ pub fn installed() -> bool {
 }
 
 pub(super) fn measure(case: &Case, pins: Option<Pins>, settings: Settings) -> Result<Sample> {
-    let port = tool::free_port()?;
-    let mut server = command(case, settings, port, pins.map(|pins| pins.peer));
-    server.stdout(Stdio::null());
-    let client = || {
-        let mut client = command(case, settings, port, pins.map(|pins| pins.here));
-        client.arg("127.0.0.1");
-        client
-    };
-    let output = tool::run(PROGRAM, server, client)?;
-    figures(case, &output).with_context(|| format!("reading what {PROGRAM} says: {output:?}"))
+    let command = |port| command(case, settings, port);
+    tool::measure(PROGRAM, pins, command, |output| figures(case, output))
 }
 
-fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Command {
+fn command(case: &Case, settings: Settings, port: u16) -> Command {
     let mut command = Command::new(PROGRAM);
     let test = match case.program {
         Program::Pingpong => "tag_lat",
@@ -65,9 +57,6 @@ fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Co
     if case.program == Program::Bandwidth {
         command.arg("-O").arg(case.window.to_string());
     }
-    if let Some(cpu) = cpu {
-        command.arg("-c").arg(cpu.to_string());
-    }
     command
 }
 
@@ -76,31 +65,23 @@ fn command(case: &Case, settings: Settings, port: u16, cpu: Option<usize>) -> Co
 fn figures(case: &Case, output: &str) -> Result<Sample> {
     let line =
         output.lines().rev().find(|line| line.contains(',')).context("no line of figures")?;
-    let column = |index: usize| -> Result<f64> {
-        let text = line.split(',').nth(index).context("too few figures")?;
-        text.trim().parse().with_context(|| format!("{text:?} is no figure"))
-    };
-    let figures = match case.program {
-        Program::Pingpong => Figures::Latency {
-            half_rtt_us: Percentiles { p50: Some(column(1)?), ..Percentiles::default() },
-            cpu_us_per_message: None,
-        },
+    let column = |index| tool::column(line.split(','), index);
+    match case.program {
+        Program::Pingpong => Ok(tool::latency(column(1)?)),
         Program::Bandwidth => {
             // The rate is printed as a whole number, the bandwidth with two decimals.
             let by_rate = column(7)?;
-            let by_bytes = column(5)? * 1_048_576.0 / (case.size_bytes.max(1) as f64);
-            let per_second = if by_rate > 10_000.0 { by_rate } else { by_bytes };
-            anyhow::ensure!(per_second > 0.0, "a rate of nothing");
-            Figures::Stream { seconds: case.iters as f64 / per_second }
+            let by_bytes = tool::per_second(case, column(5)?);
+            tool::stream(case, if by_rate > 10_000.0 { by_rate } else { by_bytes })
         }
-    };
-    Ok(Sample { figures, disturbed: 0.0 })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::case::{Baseline, Subject};
+    use crate::stats::Figures;
 
     fn case(program: Program, size_bytes: usize) -> Case {
         Case {

@@ -7,6 +7,9 @@
 //!
 //! Adding a transport is one new module here and one line in [`engines`].
 
+mod arrivals;
+mod by_id;
+mod chunks;
 #[cfg(feature = "mock")]
 pub(crate) mod mock;
 pub(crate) mod shm;

@@ -9,10 +9,11 @@ use std::collections::VecDeque;
 
 use thalweg_ffi::ucx::ucp_dt_iov_t;
 
-use super::by_id::ById;
 use super::request::SendOp;
 use super::wire::Header;
-use crate::link::{Class, Landing, OpId, Segment};
+use crate::link::by_id::ById;
+use crate::link::chunks::{self, Filling};
+use crate::link::{Class, OpId};
 
 /// How much of a payload may be on its way at once, in bytes.
 const WINDOW_BYTES: usize = 1 << 20;
@@ -32,126 +33,31 @@ const BULK_MAX: usize = 1;
 /// Pieces of memory shorter than this are copied together.
 const GATHERED_BELOW: usize = 1024;
 
-/// A payload that the peer may pull.
-pub(super) struct Outgoing {
-    pub op: OpId,
-    pub class: Class,
-    /// Whether it may wait for as long as the peer likes.
-    pub offer: bool,
-    segments: Vec<ucp_dt_iov_t>,
-    /// A payload so short that it was copied.
-    copied: Vec<u8>,
-    pub len: usize,
-    /// Where the next chunk begins: the segment, and how far into it.
-    at: (usize, usize),
-    pub sent: usize,
-    pub granted: usize,
-    /// Chunks that UCX is at work on.
-    pub in_flight: usize,
-}
+/// A payload that the peer may pull, with the number of its chunks that UCX is at work on.
+pub(super) type Outgoing = chunks::Outgoing<usize>;
 
-// SAFETY: the segments are descriptions of memory that the driver's table owns until the operation
-// is done; none is tied to a thread.
-unsafe impl Send for Outgoing {}
-
-impl Outgoing {
-    /// # Safety
-    ///
-    /// The memory stays valid for reads until the operation is reported done; one of at most
-    /// `copied_max` bytes only for this call.
-    pub unsafe fn new(
-        op: OpId,
-        class: Class,
-        offer: bool,
-        payload: &[Segment<'_>],
-        len: usize,
-        copied_max: usize,
-    ) -> Outgoing {
-        let pieces = payload.iter().filter(|piece| piece.len > 0);
-        let mut segments: Vec<_> = pieces
-            .map(|piece| ucp_dt_iov_t { buffer: piece.ptr.cast_mut().cast(), length: piece.len })
-            .collect();
-        let mut copied = Vec::new();
-        if len <= copied_max {
-            for piece in segments.drain(..) {
-                // SAFETY: valid for reads, by the caller's promise.
-                unsafe { append(&mut copied, piece.buffer.cast(), piece.length) };
+/// Puts the next chunk of a payload, of at most `max` bytes, behind the header in `into`: named
+/// where it lies, or copied together.
+fn make_chunk(of: &mut Outgoing, max: usize, into: &mut SendOp) {
+    let max = of.next_len(max);
+    let header_len = into.bytes.len();
+    let mut len = 0;
+    while let Some((from, take)) = of.next_piece(max - len) {
+        if take >= GATHERED_BELOW || take == max {
+            if len == 0 {
+                into.iov.push(ucp_dt_iov_t { buffer: from.cast_mut().cast(), length: take });
+                of.advance(take);
             }
-            segments.push(ucp_dt_iov_t { buffer: copied.as_mut_ptr().cast(), length: len });
+            break;
         }
-        Outgoing {
-            op,
-            class,
-            offer,
-            segments,
-            copied,
-            len,
-            at: (0, 0),
-            sent: 0,
-            granted: 0,
-            in_flight: 0,
-        }
+        // SAFETY: valid for reads until the operation is done.
+        unsafe { append(&mut into.bytes, from, take) };
+        of.advance(take);
+        len += take;
     }
-
-    /// Whether a chunk could be sent.
-    pub fn may_send(&self) -> bool {
-        self.sent < self.granted
-    }
-
-    fn is_over(&self) -> bool {
-        self.sent == self.len && self.in_flight == 0
-    }
-
-    fn is_bulk(&self) -> bool {
-        is_bulk(self.class, self.len)
-    }
-
-    /// Whether it has to leave before the link may end.
-    pub fn is_owed(&self) -> bool {
-        !self.offer || self.granted > 0
-    }
-
-    /// Puts the next chunk behind the header in `into`: named where it lies, or copied together.
-    /// Gives its length.
-    pub fn next_chunk(&mut self, max: usize, into: &mut SendOp) -> usize {
-        debug_assert!(self.copied.is_empty() || self.copied.len() == self.len);
-        let max = max.min(self.granted - self.sent);
-        let header_len = into.bytes.len();
-        let mut len = 0;
-        while len < max {
-            let Some(segment) = self.segments.get(self.at.0) else { break };
-            let left = segment.length - self.at.1;
-            let take = left.min(max - len);
-            // SAFETY: within the segment.
-            let from = unsafe { segment.buffer.cast::<u8>().add(self.at.1) };
-            if take >= GATHERED_BELOW || take == max {
-                if len > 0 {
-                    break;
-                }
-                into.iov.push(ucp_dt_iov_t { buffer: from.cast(), length: take });
-                self.advance(take, left);
-                len = take;
-                break;
-            }
-            // SAFETY: valid for reads until the operation is done.
-            unsafe { append(&mut into.bytes, from, take) };
-            self.advance(take, left);
-            len += take;
-        }
-        if into.iov.is_empty() {
-            let buffer = into.bytes[header_len..].as_mut_ptr().cast();
-            into.iov.push(ucp_dt_iov_t { buffer, length: len });
-        }
-        self.sent += len;
-        len
-    }
-
-    fn advance(&mut self, take: usize, left: usize) {
-        if take == left {
-            self.at = (self.at.0 + 1, 0);
-        } else {
-            self.at.1 += take;
-        }
+    if into.iov.is_empty() {
+        let buffer = into.bytes[header_len..].as_mut_ptr().cast();
+        into.iov.push(ucp_dt_iov_t { buffer, length: len });
     }
 }
 
@@ -177,26 +83,19 @@ pub(super) unsafe fn append(bytes: &mut Vec<u8>, from: *const u8, len: usize) {
 /// What the peer may pull, and what of it can be sent.
 #[derive(Default)]
 pub(super) struct Outgoings {
-    by_id: ById<Outgoing>,
-    /// Those with a grant that is not used up. Classes take turns; within one the first comes
-    /// first, so that the peer fills one destination after the other.
-    active: [VecDeque<u32>; Class::COUNT],
-    /// The class whose turn is next.
-    turn: usize,
-    next_id: u32,
-    by_class: [usize; Class::COUNT],
+    all: chunks::Outgoings<usize>,
     /// Large messages among them.
     bulk: usize,
 }
 
 impl Outgoings {
     pub fn count(&self, class: Class) -> usize {
-        self.by_class[class as usize]
+        self.all.count(class)
     }
 
     /// The number that the next one gets.
     pub fn next_id(&self) -> u32 {
-        self.next_id
+        self.all.next_id()
     }
 
     /// Whether one more large message would be too many: the peer gives each a destination when it
@@ -207,42 +106,23 @@ impl Outgoings {
     }
 
     pub fn insert(&mut self, outgoing: Outgoing) {
-        self.by_class[outgoing.class as usize] += 1;
-        self.bulk += usize::from(outgoing.is_bulk());
-        self.by_id.insert(self.next_id, outgoing);
-        // Four thousand million payloads later the first has long been pulled or refused; until
-        // then no number is used twice.
-        self.next_id = self.next_id.wrapping_add(1);
-        while self.by_id.contains(self.next_id) {
-            self.next_id = self.next_id.wrapping_add(1);
-        }
+        self.bulk += usize::from(is_bulk(outgoing.class, outgoing.len));
+        self.all.insert(outgoing);
     }
 
-    fn remove(&mut self, id: u32) -> Option<OpId> {
-        let outgoing = self.by_id.remove(id)?;
-        self.by_class[outgoing.class as usize] -= 1;
-        self.bulk -= usize::from(outgoing.is_bulk());
-        Some(outgoing.op)
+    fn gone(&mut self, outgoing: &Outgoing) -> OpId {
+        self.bulk -= usize::from(is_bulk(outgoing.class, outgoing.len));
+        outgoing.op
     }
 
     /// The peer wants it, up to here. `false`: it may not ask for that.
-    pub fn pulled(&mut self, id: u32, granted: u64) -> bool {
-        let Some(outgoing) = self.by_id.get_mut(id) else { return false };
-        let Ok(granted) = usize::try_from(granted) else { return false };
-        if granted <= outgoing.granted || granted > outgoing.len {
-            return false;
-        }
-        if !outgoing.may_send() {
-            self.active[outgoing.class as usize].push_back(id);
-        }
-        outgoing.granted = granted;
-        true
+    pub fn pulled(&mut self, id: u32, upto: u64) -> bool {
+        self.all.pulled(id, upto)
     }
 
     /// The peer does not want it. `None`: it may not say that.
     pub fn refused(&mut self, id: u32) -> Option<OpId> {
-        self.by_id.get_mut(id).filter(|outgoing| outgoing.granted == 0)?;
-        self.remove(id)
+        self.all.released(id).map(|outgoing| self.gone(&outgoing))
     }
 
     /// Makes the next chunk, of at most `max` bytes: puts it behind the header that `header` makes
@@ -253,45 +133,40 @@ impl Outgoings {
         into: &mut SendOp,
         header: impl FnOnce(u32, Class, u64) -> Header,
     ) -> Option<(u32, Class)> {
-        let waits = |class: &usize| !self.active[*class].is_empty();
-        let turns = self.turn..self.turn + Class::COUNT;
-        let class = turns.map(|turn| turn % Class::COUNT).find(waits)?;
-        self.turn = class + 1;
-        let id = *self.active[class].front()?;
-        let outgoing = self.by_id.get_mut(id)?;
-        into.class = outgoing.class;
-        into.chunk_of = Some(id);
-        header(id, outgoing.class, outgoing.sent as u64).append_to(&mut into.bytes);
-        outgoing.in_flight += 1;
-        outgoing.next_chunk(max, into);
-        let of = outgoing.class;
-        if !outgoing.may_send() {
-            self.active[class].pop_front();
-        }
-        Some((id, of))
+        self.all.take_turn(|id, outgoing| {
+            let class = outgoing.class;
+            into.class = class;
+            into.chunk_of = Some(id);
+            header(id, class, outgoing.offset() as u64).append_to(&mut into.bytes);
+            outgoing.besides += 1;
+            make_chunk(outgoing, max, into);
+            class
+        })
     }
 
     pub fn has_work(&self) -> bool {
-        self.active.iter().any(|active| !active.is_empty())
+        self.all.has_work()
     }
 
     /// A chunk has left. `Some`: it was the last.
     pub fn chunk_left(&mut self, id: u32) -> Option<OpId> {
-        let outgoing = self.by_id.get_mut(id)?;
-        outgoing.in_flight = outgoing.in_flight.saturating_sub(1);
-        if outgoing.is_over() { self.remove(id) } else { None }
+        let outgoing = self.all.get_mut(id)?;
+        let in_flight = &mut outgoing.besides;
+        *in_flight = in_flight.saturating_sub(1);
+        if *in_flight > 0 || !outgoing.is_sent() {
+            return None;
+        }
+        self.all.remove(id).map(|outgoing| self.gone(&outgoing))
     }
 
     pub fn any_owed(&self) -> bool {
-        self.by_id.iter().any(|(_, outgoing)| outgoing.is_owed())
+        self.all.any_owed()
     }
 
-    /// Forgets those that UCX is not at work on, and names them. `keep`: the others stay.
+    /// Nothing more is sent. Forgets those that UCX is not at work on, and names them; the others
+    /// stay until their chunks have left.
     pub fn clear_idle(&mut self) -> Vec<OpId> {
-        self.active.iter_mut().for_each(VecDeque::clear);
-        let idle = self.by_id.iter().filter(|(_, outgoing)| outgoing.in_flight == 0);
-        let idle: Vec<u32> = idle.map(|(id, _)| id).collect();
-        idle.into_iter().filter_map(|id| self.remove(id)).collect()
+        self.all.clear(|outgoing| outgoing.besides == 0)
     }
 }
 
@@ -360,8 +235,9 @@ impl Incomings {
                 self.wanting.pop_front();
                 continue;
             };
-            let more = incoming.grant(room)?;
-            let upto = incoming.granted as u64;
+            let more = incoming.filling.grant(WINDOW_BYTES, room)?;
+            let upto = incoming.filling.granted() as u64;
+            incoming.waits = false;
             self.pulled_bytes += more;
             self.wanting.pop_front();
             return Some((id, upto));
@@ -374,13 +250,13 @@ impl Incomings {
     ///
     /// `len` bytes are readable at `from`.
     pub unsafe fn land(&mut self, id: u32, offset: u64, from: *const u8, len: usize) -> bool {
-        let expected = |incoming: &&mut Incoming| incoming.expects(offset, len);
+        let expected = |incoming: &&mut Incoming| incoming.filling.expects(offset, len);
         let Some(incoming) = self.by_id.get_mut(id).filter(expected) else { return false };
         // SAFETY: the driver keeps landings until they are reported, or have been taken from here
         // by `clear`; the rest is the caller's promise.
-        unsafe { incoming.take(from, len) };
-        let over = incoming.is_over().then_some(incoming.op);
-        if incoming.begins_to_want() {
+        unsafe { incoming.filling.take(from, len) };
+        let over = incoming.filling.is_full().then_some(incoming.op);
+        if !incoming.waits && incoming.filling.wants(WINDOW_BYTES) {
             incoming.waits = true;
             self.wanting.push_back(id);
         }
@@ -413,130 +289,86 @@ impl Incomings {
 
 /// A payload that is being landed.
 pub(super) struct Incoming {
-    pub op: OpId,
-    to: Landing,
-    at: (usize, usize),
-    len: usize,
-    got: usize,
-    granted: usize,
+    op: OpId,
+    filling: Filling,
     /// It is among those that could be granted more.
     waits: bool,
 }
 
 impl Incoming {
-    /// `to` has room for exactly `len` bytes.
-    pub fn new(op: OpId, to: Landing, len: usize) -> Incoming {
-        Incoming { op, to, at: (0, 0), len, got: 0, granted: 0, waits: true }
-    }
-
-    /// Grants the peer more, of at most `room` bytes. `None`: that is too little to be worth it.
-    fn grant(&mut self, room: usize) -> Option<usize> {
-        let wanted = (self.len - self.granted).min(WINDOW_BYTES - (self.granted - self.got));
-        if room < wanted.min(WINDOW_BYTES / 2) {
-            return None;
-        }
-        let more = wanted.min(room);
-        self.granted += more;
-        self.waits = false;
-        Some(more)
-    }
-
-    /// Whether more should be granted, and it is not yet among those that could be.
-    fn begins_to_want(&self) -> bool {
-        !self.waits && self.granted < self.len && self.granted - self.got <= WINDOW_BYTES / 2
-    }
-
-    fn is_over(&self) -> bool {
-        self.got == self.len
-    }
-
-    /// Whether a chunk of this length may come now.
-    fn expects(&self, offset: u64, len: usize) -> bool {
-        offset == self.got as u64 && len > 0 && len <= self.granted - self.got
-    }
-
-    /// Takes a chunk.
-    ///
-    /// # Safety
-    ///
-    /// It is expected; `len` bytes are readable at `from`; the landing is alive.
-    pub unsafe fn take(&mut self, mut from: *const u8, len: usize) {
-        self.got += len;
-        let mut left = len;
-        while left > 0 {
-            let Some(segment) = self.to.get(self.at.0) else { return };
-            let room = segment.len - self.at.1;
-            let take = room.min(left);
-            // SAFETY: within the segment, which the driver keeps; the source is the caller's. It
-            // may be shared with the peer, and is only copied.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, segment.ptr.add(self.at.1), take);
-                from = from.add(take);
-            }
-            self.at = if take == room { (self.at.0 + 1, 0) } else { (self.at.0, self.at.1 + take) };
-            left -= take;
-        }
+    pub fn new(op: OpId, filling: Filling) -> Incoming {
+        Incoming { op, filling, waits: true }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::wire::{Address, Kind};
     use super::*;
-    use crate::link::SegmentMut;
-    use crate::memory::MemoryKind;
+    use crate::link::chunks::tests::{pieces, segment, segment_mut};
     use proptest::prelude::*;
-
-    fn segment(bytes: &[u8]) -> Segment<'_> {
-        Segment { ptr: bytes.as_ptr(), len: bytes.len(), kind: MemoryKind::Host, shared: None }
-    }
 
     proptest! {
         #[test]
-        fn what_is_sent_in_chunks_lands_whole(
-            from in proptest::collection::vec(0usize..3000, 1..12),
-            split in 1usize..4000,
+        fn a_chunk_is_one_piece_with_the_next_bytes(
+            lens in proptest::collection::vec(0usize..3000, 1..12),
             max in 1usize..5000,
         ) {
-            let pieces: Vec<Vec<u8>> = from
-                .iter()
-                .enumerate()
-                .map(|(index, len)| (0..*len).map(|at| (at * 7 + index) as u8).collect())
-                .collect();
+            let pieces = pieces(&lens);
             let whole = pieces.concat();
             prop_assume!(!whole.is_empty());
             let segments: Vec<_> = pieces.iter().map(|piece| segment(piece)).collect();
             // SAFETY: the pieces live to the end of the test.
-            let mut outgoing = unsafe {
+            let outgoing = unsafe {
                 Outgoing::new(OpId::NONE, Class::Message, false, &segments, whole.len(), 128)
             };
-            let mut landed = vec![0u8; whole.len()];
-            let to = landed
-                .chunks_mut(split)
-                .map(|part| SegmentMut {
-                    ptr: part.as_mut_ptr(), len: part.len(), kind: MemoryKind::Host,
-                })
-                .collect();
-            let mut incoming = Incoming::new(OpId::NONE, to, whole.len());
-            while !incoming.is_over() {
-                if incoming.granted == incoming.got {
-                    prop_assert!(incoming.grant(1 << 20).is_some());
-                    outgoing.granted = incoming.granted;
-                }
+            let mut outgoings = Outgoings::default();
+            outgoings.insert(outgoing);
+            prop_assert!(outgoings.pulled(0, whole.len() as u64));
+            let (mut sent, mut chunks) = (Vec::new(), 0);
+            while outgoings.has_work() {
                 let mut op = SendOp::new();
-                op.bytes.extend_from_slice(b"header");
-                let offset = outgoing.sent as u64;
-                let len = outgoing.next_chunk(max, &mut op);
-                prop_assert!(len > 0 && len <= max);
+                let made = outgoings.next_chunk(max, &mut op, |id, class, at| {
+                    assert_eq!(at, sent.len() as u64);
+                    let to = Address { slot: 0, secret: 0 };
+                    Header { id, len: at, ..Header::new(Kind::Chunk, class, 0, 0, to) }
+                });
+                prop_assert_eq!(made, Some((0, Class::Message)));
                 prop_assert_eq!(op.iov.len(), 1);
-                prop_assert_eq!(op.iov[0].length, len);
-                prop_assert!(incoming.expects(offset, len));
-                prop_assert!(!incoming.expects(offset + 1, len));
-                // SAFETY: `op` and the pieces are alive, and so is `landed`.
-                unsafe { incoming.take(op.iov[0].buffer.cast(), len) };
+                let (ptr, len) = (op.iov[0].buffer.cast::<u8>(), op.iov[0].length);
+                prop_assert!(len > 0 && len <= max);
+                // SAFETY: it lies in the box or in the pieces, which are alive.
+                sent.extend_from_slice(unsafe { std::slice::from_raw_parts(ptr, len) });
+                chunks += 1;
             }
-            prop_assert_eq!(outgoing.sent, whole.len());
-            prop_assert_eq!(landed, whole);
+            prop_assert_eq!(sent, whole);
+            for left in (0..chunks).rev() {
+                prop_assert_eq!(outgoings.chunk_left(0).is_some(), left == 0);
+            }
+            prop_assert_eq!(outgoings.count(Class::Message), 0);
         }
+    }
+
+    #[test]
+    fn what_ucx_is_at_work_on_stays() {
+        let bytes = [0u8; 1000];
+        let mut outgoings = Outgoings::default();
+        for _ in 0..2 {
+            // SAFETY: `bytes` lives to the end of the test.
+            let outgoing = unsafe {
+                Outgoing::new(OpId::NONE, Class::Tag, true, &[segment(&bytes)], 1000, 128)
+            };
+            outgoings.insert(outgoing);
+        }
+        assert!(outgoings.pulled(1, 10));
+        let mut op = SendOp::new();
+        let to = Address { slot: 0, secret: 0 };
+        let header = |_, class, _| Header::new(Kind::Chunk, class, 0, 0, to);
+        assert_eq!(outgoings.next_chunk(10, &mut op, header), Some((1, Class::Tag)));
+        assert_eq!(outgoings.clear_idle(), [OpId::NONE]);
+        assert_eq!(outgoings.count(Class::Tag), 1);
+        assert_eq!(outgoings.chunk_left(1), None, "it was not sent to its end");
+        assert_eq!(outgoings.clear_idle(), [OpId::NONE]);
     }
 
     /// Sends to the end what is granted, of one payload after the other or by turns.
@@ -544,9 +376,9 @@ mod tests {
         let mut memory: Vec<Vec<u8>> = lens.iter().map(|len| vec![0; *len]).collect();
         let mut incomings = Incomings::default();
         for (id, bytes) in memory.iter_mut().enumerate() {
-            let (ptr, len) = (bytes.as_mut_ptr(), bytes.len());
-            let to = [SegmentMut { ptr, len, kind: MemoryKind::Host }].into_iter().collect();
-            assert!(incomings.insert(id as u32, Incoming::new(OpId::NONE, to, len)));
+            let to = [segment_mut(bytes)].into_iter().collect();
+            let filling = Filling::new(to, bytes.len()).expect("as long as the payload");
+            assert!(incomings.insert(id as u32, Incoming::new(OpId::NONE, filling)));
         }
         let chunk = vec![7u8; chunk_bytes];
         let (mut granted, mut sent) = (vec![0usize; lens.len()], vec![0usize; lens.len()]);
@@ -586,26 +418,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_peer_pulls_only_what_is_there_and_forwards() {
-        let mut outgoings = Outgoings::default();
-        let bytes = [0u8; 1000];
-        // SAFETY: `bytes` lives to the end of the test.
-        let outgoing =
-            unsafe { Outgoing::new(OpId::NONE, Class::Tag, true, &[segment(&bytes)], 1000, 128) };
-        let id = outgoings.next_id();
-        outgoings.insert(outgoing);
-        assert!(!outgoings.any_owed());
-        assert!(!outgoings.pulled(id, 0) && !outgoings.pulled(id, 1001));
-        assert!(!outgoings.pulled(id + 1, 10));
-        assert!(outgoings.pulled(id, 10));
-        assert!(!outgoings.pulled(id, 10), "not twice the same");
-        assert!(outgoings.any_owed());
-        assert_eq!(outgoings.refused(id), None, "too late to refuse");
-        assert_eq!(outgoings.count(Class::Tag), 1);
-        assert_eq!(outgoings.clear_idle(), [OpId::NONE]);
-        assert_eq!(outgoings.count(Class::Tag), 0);
     }
 }

@@ -90,7 +90,10 @@ impl UcxEngine {
         Ok(Reservation { slot: Some(Slot { worker: worker.clone(), mailbox }) })
     }
 
-    /// Connects to the peer's worker, and waits until both directions are known to work.
+    /// Connects to the peer's worker, and waits until both directions are known to work: the peer's
+    /// ping has come, and ours has left. From then until the link is polled nobody progresses the
+    /// worker on its behalf, so a ping that UCX still had would stay there, and the peer would wait
+    /// for it in vain.
     pub async fn open(&self, slot: Slot, blob: &[u8]) -> Result<Opened, Failure> {
         let failure = |reason: String| Failure { reason, fix: String::new() };
         let blob = Blob::from_bytes(blob)
@@ -103,7 +106,12 @@ impl UcxEngine {
                 return Poll::Ready(result);
             }
             Pin::new(&mut patience).poll(cx).map(|()| {
-                Err(format!("UCX connected, but nothing came from the peer within {limit:?}"))
+                let pinged = slot.mailbox.inbox(&mut self.worker.lock().key).pinged;
+                let missing = match pinged {
+                    true => "sent nothing to",
+                    false => "brought nothing from",
+                };
+                Err(format!("UCX connected, but {missing} the peer within {limit:?}"))
             })
         })
         .await
@@ -133,8 +141,8 @@ impl UcxEngine {
         }
     }
 
-    /// Whether the peer's ping has come. `None`: not yet, and `cx`'s waker is called when there is
-    /// something new. The slot stays parked, so that the resident task goes on progressing.
+    /// Whether both pings are where they belong. `None`: not yet, and `cx`'s waker is called when
+    /// there is something new. The slot stays parked, so that the resident task goes on progressing.
     fn look(&self, mailbox: &Mailbox, cx: &mut Context<'_>) -> Option<Result<(), String>> {
         let ucx = self.worker.ucx;
         let mut worker = self.worker.lock();
@@ -142,7 +150,7 @@ impl UcxEngine {
         let inbox = mailbox.inbox(&mut worker.key);
         let replaced = mailbox.park(inbox, cx.waker());
         let found = match inbox.fault {
-            _ if inbox.pinged => Some(Ok(())),
+            _ if inbox.works_both_ways() => Some(Ok(())),
             Some(Fault::Endpoint(status)) => {
                 Some(Err(describe(ucx, "UCX could not connect to the peer", status)))
             }

@@ -129,6 +129,11 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
+    /// Whether the peer's ping has come, and our own has left.
+    pub fn works_both_ways(&self) -> bool {
+        self.pinged && self.in_flight == 0
+    }
+
     /// Whether no parcel, no end of a send and no fault waits for the link.
     #[inline]
     fn nothing_waits(&self) -> bool {
@@ -561,5 +566,22 @@ impl Dispatch {
         // and it is reached from here only.
         let polled = own.map(|(_, mut polled)| unsafe { polled.as_mut() });
         (!inbox.closed).then_some(Delivery { mailbox, inbox, wakes, polled })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ping_that_has_not_left_holds_the_set_up_open() {
+        let mut inbox = Inbox { in_flight: 1, ..Inbox::default() };
+        assert!(!inbox.works_both_ways());
+        inbox.pinged = true;
+        assert!(!inbox.works_both_ways(), "the peer has not heard of us yet");
+        inbox.in_flight = 0;
+        assert!(inbox.works_both_ways());
+        inbox.pinged = false;
+        assert!(!inbox.works_both_ways());
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
@@ -17,11 +17,12 @@ use super::wire::{Address, Header, Kind, LONG_HEADER_BYTES};
 use super::worker::{Ep, Locked, Sent, Worker};
 use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
+use crate::link::arrivals::{self, Offered, end_of_peer, filling, offered_len, sent_len};
 use crate::link::{
-    Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
-    Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, COPIED_MAX, Caps, Class, HEAD_MAX, How, Killed, Landing, Link,
+    LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
-use crate::runtime::{Attempt, Source, is_runtime_gone};
+use crate::runtime::{Source, is_runtime_gone};
 
 /// Payloads up to this many bytes are copied behind their heads and leave in one piece.
 const PACKED_PAYLOAD_MAX: usize = INLINE_MAX;
@@ -190,21 +191,7 @@ impl UcxLink {
         if self.hung_up.is_some() {
             return;
         }
-        let looked = self.bootstrap.poll_read(cx, |fd| {
-            let mut byte = [0];
-            rustix::io::read(fd, &mut byte).map(Attempt::More).map_err(Into::into)
-        });
-        self.hung_up = match looked {
-            Poll::Pending => None,
-            Poll::Ready(Ok(0)) => Some(error(
-                ErrorKind::PeerGone,
-                "the peer's end of the bootstrap connection was closed without goodbye",
-            )),
-            Poll::Ready(Ok(_)) => {
-                Some(LinkError::protocol(LinkKind::Ucx, "bytes on a bootstrap that is over"))
-            }
-            Poll::Ready(Err(error)) => Some(io_error("watching the bootstrap connection", &error)),
-        };
+        self.hung_up = end_of_peer(LinkKind::Ucx, &self.bootstrap, cx, io_error);
     }
 
     /// Moves the worker on, and takes over what callbacks have left. Does nothing if somebody else
@@ -419,34 +406,26 @@ impl UcxLink {
         head: &[u8],
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        let bad = |what: &str| Err(LinkError::protocol(LinkKind::Ucx, what));
-        if header.len == 0 || header.len > self.max_payload {
-            return bad("a payload of a length that may not be");
-        }
-        let Ok(len) = usize::try_from(header.len) else { return bad("a payload over the limit") };
+        let len = offered_len(LinkKind::Ucx, header.len, self.max_payload)?;
         if self.open.len() >= OPEN_MAX {
-            return bad("too many open payloads");
+            return Err(LinkError::protocol(LinkKind::Ucx, "too many open payloads"));
         }
         let payload = self.count.parcel();
         let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
-        match sink.parcel(arrival) {
-            Disposition::Land { to, op, .. } => self.pull(header.id, len, to, op),
-            Disposition::Hold if how == How::Offer => {
+        match arrivals::offer(LinkKind::Ucx, arrival, sink)? {
+            Offered::Land { to, op } => self.pull(header.id, len, to, op),
+            Offered::Hold => {
                 self.open.insert(payload.0, (header.id, len));
                 Ok(())
             }
-            Disposition::Discard => self.answer(Kind::Refuse, header.id, 0),
-            Disposition::Fatal(error) => Err(error),
-            Disposition::Taken | Disposition::Hold | Disposition::View => {
-                Err(internal("an offer was neither landed, held nor discarded"))
-            }
+            Offered::Refuse => self.answer(Kind::Refuse, header.id, 0),
         }
     }
 
     /// Lands a payload that waits at the peer.
     fn pull(&mut self, id: u32, len: usize, to: Landing, op: OpId) -> Result<(), LinkError> {
-        let incoming = landing(to, op, len)?;
+        let incoming = Incoming::new(op, filling(LinkKind::Ucx, to, len)?);
         let mut worker = self.worker.lock();
         let incomings = &mut self.slot.mailbox.inbox(&mut worker.key).incoming;
         let refused = if incomings.len() >= OPEN_MAX {
@@ -722,25 +701,8 @@ impl Count {
         self.counters.inline_bytes_received += len as u64;
         let how = How::Eager;
         let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
-        match sink.parcel(arrival) {
-            Disposition::Taken if inline.is_some() => Ok(()),
-            Disposition::Discard => Ok(()),
-            Disposition::Land { to, op, .. } => {
-                budget.bytes = budget.bytes.saturating_sub(len);
-                let mut landing = landing(to, op, len)?;
-                // SAFETY: the caller's promise; the driver keeps the landing, which has room for
-                // as many.
-                unsafe { landing.take(from, len) };
-                if op != OpId::NONE {
-                    sink.done(op, Ok(()));
-                }
-                Ok(())
-            }
-            Disposition::Fatal(error) => Err(error),
-            Disposition::Taken | Disposition::Hold | Disposition::View => {
-                Err(internal("an eager payload was neither landed nor discarded"))
-            }
-        }
+        // SAFETY: the caller's promise.
+        unsafe { arrivals::eager(LinkKind::Ucx, arrival, from, len, budget, sink) }
     }
 }
 
@@ -781,15 +743,6 @@ fn take_endings(
 ) {
     finished.append(&mut inbox.finished);
     landed.append(inbox.incoming.landed());
-}
-
-/// A landing for a payload of this length.
-fn landing(to: Landing, op: OpId, len: usize) -> Result<Incoming, LinkError> {
-    let room: usize = to.iter().map(|segment| segment.len).sum();
-    if room != len || !to.iter().all(|segment| segment.kind.cpu_accessible()) {
-        return Err(internal("a landing of another length or kind than its payload"));
-    }
-    Ok(Incoming::new(op, to, len))
 }
 
 impl Link for UcxLink {
@@ -904,14 +857,7 @@ impl Link for UcxLink {
         if head.len() > HEAD_MAX {
             return Err(internal("a head longer than HEAD_MAX"));
         }
-        let mut len = 0;
-        for segment in payload {
-            if !segment.kind.cpu_accessible() {
-                let detail = format!("{} memory cannot be sent as it is", segment.kind);
-                return Err(error(ErrorKind::Unsupported, detail));
-            }
-            len += segment.len;
-        }
+        let len = sent_len(LinkKind::Ucx, payload)?;
         let room = self.room(class);
         if !self.ended(room)? || is_bulk(class, len) && self.outgoing.bulk_is_full() {
             self.count.counters.stalls += 1;

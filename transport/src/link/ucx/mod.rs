@@ -13,7 +13,6 @@
 //! | `inbox` | what came for one link, in order, until the link is polled |
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads, in chunks that the receiver pulls |
-//! | `by_id` | a map whose last entry is at hand |
 //! | `blob` | what a node tells its peers, and the judgement on it |
 //! | `lanes` | what UCX says about the lanes of an endpoint |
 //! | `engine` | progress when nobody polls, sleep and wake, set-up |
@@ -39,7 +38,6 @@
 
 mod blob;
 mod bulk;
-mod by_id;
 mod context;
 mod engine;
 mod gate;

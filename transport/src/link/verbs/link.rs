@@ -21,9 +21,10 @@ use super::queues::{Completion, Side};
 use super::registrations::{Found, Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
+use crate::link::arrivals::{self, end_of_peer, filling, offered_len, sent_len};
 use crate::link::{
-    Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, Disposition, HEAD_MAX, How, Killed,
-    Landing, Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
+    LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
 
@@ -201,19 +202,7 @@ impl VerbsLink {
             self.broken = Some(error(ErrorKind::ConnectionLost, why));
             return;
         }
-        let looked = self.bootstrap.poll_read(cx, |fd| {
-            let mut byte = [0];
-            rustix::io::read(fd, &mut byte).map(Attempt::More).map_err(Into::into)
-        });
-        self.broken = match looked {
-            Poll::Pending => None,
-            Poll::Ready(Ok(0)) => Some(error(
-                ErrorKind::PeerGone,
-                "the peer's end of the bootstrap connection was closed without goodbye",
-            )),
-            Poll::Ready(Ok(_)) => Some(protocol("bytes on a bootstrap that is over")),
-            Poll::Ready(Err(error)) => Some(io_error("watching the bootstrap connection", &error)),
-        };
+        self.broken = end_of_peer(LinkKind::Verbs, &self.bootstrap, cx, io_error);
     }
 
     /// Why a request failed.
@@ -389,7 +378,7 @@ impl VerbsLink {
                 }
             }
             Kind::Release if bare => {
-                let Some(op) = self.outgoing.released(header.id) else {
+                let Some(Outgoing { op, .. }) = self.outgoing.released(header.id) else {
                     return Err(protocol("a payload is let go of that is not there"));
                 };
                 if op != OpId::NONE {
@@ -430,23 +419,8 @@ impl VerbsLink {
         self.counters.inline_bytes_received += len as u64;
         let (inline, how) = (Some(bytes), How::Eager);
         let arrival = Arrival { head, len: len as u64, payload, inline, views: None, how };
-        match sink.parcel(arrival) {
-            Disposition::Taken | Disposition::Discard => Ok(()),
-            Disposition::Land { to, op, .. } => {
-                budget.bytes = budget.bytes.saturating_sub(len);
-                let mut landing = landing(to, op, len)?;
-                // SAFETY: the driver keeps the landing, which has room for as many.
-                unsafe { landing.take(bytes) };
-                if op != OpId::NONE {
-                    sink.done(op, Ok(()));
-                }
-                Ok(())
-            }
-            Disposition::Fatal(error) => Err(error),
-            Disposition::Hold | Disposition::View => {
-                Err(internal("an eager payload was neither landed nor discarded"))
-            }
-        }
+        // SAFETY: that is where they lie.
+        unsafe { arrivals::eager(LinkKind::Verbs, arrival, bytes.as_ptr(), len, budget, sink) }
     }
 
     /// A parcel whose payload waits at the peer.
@@ -457,12 +431,7 @@ impl VerbsLink {
         pieces: &[u8],
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        if header.len == 0 || header.len > self.max_payload {
-            return Err(protocol("a payload of a length that may not be"));
-        }
-        let Ok(len) = usize::try_from(header.len) else {
-            return Err(protocol("a payload over the limit"));
-        };
+        let len = offered_len(LinkKind::Verbs, header.len, self.max_payload)?;
         let Some(pieces) = Piece::decode_all(pieces, header.pieces, header.len) else {
             return Err(protocol("an offer of memory that does not come to its length"));
         };
@@ -477,17 +446,13 @@ impl VerbsLink {
         let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
         let offered = Offered { id: header.id, len, pieces };
-        match sink.parcel(arrival) {
-            Disposition::Land { to, op, .. } => self.fetch(offered, to, op),
-            Disposition::Hold if how == How::Offer => {
+        match arrivals::offer(LinkKind::Verbs, arrival, sink)? {
+            arrivals::Offered::Land { to, op } => self.fetch(offered, to, op),
+            arrivals::Offered::Hold => {
                 self.open.insert(payload.0, offered);
                 Ok(())
             }
-            Disposition::Discard => self.answer(Header::about(Kind::Release, header.id, 0)),
-            Disposition::Fatal(error) => Err(error),
-            Disposition::Taken | Disposition::Hold | Disposition::View => {
-                Err(internal("an offer was neither landed, held nor discarded"))
-            }
+            arrivals::Offered::Refuse => self.answer(Header::about(Kind::Release, header.id, 0)),
         }
     }
 
@@ -497,7 +462,7 @@ impl VerbsLink {
         if self.incoming.contains_key(&id) {
             return Err(protocol("a payload's number is in use"));
         }
-        let mut incoming = landing(to, op, len)?;
+        let mut incoming = Incoming::new(op, filling(LinkKind::Verbs, to, len)?);
         let reads = !pieces.is_empty() && worth_registering(&incoming.segments(), len);
         if reads {
             incoming.read_from(pieces);
@@ -688,22 +653,25 @@ impl VerbsLink {
                 return Ok(Some(true));
             }
             any = Some(false);
-            let mut sent = 0;
             let Self { messenger, outgoing, .. } = self;
-            let over = outgoing.send_next(|id, outgoing| {
+            let sent = outgoing.take_turn(|id, outgoing| {
                 let len = outgoing.next_len(BODY_MAX);
-                sent = len;
                 let offset = outgoing.offset() as u64;
                 let mut header = Header::about(Kind::Chunk, id, offset);
                 header.class = outgoing.class;
-                messenger.send(header, HEADER_BYTES + len, |to| {
+                let sent = messenger.send(header, HEADER_BYTES + len, |to| {
                     // SAFETY: room for as many bytes was asked for.
                     unsafe { outgoing.next_chunk(BODY_MAX, to) };
-                })
+                });
+                sent.map(|()| (len, outgoing.is_sent()))
             });
-            let over = over.map_err(|error| self.not_posted("posting a send", &error))?;
-            budget.bytes = budget.bytes.saturating_sub(sent);
-            if let Some(op) = over.filter(|op| *op != OpId::NONE) {
+            let Some((id, sent)) = sent else { break };
+            let sent = sent.map_err(|error| self.not_posted("posting a send", &error));
+            let (len, over) = sent?;
+            budget.bytes = budget.bytes.saturating_sub(len);
+            // What is sent was copied.
+            let over = if over { self.outgoing.remove(id) } else { None };
+            if let Some(Outgoing { op, .. }) = over.filter(|over| over.op != OpId::NONE) {
                 sink.done(op, Ok(()));
             }
         }
@@ -741,7 +709,7 @@ impl VerbsLink {
                 Piece { address: *ptr as u64, len: *len as u64, key }.append(&mut body);
                 pieces += 1;
             }
-            outgoing.hold(held);
+            outgoing.besides = held;
         }
         let id = self.outgoing.next_id();
         let head_len = head.len() as u16;
@@ -919,15 +887,6 @@ fn count(counters: &mut LinkCounters, found: Found) -> Option<(Held, usize)> {
     }
 }
 
-/// A landing for a payload of this length.
-fn landing(to: Landing, op: OpId, len: usize) -> Result<Incoming, LinkError> {
-    let room: usize = to.iter().map(|segment| segment.len).sum();
-    if room != len || !to.iter().all(|segment| segment.kind.cpu_accessible()) {
-        return Err(internal("a landing of another length or kind than its payload"));
-    }
-    Ok(Incoming::new(op, to, len))
-}
-
 impl Link for VerbsLink {
     fn kind(&self) -> LinkKind {
         LinkKind::Verbs
@@ -993,14 +952,7 @@ impl Link for VerbsLink {
         if head.len() > HEAD_MAX {
             return Err(internal("a head longer than HEAD_MAX"));
         }
-        let mut len = 0;
-        for segment in payload {
-            if !segment.kind.cpu_accessible() {
-                let detail = format!("{} memory cannot be sent as it is", segment.kind);
-                return Err(error(ErrorKind::Unsupported, detail));
-            }
-            len += segment.len;
-        }
+        let len = sent_len(LinkKind::Verbs, payload)?;
         let posted = self.post_parcel(op, class, how, head, payload, len);
         self.settle(posted)
     }
@@ -1036,7 +988,7 @@ impl Link for VerbsLink {
         self.open.clear();
         self.waiting.clear();
         let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
-        for op in landings.into_iter().chain(self.outgoing.clear()) {
+        for op in landings.into_iter().chain(self.outgoing.clear(|_| true)) {
             if op != OpId::NONE {
                 sink.done(op, Err(error.clone()));
             }
