@@ -28,7 +28,8 @@ macro_rules! cases {
                 cases!(@ways $case: tcp Tcp, shm_all ShmAll, shm_inline_arena ShmInlineArena,
                     shm_single_copy ShmSingleCopy, shm_loans ShmLoans, mock Mock,
                     mock_reordering MockReordering, mock_delaying MockDelaying,
-                    mock_tiny MockTiny, ucx Ucx);
+                    mock_tiny MockTiny, mock_direct MockDirect,
+                    mock_direct_late MockDirectLate, ucx Ucx);
             }
         )*
     };

@@ -312,7 +312,7 @@ fn another_major_version_is_refused_and_told() {
         })
         .await
         .expect("no panic");
-        assert_eq!(told, Raw::preface(1, 0, 0));
+        assert_eq!(told, Raw::preface(1, 1, 0));
         until("the handshake to end", || node.stats().handshakes_failed == 1).await;
         still_accepts(&listener).await;
     });
@@ -336,7 +336,7 @@ fn another_minor_version_connects() {
     run("another_minor_version_connects", || async {
         for minor in [0, 1, 77] {
             let (_node, _listener, endpoint, mut raw) = by_hand(minor).await;
-            assert_eq!(endpoint.peer().version, (1, 0));
+            assert_eq!(endpoint.peer().version, (1, minor.min(1)));
             assert_eq!(endpoint.peer().hello, "by hand");
             // A message of one frame.
             raw.say(&Raw::parcel(1, &[1, 0, 0, 0, 0], b"greetings"));

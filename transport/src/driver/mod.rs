@@ -5,13 +5,15 @@
 //!
 //! - [`shard`]: the endpoint's lock (`shard_model`: the same under `loom`); [`board`]: who is woken; [`resident`]: the task that sees to
 //!   progress when nobody polls.
-//! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`].
+//! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`],
+//!   and [`direct`] for what a link does of the last by itself.
 //! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
 //! - [`bootstrap`]: from a TCP connection to an endpoint.
 
 pub(crate) mod board;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
+pub(crate) mod direct;
 pub(crate) mod endpoint;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;
