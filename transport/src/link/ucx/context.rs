@@ -81,7 +81,8 @@ impl Context {
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = ffi::UCP_PARAM_FIELD_FEATURES.into();
-        params.features = u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_WAKEUP);
+        params.features =
+            u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_RMA | ffi::UCP_FEATURE_WAKEUP);
         let mut raw = std::ptr::null_mut();
         let (major, minor) = ffi::VERSION_MIN;
         // Opening devices may load libraries that install handlers.

@@ -15,6 +15,7 @@ use thalweg_ffi::ucx::{Ucx, ucs_status_t};
 
 use super::bulk::Incomings;
 use super::gate::{Gate, Guarded, Key};
+use super::onesided::Doing;
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind};
 
@@ -99,6 +100,8 @@ pub(super) struct Inbox {
     pub incoming: Incomings,
     /// Sends that have ended, and how.
     pub finished: Vec<(Box<SendOp>, ucs_status_t)>,
+    /// Puts and gets that have ended, and flushes of puts.
+    pub transfers: Vec<(Doing, ucs_status_t)>,
     /// Requests that UCX is at work on.
     pub in_flight: usize,
     pub fault: Option<Fault>,
@@ -123,6 +126,7 @@ impl Inbox {
         !self.queue.is_empty()
             || !self.finished.is_empty()
             || self.incoming.has_news()
+            || !self.transfers.is_empty()
             || self.fault.is_some()
     }
 

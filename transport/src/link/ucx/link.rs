@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
@@ -12,6 +13,7 @@ use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 use super::bulk::{Incoming, Outgoing, Outgoings, append};
 use super::engine::{Opened, Slot};
 use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox};
+use super::onesided::Transfers;
 use super::request::{Begun, SendOp};
 use super::wire::{Address, Header, Kind};
 use super::worker::{Ep, Locked, Worker};
@@ -19,7 +21,7 @@ use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
-    Link, LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+    Link, LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Segment, Sink,
 };
 use crate::runtime::{Attempt, Source, is_runtime_gone};
 
@@ -30,7 +32,7 @@ const EAGER_BYTES_MAX: usize = 64 << 10;
 /// Chunks that UCX may be at work on, in bytes: what other classes wait behind at most.
 const CHUNKS_BYTES_MAX: usize = 256 << 10;
 /// Requests of a bulk class that may be under way.
-const IN_FLIGHT_MAX: usize = 1024;
+pub(super) const IN_FLIGHT_MAX: usize = 1024;
 /// The same for control. Answers to what a peer sends are among them, so a peer that sends and
 /// never reads ends here.
 const CONTROL_MAX: usize = 65_536;
@@ -49,7 +51,7 @@ const KILL_PATIENCE: Duration = Duration::from_millis(20);
 /// When the peer has hung up, what it sent before is fetched with at most so many steps.
 const LAST_STEPS: usize = 1024;
 
-fn error(kind: ErrorKind, detail: impl Into<String>) -> LinkError {
+pub(super) fn error(kind: ErrorKind, detail: impl Into<String>) -> LinkError {
     LinkError::new(kind, LinkKind::Ucx, detail)
 }
 
@@ -68,16 +70,16 @@ pub(super) fn io_error(doing: &str, error: &io::Error) -> LinkError {
 /// A lane; see the module.
 pub(crate) struct UcxLink {
     // In this order: the endpoint is closed before its slot is given up.
-    ep: Ep,
+    pub(super) ep: Ep,
     slot: Slot,
-    worker: Arc<Worker>,
+    pub(super) worker: Arc<Worker>,
     to: Address,
     caps: Caps,
     max_payload: u64,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
     bootstrap: Source,
     /// The peer has hung up; told when everything that it sent before has been handed up.
-    hung_up: Option<LinkError>,
+    pub(super) hung_up: Option<LinkError>,
     /// The endpoint's waker, once it was armed.
     waker: Option<Waker>,
     /// Taken from the inbox, not handed up yet.
@@ -104,9 +106,13 @@ pub(crate) struct UcxLink {
     /// Killed; counted among the worker's endings for as long as UCX is at work on something.
     killed: bool,
     lingers: bool,
+    /// The peer was told of the end over the bootstrap connection.
+    said_over: bool,
     /// Landings that were ended by that.
     unlanded: Vec<OpId>,
-    counters: LinkCounters,
+    /// Puts and gets by UCX itself.
+    pub(super) transfers: Transfers,
+    pub(super) counters: LinkCounters,
 }
 
 impl UcxLink {
@@ -152,12 +158,14 @@ impl UcxLink {
             dead: None,
             killed: false,
             lingers: false,
+            said_over: false,
             unlanded: Vec::new(),
+            transfers: Transfers::default(),
             counters: LinkCounters::default(),
         }
     }
 
-    fn alive(&self) -> Result<(), LinkError> {
+    pub(super) fn alive(&self) -> Result<(), LinkError> {
         self.dead.clone().map_or(Ok(()), Err)
     }
 
@@ -216,6 +224,7 @@ impl UcxLink {
             std::mem::swap(&mut inbox.queue, &mut self.arrived);
         }
         take_endings(inbox, &mut self.finished, &mut self.landed);
+        self.transfers.ended.append(&mut inbox.transfers);
         let news = News {
             more,
             fault: inbox.fault,
@@ -269,7 +278,7 @@ impl UcxLink {
         self.spare(op);
     }
 
-    fn result(
+    pub(super) fn result(
         &mut self,
         doing: &str,
         status: ucs_status_t,
@@ -638,6 +647,7 @@ impl UcxLink {
         // From here on nothing is written to what the driver lent for landing.
         self.unlanded = self.slot.mailbox.inbox(&mut worker.key).incoming.clear();
         self.open.clear();
+        self.transfers.close_all(worker);
         worker.close(&mut self.ep);
     }
 
@@ -712,6 +722,7 @@ impl Link for UcxLink {
         self.counters.inline_bytes_received += landed_bytes as u64;
         let mut moved = landed_bytes > 0;
         moved |= self.report_finished(sink, None);
+        moved |= self.report_transfers(sink, None);
         if wants {
             let granted = self.grant();
             self.ended(granted)?;
@@ -750,8 +761,10 @@ impl Link for UcxLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let waits =
-            !self.arrived.is_empty() || !self.finished.is_empty() || !self.landed.is_empty();
+        let waits = !self.arrived.is_empty()
+            || !self.finished.is_empty()
+            || !self.landed.is_empty()
+            || self.transfers.has_news();
         if self.hung_up.is_some() || waits || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
@@ -840,12 +853,15 @@ impl Link for UcxLink {
         };
         let inbox = self.slot.mailbox.inbox(&mut worker.key);
         take_endings(inbox, &mut self.finished, &mut self.landed);
+        self.transfers.ended.append(&mut inbox.transfers);
         let wakes = worker.take_wakes();
         drop(worker);
         for waker in wakes {
             sink.wake(waker);
         }
         self.report_finished(sink, Some(error));
+        self.end_transfers(sink, error);
+        self.transfers.close_all(&mut shared.lock());
         self.set_lingers(in_flight > 0);
         // What no chunk of is under way is not read any more, and `begin_to_end` saw to the rest.
         let unlanded = std::mem::take(&mut self.unlanded);
@@ -889,6 +905,47 @@ impl Link for UcxLink {
     fn counters(&self) -> LinkCounters {
         self.counters
     }
+
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        Some(self)
+    }
+
+    /// The peer's end of the bootstrap connection goes with its link, after everything that it had
+    /// UCX do has ended; so does a dead process's.
+    fn poll_unreachable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !std::mem::replace(&mut self.said_over, true) {
+            // So that it ends. It may have: then there is nothing to tell.
+            let _ = rustix::net::shutdown(self.bootstrap.fd(), rustix::net::Shutdown::Write);
+        }
+        let mut bytes = [0; 64];
+        let mut read = |fd: BorrowedFd<'_>| {
+            rustix::io::read(fd, &mut bytes).map(Attempt::More).map_err(io::Error::from)
+        };
+        // Directly: the runtime may be gone.
+        match read(self.bootstrap.fd()) {
+            Ok(Attempt::More(0) | Attempt::Drained(0)) => return Poll::Ready(()),
+            Ok(_) => {}
+            Err(error) if would_come(&error) => {}
+            Err(_) => return Poll::Ready(()),
+        }
+        match self.bootstrap.poll_read(cx, read) {
+            Poll::Ready(Ok(0)) => Poll::Ready(()),
+            Poll::Ready(Ok(_)) => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Poll::Ready(Err(error)) if would_come(&error) || is_runtime_gone(&error) => {
+                Poll::Pending
+            }
+            Poll::Ready(Err(_)) => Poll::Ready(()),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+/// Whether a read that failed in this way may do better later.
+fn would_come(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 impl Drop for UcxLink {

@@ -17,6 +17,7 @@
 //! | `lanes` | what UCX says about the lanes of an endpoint |
 //! | `engine` | progress when nobody polls, sleep and wake, set-up |
 //! | `link` | the link |
+//! | `onesided` | puts and gets by UCX itself, and the keys for them |
 //!
 //! # Ownership
 //!
@@ -35,6 +36,12 @@
 //! UCX itself parses the peer's worker address and its own wire format, and does not authenticate:
 //! the link is for networks and users that are trusted, and is used only where it is asked for.
 //! Everything above UCX is checked as on the other links. An inbox is bounded.
+//!
+//! A peer that was granted direct access to a region gets a key of UCX's. An honest peer gives it
+//! back when it is asked to, or by its end, and until then the region's memory stays. A hostile one
+//! that keeps it can reach that memory for as long as UCX's lane lets it: hardware forgets a key
+//! when the memory is unmapped from UCX, but over CMA the kernel looks at the user only, and a
+//! process of the same user can write to any memory of this one, with or without a key.
 
 mod blob;
 mod bulk;
@@ -44,6 +51,7 @@ mod gate;
 mod inbox;
 mod lanes;
 mod link;
+mod onesided;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -129,7 +129,7 @@ pub(super) fn segments(
 }
 
 /// Nothing unwinds into C. What a callback does cannot panic but for a bug; the process goes on.
-fn shielded(body: impl FnOnce()) {
+pub(super) fn shielded(body: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(body)).is_err() {
         tracing::error!("a panic in a callback of UCX's was stopped");
     }

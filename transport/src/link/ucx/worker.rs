@@ -92,7 +92,7 @@ impl Wake for Sleeper {
 /// The node's worker. Ends with its last user, once UCX has let go of everything.
 pub(super) struct Worker {
     pub ucx: &'static Ucx,
-    context: Context,
+    pub(super) context: Context,
     raw: ucp_worker_h,
     pub dispatch: Arc<Dispatch>,
     /// What peers connect to.
@@ -564,8 +564,8 @@ impl Locked<'_> {
 /// An endpoint of UCX's. Closed by force when dropped, if not before.
 pub(super) struct Ep {
     worker: Arc<Worker>,
-    raw: ucp_ep_h,
-    mailbox: Arc<Mailbox>,
+    pub(super) raw: ucp_ep_h,
+    pub(super) mailbox: Arc<Mailbox>,
     closed: bool,
 }
 
