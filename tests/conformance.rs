@@ -29,7 +29,8 @@ macro_rules! cases {
                     shm_single_copy ShmSingleCopy, shm_loans ShmLoans, mock Mock,
                     mock_reordering MockReordering, mock_delaying MockDelaying,
                     mock_tiny MockTiny, mock_direct MockDirect,
-                    mock_direct_late MockDirectLate, ucx Ucx);
+                    mock_direct_late MockDirectLate, ucx Ucx,
+                    ucx_direct UcxDirect);
             }
         )*
     };

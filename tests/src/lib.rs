@@ -39,6 +39,8 @@ pub enum Way {
     MockDirectLate,
     /// UCX, over whatever lanes `UCX_TLS` admits.
     Ucx,
+    /// The same, with puts and gets of UCX's own.
+    UcxDirect,
 }
 
 impl Way {
@@ -68,19 +70,19 @@ impl Way {
             | Way::MockTiny
             | Way::MockDirect
             | Way::MockDirectLate => LinkKind::Mock,
-            Way::Ucx => LinkKind::Ucx,
+            Way::Ucx | Way::UcxDirect => LinkKind::Ucx,
         }
     }
 
     /// Whether the link puts and gets by itself.
     pub fn is_direct(self) -> bool {
-        matches!(self, Way::MockDirect | Way::MockDirectLate | Way::Ucx)
+        matches!(self, Way::MockDirect | Way::MockDirectLate | Way::UcxDirect)
     }
 
     /// Why it is not to be had on this machine, if it is not.
     pub fn missing(self) -> Option<String> {
         static UCX: OnceLock<Option<String>> = OnceLock::new();
-        if self != Way::Ucx {
+        if self.link() != LinkKind::Ucx {
             return None;
         }
         let look = || {
@@ -117,6 +119,7 @@ impl Way {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
             Way::Tcp | Way::ShmAll | Way::Ucx => config,
+            Way::UcxDirect => config.ucx_direct(true),
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),

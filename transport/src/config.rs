@@ -89,6 +89,7 @@ pub struct Config {
     pub(crate) single_copy: bool,
     pub(crate) loans: bool,
     pub(crate) ptracer_any: bool,
+    pub(crate) ucx_direct: bool,
     pub(crate) loan_pool_bytes: usize,
     pub(crate) host_pool_bytes: usize,
     pub(crate) require_encryption: bool,
@@ -121,6 +122,7 @@ impl Default for Config {
             single_copy: true,
             loans: true,
             ptracer_any: false,
+            ucx_direct: false,
             loan_pool_bytes: 1 << 30,
             host_pool_bytes: 256 << 20,
             require_encryption: false,
@@ -235,6 +237,12 @@ impl Config {
         /// (`PR_SET_PTRACER_ANY`), which single copy needs where Yama restricts ptrace.
         /// `THALWEG_PTRACER_ANY`, 0 or 1. Default: no.
         ptracer_any: bool;
+        /// Whether UCX puts and gets by itself, if both sides say so. For fabrics where it has
+        /// hardware for that (InfiniBand, RoCE) and processes that are not killed: over sockets
+        /// and shared memory UCX emulates both, and its emulation ends a process, or never ends an
+        /// operation, when the peer dies in the middle (1.13 and 1.22). Without it the target's
+        /// process serves, as over the other links. `THALWEG_UCX_DIRECT`, 0 or 1. Default: no.
+        ucx_direct: bool;
         /// Limit of the node's shared memory (loans and staging), in bytes. `THALWEG_LOAN_POOL`.
         /// Default: 1 GiB.
         loan_pool_bytes: usize;
@@ -312,6 +320,7 @@ impl Config {
                 "SINGLE_COPY" => config.single_copy = flag()?,
                 "LOANS" => config.loans = flag()?,
                 "PTRACER_ANY" => config.ptracer_any = flag()?,
+                "UCX_DIRECT" => config.ucx_direct = flag()?,
                 "LOAN_POOL" => config.loan_pool_bytes = usize_of(size()?)?,
                 "HOST_POOL" => config.host_pool_bytes = usize_of(size()?)?,
                 "REQUIRE_ENCRYPTION" => config.require_encryption = flag()?,

@@ -441,7 +441,7 @@ impl SetUp<'_> {
             }));
         }
         if let (Some(ucx), Some(blob)) = (&self.node.ucx, self.blob(LinkKind::Ucx))
-            && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), blob)
+            && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), ucx.direct(), blob)
         {
             objections.push(Objection { link: LinkKind::Ucx, reason, fix });
         }

@@ -369,6 +369,7 @@ fn ucx_engine(
         // Twice what credit allows: heads, control and one-sided traffic count too.
         inbox_max_bytes: usize::try_from(windows.saturating_mul(2)).unwrap_or(usize::MAX / 2),
         setup_timeout: config.handshake_timeout / 2,
+        direct: config.ucx_direct,
     };
     match UcxEngine::new(reactor, timers.clone(), options) {
         Ok(engine) => {

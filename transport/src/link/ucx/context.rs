@@ -73,7 +73,8 @@ impl Drop for Settings {
 }
 
 impl Context {
-    pub fn new(ucx: &'static Ucx) -> Result<Context, Unavailable> {
+    /// With `direct` for puts and gets, too.
+    pub fn new(ucx: &'static Ucx, direct: bool) -> Result<Context, Unavailable> {
         let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
@@ -81,8 +82,10 @@ impl Context {
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = ffi::UCP_PARAM_FIELD_FEATURES.into();
-        params.features =
-            u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_RMA | ffi::UCP_FEATURE_WAKEUP);
+        params.features = u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_WAKEUP);
+        if direct {
+            params.features |= u64::from(ffi::UCP_FEATURE_RMA);
+        }
         let mut raw = std::ptr::null_mut();
         let (major, minor) = ffi::VERSION_MIN;
         // Opening devices may load libraries that install handlers.

@@ -55,7 +55,7 @@ impl UcxEngine {
             |absent: &ffi::Absent| Unavailable { reason: absent.to_string(), fix: absent.fix() };
         let ucx = ffi::load().map_err(absent)?;
         ucx.redirect_log(log);
-        let worker = Worker::new(ucx, reactor)?;
+        let worker = Worker::new(ucx, reactor, options.direct)?;
         Ok(Arc::new(UcxEngine { worker, timers, options, ending: Mutex::new(None) }))
     }
 
@@ -74,6 +74,11 @@ impl UcxEngine {
 
     pub fn version(&self) -> Version {
         self.worker.ucx.version
+    }
+
+    /// Whether UCX may put and get by itself.
+    pub fn direct(&self) -> bool {
+        self.worker.direct
     }
 
     /// A slot for a connection that is being made.
@@ -250,7 +255,8 @@ impl Reservation {
     pub fn blob(&self) -> Vec<u8> {
         let Some(slot) = &self.slot else { return Vec::new() };
         let worker = &slot.worker;
-        Blob::new(worker.ucx.version, slot.mailbox.address, worker.address.clone()).to_bytes()
+        let (version, direct) = (worker.ucx.version, worker.direct);
+        Blob::new(version, direct, slot.mailbox.address, worker.address.clone()).to_bytes()
     }
 
     pub fn take(&mut self) -> Option<Slot> {

@@ -76,6 +76,8 @@ pub(crate) struct UcxLink {
     to: Address,
     caps: Caps,
     max_payload: u64,
+    /// UCX may put and get by itself.
+    direct: bool,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
     bootstrap: Source,
     /// The peer has hung up; told when everything that it sent before has been handed up.
@@ -123,7 +125,7 @@ impl UcxLink {
             false => CHUNK_BYTES,
         };
         let lanes = lanes::in_words(&lanes);
-        let UcxOptions { eager_max, max_payload, .. } = options;
+        let UcxOptions { eager_max, max_payload, direct, .. } = options;
         UcxLink {
             worker: slot.worker.clone(),
             ep,
@@ -138,6 +140,7 @@ impl UcxLink {
                 ),
             },
             max_payload,
+            direct,
             bootstrap,
             hung_up: None,
             waker: None,
@@ -907,7 +910,7 @@ impl Link for UcxLink {
     }
 
     fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
-        Some(self)
+        if self.direct { Some(self) } else { None }
     }
 
     /// The peer's end of the bootstrap connection goes with its link, after everything that it had

@@ -79,6 +79,8 @@ pub(crate) struct UcxOptions {
     pub inbox_max_bytes: usize,
     /// How long setting up one link may take.
     pub setup_timeout: Duration,
+    /// Whether UCX may put and get by itself.
+    pub direct: bool,
 }
 
 /// Why this node cannot use UCX at all.

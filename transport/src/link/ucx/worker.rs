@@ -93,6 +93,8 @@ impl Wake for Sleeper {
 pub(super) struct Worker {
     pub ucx: &'static Ucx,
     pub(super) context: Context,
+    /// It can put and get.
+    pub direct: bool,
     raw: ucp_worker_h,
     pub dispatch: Arc<Dispatch>,
     /// What peers connect to.
@@ -134,8 +136,13 @@ impl Drop for Ends {
 }
 
 impl Worker {
-    pub fn new(ucx: &'static Ucx, reactor: &Reactor) -> Result<Arc<Worker>, Unavailable> {
-        let mut ends = Ends(Some(Context::new(ucx)?));
+    /// With `direct` it can put and get.
+    pub fn new(
+        ucx: &'static Ucx,
+        reactor: &Reactor,
+        direct: bool,
+    ) -> Result<Arc<Worker>, Unavailable> {
+        let mut ends = Ends(Some(Context::new(ucx, direct)?));
         let Some(context) = &ends.0 else { return Err(failed(ucx, "", 0)) };
         let made = Worker::make(context)?;
         let dispatch = Arc::new(Dispatch::default());
@@ -155,6 +162,7 @@ impl Worker {
         Ok(Arc::new(Worker {
             ucx,
             context,
+            direct,
             raw,
             dispatch,
             address,
