@@ -213,6 +213,7 @@ impl Link for Lane {
 
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         let wire = &mut *lock(&self.wire);
+        wire.open.clear();
         for (op, result) in wire.finished.drain(..) {
             sink.done(op, result);
         }
@@ -667,13 +668,17 @@ impl Session {
         }
     }
 
-    fn check(&self) {
-        let state = &self.core.state;
+    fn check(&mut self) {
+        let state = &mut self.core.state;
         let alone = state.inbox.len() <= 1;
         assert!(state.message_charge.resident() <= WINDOW_BYTES || alone);
         assert!(state.serving <= ONE_SIDED_MAX);
         assert!(state.one_sided_posted <= ONE_SIDED_MAX);
         assert!(state.tables.within(FRAMES_MAX));
+        for op in lock(&self.wire).open.values().flatten() {
+            let stage = state.ops.get(*op).map(|slot| &slot.stage);
+            assert!(matches!(stage, Some(Stage::Posted)), "over, and its memory is still in use");
+        }
         let direct = state.direct.as_ref().expect("the lane can");
         assert!(direct.granted() <= GRANTS_MAX && direct.remembered() <= GRANTS_MAX);
     }

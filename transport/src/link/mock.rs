@@ -515,8 +515,9 @@ impl MockLink {
     fn reach(&mut self) -> Result<bool, LinkError> {
         let mut any = false;
         while let Some(at) = self.next_direct() {
+            // One that fails is reported by the end of the link.
+            self.do_direct(&self.direct[at])?;
             let direct = self.direct.remove(at);
-            self.do_direct(&direct)?;
             self.later(direct.op);
             any = true;
         }
