@@ -538,6 +538,9 @@ impl MockLink {
         let Some(region) = shared.regions[1 - self.side].get(&direct.region) else {
             return Err(breach("a region is reached that its owner has taken back"));
         };
+        if !self.opened.contains(&direct.region) {
+            return Err(breach("a region was closed while it was in use"));
+        }
         let end = direct.offset.checked_add(direct.len as u64);
         let allowed = if direct.put { region.write } else { region.read };
         if !allowed || end.is_none_or(|end| end > region.len as u64) {
