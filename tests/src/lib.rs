@@ -82,7 +82,7 @@ impl Way {
 
     /// Whether the link puts and gets by itself.
     pub fn is_direct(self) -> bool {
-        matches!(self, Way::MockDirect | Way::MockDirectLate)
+        matches!(self, Way::MockDirect | Way::MockDirectLate | Way::Verbs)
     }
 
     /// Why it is not to be had on this machine, if it is not.

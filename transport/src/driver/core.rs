@@ -971,6 +971,7 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         single_copy_bytes_received: a.single_copy_bytes_received + b.single_copy_bytes_received,
         arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
+        rdma_bytes_sent: a.rdma_bytes_sent + b.rdma_bytes_sent,
         rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,
         registrations: a.registrations + b.registrations,
         registrations_reused: a.registrations_reused + b.registrations_reused,

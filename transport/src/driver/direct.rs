@@ -74,6 +74,8 @@ pub(crate) struct Direct {
     /// The peer wants them back.
     closing: Vec<u64>,
     in_flight: usize,
+    /// The link has failed to: the target serves from now on.
+    broken: bool,
     /// The peer has said goodbye, and is answered when nothing is in flight.
     goodbye_due: bool,
 
@@ -95,6 +97,7 @@ impl Direct {
             arrived: Vec::new(),
             closing: Vec::new(),
             in_flight: 0,
+            broken: false,
             goodbye_due: false,
             notices: Notices::new(endpoint),
             wanted: Vec::new(),
@@ -137,7 +140,8 @@ impl Direct {
     fn way_to(&self, key: u64, offset: u64, len: u64, access: u8) -> Option<RemoteId> {
         match self.remotes.get(&key)? {
             Remote::Open(open)
-                if !open.revoking
+                if !self.broken
+                    && !open.revoking
                     && open.access & access != 0
                     && check_bounds(offset, len, open.len) =>
             {
@@ -288,6 +292,7 @@ impl State {
             (slot, &mut self.direct)
         {
             direct.ended(*key);
+            direct.broken |= result.is_err();
         }
         self.one_sided_over(id, result);
     }
@@ -329,6 +334,7 @@ impl Core {
     pub(super) fn want_direct(&mut self, key: u64) -> Result<(), Error> {
         let Some(direct) = &mut self.state.direct else { return Ok(()) };
         if !matches!(self.state.life, Life::Open)
+            || direct.broken
             || direct.remotes.contains_key(&key)
             || !direct.make_room()
         {

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
@@ -174,7 +175,7 @@ impl Drop for Hold {
 pub(crate) struct Granted {
     // In this order: the memory stays for as long as it can be reached.
     registration: Arc<dyn Registration>,
-    hold: Hold,
+    hold: ManuallyDrop<Hold>,
 }
 
 impl Granted {
@@ -187,6 +188,18 @@ impl Granted {
     pub fn extent(&self) -> (u64, u8) {
         let entry = &self.hold.used.0;
         (entry.memory.len as u64, entry.access)
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        // Who shares it sees to its end.
+        if Arc::strong_count(&self.registration) == 1 && !self.registration.withdraw() {
+            tracing::error!("registered memory that a peer may still reach is left");
+            return;
+        }
+        // SAFETY: here and nowhere else.
+        unsafe { ManuallyDrop::drop(&mut self.hold) };
     }
 }
 
@@ -273,7 +286,7 @@ impl Keys {
         drop(users);
         let hold = Hold { used: RegionUse(entry), notices: notices.clone() };
         match hold.used.0.registration(link) {
-            Ok(registration) => Ok(Granted { registration, hold }),
+            Ok(registration) => Ok(Granted { registration, hold: ManuallyDrop::new(hold) }),
             // Its drop may run the owner's code.
             Err(error) => Err((NotGranted::Link(error), Some(Box::new(hold)))),
         }

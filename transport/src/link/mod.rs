@@ -379,6 +379,11 @@ pub(crate) struct RemoteId(pub u32);
 pub(crate) trait Registration: Send + Sync {
     /// What the peer's end of the link needs to reach it: a few bytes, for [`OneSided::open`].
     fn grant(&self) -> &[u8];
+
+    /// Ends it. `false`: the peer may still reach the memory, which then has to stay allocated.
+    fn withdraw(&self) -> bool {
+        true
+    }
 }
 
 /// Direct put and get: an optional part of a [`Link`].
@@ -386,6 +391,9 @@ pub(crate) trait Registration: Send + Sync {
 /// The user checks keys, bounds and access; it keeps registered memory alive until the peer has
 /// said that it is finished with it, or [`Link::poll_unreachable`] is ready; and it closes a remote
 /// region only when no operation on it is under way. [`Link::kill`] closes them all.
+///
+/// An operation that ends with an error while the link lives says that nothing can be reached by
+/// the link any more: nothing is begun from then on, and what had begun ends in the same way.
 pub(crate) trait OneSided {
     /// What carries them out, in plain words, for the route.
     fn way(&self) -> &'static str;
@@ -451,6 +459,8 @@ pub struct LinkCounters {
     pub arena_bytes_sent: u64,
     /// Bytes this side copied out of the peer's staging arena.
     pub arena_bytes_received: u64,
+    /// Bytes that the adapter wrote straight into the peer's memory (RDMA).
+    pub rdma_bytes_sent: u64,
     /// Bytes that the adapter read straight out of the peer's memory (RDMA).
     pub rdma_bytes_received: u64,
     /// Times memory of a payload was registered with the adapter.

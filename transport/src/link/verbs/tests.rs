@@ -25,6 +25,8 @@ use crate::link::{
 use crate::memory::{Allocator, HostPool, MemoryKind};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
+mod onesided;
+
 const OP: OpId = OpId { index: 3, generation: 1 };
 
 #[derive(Default)]
@@ -386,7 +388,9 @@ fn a_payload_that_cannot_be_registered_to_its_end_comes_in_chunks() {
 #[test]
 fn memory_is_readable_by_the_peer_only_where_it_was_offered() {
     let mut setting = setting();
-    assert_eq!(setting.fake.state().access, [0, ffi::IBV_ACCESS_REMOTE_READ]);
+    let read = ffi::IBV_ACCESS_REMOTE_READ;
+    let reached = read | ffi::IBV_ACCESS_REMOTE_WRITE;
+    assert_eq!(setting.fake.state().access, [0, read, 0, reached]);
     let pool = HostPool::new(1 << 20);
     let mut memory = pool.allocate(64 << 10).expect("memory");
     let bytes = pattern(64 << 10);
