@@ -99,6 +99,36 @@ fn an_older_minor_version_is_served_over_mock() {
 }
 
 #[test]
+fn what_fails_is_told_and_the_target_serves_from_then_on() {
+    run("what fails", || async {
+        let plan = || MockPlan::new().direct(true).direct_max(3).delay_polls(2);
+        let pair = pair_with(Way::Mock, |config| config.mock(plan())).await;
+        let region = pair.node_b.register(vec![0u8; 50_000], Access::ReadWrite).expect("region");
+        let key = region.key();
+        use_until_direct(&pair.a, &key).await;
+        let puts = (0..6).map(|i| pair.a.put(pattern(i, 5_000), &key, i * 5_000));
+        let ended = within(LIMIT, "the puts", futures_util::future::join_all(puts)).await;
+        let errors: Vec<_> = ended.into_iter().filter_map(|put| put.err()).collect();
+        assert!((1..=4).contains(&errors.len()), "{errors:?}");
+        assert!(errors.iter().all(|failed| failed.kind() == ErrorKind::ConnectionLost));
+        let direct = pair.a.stats().direct_puts;
+        for i in 0..6 {
+            pair.a.put(pattern(i, 5_000), &key, i * 5_000).await.expect("putting");
+        }
+        // Another key is not asked for either.
+        let other = pair.node_b.register(vec![1u8; 10], Access::ReadWrite).expect("region");
+        for _ in 0..3 {
+            assert_eq!(pair.a.get(vec![0; 10], &other.key(), 0).await.expect("getting"), [1; 10]);
+        }
+        assert_eq!(pair.a.stats().direct_puts, direct);
+        assert_eq!(pair.b.stats().granted_keys, 1);
+        pair.a.fence().await.expect("a fence");
+        let buffer = within(LIMIT, "the memory", region.revoke()).await;
+        (0..6).for_each(|i| check_pattern(i, &buffer[i as usize * 5_000..][..5_000]));
+    });
+}
+
+#[test]
 fn a_peer_that_is_stopped_holds_a_revocation_up_until_the_endpoint_ends() {
     run("a_peer_that_is_stopped", || async {
         let switch = MockSwitch::new();

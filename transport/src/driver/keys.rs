@@ -302,6 +302,7 @@ pub(crate) fn random_u64() -> std::io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::{OpId, Post, RemoteId, Segment, SegmentMut};
     use crate::memory::Buffer;
 
     fn region(keys: &Keys, len: usize, access: u8) -> (u64, Arc<Entry>) {
@@ -331,5 +332,72 @@ mod tests {
         assert_eq!(keys.begin(key, 0, 8, true).err(), Some(Status::KeyUnknown));
         drop(used);
         assert!(entry.revoke(None).is_some());
+    }
+
+    /// A link whose registrations end, or do not.
+    struct Registrar {
+        ends: bool,
+    }
+
+    struct Made {
+        ends: bool,
+    }
+
+    impl Registration for Made {
+        fn grant(&self) -> &[u8] {
+            b"grant"
+        }
+
+        fn withdraw(&self) -> bool {
+            self.ends
+        }
+    }
+
+    impl OneSided for Registrar {
+        fn way(&self) -> &'static str {
+            "a test"
+        }
+
+        fn domain(&self) -> usize {
+            1
+        }
+
+        fn register(
+            &mut self,
+            _: SegmentMut,
+            _: bool,
+            _: bool,
+        ) -> Result<Arc<dyn Registration>, LinkError> {
+            Ok(Arc::new(Made { ends: self.ends }))
+        }
+
+        fn open(&mut self, _: &[u8]) -> Result<RemoteId, LinkError> {
+            Ok(RemoteId(0))
+        }
+
+        fn close(&mut self, _: RemoteId) {}
+
+        fn put(&mut self, _: OpId, _: Segment<'_>, _: RemoteId, _: u64) -> Result<Post, LinkError> {
+            Ok(Post::Done)
+        }
+
+        fn get(&mut self, _: OpId, _: SegmentMut, _: RemoteId, _: u64) -> Result<Post, LinkError> {
+            Ok(Post::Done)
+        }
+    }
+
+    #[test]
+    fn memory_that_stays_registered_is_never_handed_back() {
+        for ends in [true, false] {
+            let keys = Keys::default();
+            let (key, entry) = region(&keys, 10, ACCESS_READ | ACCESS_WRITE);
+            let notices = Notices::new(Waker::noop().clone());
+            let granted = keys.grant(key, &mut Registrar { ends }, &notices);
+            let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
+            assert!(entry.revoke(Some(Waker::noop())).is_none(), "the peer may reach it");
+            assert_eq!(notices.take(), [key]);
+            drop(granted);
+            assert_eq!(entry.revoke(None).is_some(), ends);
+        }
     }
 }

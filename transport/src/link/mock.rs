@@ -47,6 +47,7 @@ pub struct MockPlan {
     inline_max: usize,
     eager_max: usize,
     direct: bool,
+    direct_max: usize,
     switch: Option<MockSwitch>,
 }
 
@@ -63,6 +64,7 @@ impl Default for MockPlan {
             inline_max: 2048,
             eager_max: 64 << 10,
             direct: false,
+            direct_max: 0,
             switch: None,
         }
     }
@@ -110,6 +112,8 @@ impl MockPlan {
         eager_max: usize;
         /// The link puts and gets by itself. Default: no.
         direct: bool;
+        /// So many of these it does, and fails with the next one; 0: it does not fail. Default: 0.
+        direct_max: usize;
     }
 
     /// Lets `switch` break or pause the links made with this plan.
@@ -419,6 +423,12 @@ pub(crate) struct MockLink {
     late: Vec<Late>,
     /// What this side puts and gets by itself and has not done yet.
     direct: Vec<Direct>,
+    /// How many it has begun.
+    directs: usize,
+    /// Those that are to fail.
+    failing: Vec<OpId>,
+    /// One has failed: nothing more may be begun.
+    direct_over: bool,
     /// The peer's regions that are open here.
     opened: HashSet<u32>,
     counters: LinkCounters,
@@ -453,6 +463,9 @@ impl MockLink {
             jobs: VecDeque::new(),
             late: Vec::new(),
             direct: Vec::new(),
+            directs: 0,
+            failing: Vec::new(),
+            direct_over: false,
             opened: HashSet::new(),
             counters: LinkCounters::default(),
             flush_awaited: Cell::new(false),
@@ -524,6 +537,17 @@ impl MockLink {
         Ok(any)
     }
 
+    /// Ends the puts and gets that are to fail.
+    fn fail_some(&mut self, sink: &mut dyn Sink) -> bool {
+        self.direct_over |= !self.failing.is_empty();
+        let any = !self.failing.is_empty();
+        for op in self.failing.drain(..) {
+            let detail = "a put or get that is to fail";
+            sink.done(op, Err(LinkError::new(ErrorKind::ConnectionLost, LinkKind::Mock, detail)));
+        }
+        any
+    }
+
     fn next_direct(&mut self) -> Option<usize> {
         let polls = self.polls;
         let due = self.direct.iter().filter(|direct| direct.due <= polls).count();
@@ -572,7 +596,15 @@ impl MockLink {
             self.counters.stalls += 1;
             return Ok(Post::Full);
         }
+        if self.direct_over {
+            return Err(breach("a region is reached after that has failed"));
+        }
         self.posted += 1;
+        self.directs += 1;
+        if self.plan.direct_max > 0 && self.directs > self.plan.direct_max {
+            self.failing.push(direct.op);
+            return Ok(Post::Pending);
+        }
         let paused = self.pair.lock().paused;
         if self.plan.delay_polls == 0 && self.posted.is_multiple_of(2) && !paused {
             self.do_direct(&direct)?;
@@ -747,6 +779,7 @@ impl MockLink {
         !self.late.is_empty()
             || !self.jobs.is_empty()
             || !self.direct.is_empty()
+            || !self.failing.is_empty()
             || coming.queues.iter().any(|queue| !queue.is_empty())
             || !going.over.is_empty()
             || going.starved && self.has_room(shared)
@@ -795,6 +828,7 @@ impl Link for MockLink {
         }
         any |= self.land_some(budget)?;
         any |= self.reach()?;
+        any |= self.fail_some(sink);
         while budget.parcels > 0 {
             let pair = self.pair.clone();
             let mut shared = pair.lock();
@@ -924,8 +958,8 @@ impl Link for MockLink {
             sink.done(job.op, Err(error.clone()));
         }
         self.opened.clear();
-        for direct in self.direct.drain(..) {
-            sink.done(direct.op, Err(error.clone()));
+        for op in self.direct.drain(..).map(|direct| direct.op).chain(self.failing.drain(..)) {
+            sink.done(op, Err(error.clone()));
         }
         for (_, op) in self.pending.drain() {
             sink.done(op, Err(error.clone()));
