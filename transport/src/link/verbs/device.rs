@@ -576,16 +576,16 @@ impl Registered {
         Ok(Registered { domain: domain.clone(), raw, bytes })
     }
 
-    /// The key for requests of this process. Not asked for once it has ended.
+    /// The key for requests of this process; 0 once it has ended.
     pub fn local_key(&self) -> u32 {
-        // SAFETY: live until ended.
-        unsafe { (*self.raw).lkey }
+        // SAFETY: live until ended, and null from then on.
+        unsafe { self.raw.as_ref() }.map_or(0, |registered| registered.lkey)
     }
 
-    /// The key for the peer's requests. Not asked for once it has ended.
+    /// The key for the peer's requests; 0 once it has ended.
     pub fn remote_key(&self) -> u32 {
-        // SAFETY: live until ended.
-        unsafe { (*self.raw).rkey }
+        // SAFETY: as above.
+        unsafe { self.raw.as_ref() }.map_or(0, |registered| registered.rkey)
     }
 }
 

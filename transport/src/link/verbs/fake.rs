@@ -73,6 +73,7 @@ pub(super) struct Reaching {
     pub writes: bool,
     pub inline: bool,
     local: usize,
+    local_key: u32,
     pub bytes: usize,
     pub remote: u64,
     pub remote_key: u32,
@@ -102,8 +103,11 @@ impl State {
 
     /// The request that was posted before all others ends.
     fn end_reaching(&mut self, status: ibv_wc_status) {
-        let Reaching { id, writes, local, bytes, remote, remote_key, carried, .. } =
-            self.reaching.pop_front().expect("something is put or got");
+        let posted = self.reaching.pop_front().expect("something is put or got");
+        let Reaching { id, writes, inline, local, local_key, bytes, .. } = posted;
+        let Reaching { remote, remote_key, carried, .. } = posted;
+        let kept = inline || self.allows(2, local_key, local, bytes, 0);
+        assert!(kept, "memory of a request is registered no more");
         let right = if writes { ffi::IBV_ACCESS_REMOTE_WRITE } else { ffi::IBV_ACCESS_REMOTE_READ };
         let mut status = status;
         if self.refused {
@@ -419,7 +423,9 @@ unsafe extern "C" fn post_send(
         // SAFETY: a write or read: its part of the union is set.
         let (remote, remote_key) = unsafe { (request.wr.rdma.remote_addr, request.wr.rdma.rkey) };
         let (id, local) = (request.wr_id, at);
-        let posted = Reaching { id, writes, inline, local, bytes, remote, remote_key, carried };
+        let local_key = piece.lkey;
+        let posted =
+            Reaching { id, writes, inline, local, local_key, bytes, remote, remote_key, carried };
         state.reaching.push_back(posted);
         state.requests += 1;
         if !state.holds_reaching {

@@ -189,6 +189,64 @@ fn a_put_is_over_when_the_beacon_was_read_behind_it() {
 }
 
 #[test]
+fn memory_stays_registered_until_its_requests_have_ended() {
+    let mut setting = setting();
+    let len = 2 * SLICE_BYTES + (1 << 20);
+    let target = setting.region(len, true, true);
+    setting.fake.state().holds_reaching = true;
+    let bytes = pattern(len);
+    let mut to = vec![0; len];
+    for gets in [false, true] {
+        match gets {
+            false => setting.put(1, &bytes, &target, 0),
+            true => setting.get(1, &mut to, &target, 0),
+        };
+        setting.settle();
+        let mut most = 0;
+        while setting.driver.done.is_empty() {
+            let before = setting.registered();
+            setting.fake.end_reaching(ffi::IBV_WC_SUCCESS);
+            setting.settle();
+            most = most.max(before);
+        }
+        assert_eq!(setting.over(), [(1, true)]);
+        // The region, and its beacon's page.
+        assert!(most - len <= 2 * SLICE_BYTES + BUFFER_BYTES, "what is over stays registered");
+    }
+    assert!(to == bytes, "wrong bytes");
+}
+
+#[test]
+fn a_put_whose_beacon_finds_no_room_is_not_over() {
+    let mut setting = setting();
+    let target = setting.region(100, true, true);
+    setting.fake.state().holds_reaching = true;
+    let count = REACH_BUFFERS - 1;
+    let mut places = vec![0u8; count];
+    for place in places.chunks_mut(1) {
+        setting.get(1, place, &target, 0);
+    }
+    // Requests that carry their bytes need no buffers.
+    for _ in 0..(REACHES - count) / 2 {
+        setting.put(1, b"x", &target, 0);
+    }
+    setting.settle();
+    setting.put(2, b"y", &target, 0);
+    setting.settle();
+    assert_eq!(setting.fake.state().reaching.len(), REACHES);
+    let last = setting.fake.state().reaching.back().is_some_and(|posted| posted.writes);
+    assert!(last, "there is no room for its beacon");
+    for _ in 0..REACHES {
+        setting.fake.end_reaching(ffi::IBV_WC_SUCCESS);
+    }
+    setting.settle();
+    assert!(setting.over().iter().all(|over| *over == (1, true)), "told too early");
+    setting.fake.end_reaching(ffi::IBV_WC_SUCCESS);
+    setting.settle();
+    assert_eq!(setting.over(), [(2, true)]);
+}
+
+#[test]
 fn what_cannot_be_registered_goes_by_buffers() {
     let mut setting = setting();
     let target = setting.region(1 << 20, true, true);
@@ -364,12 +422,17 @@ fn a_connection_that_is_lost_ends_the_link() {
     let target = setting.region(100, true, true);
     setting.fake.state().holds_reaching = true;
     setting.put(1, b"x", &target, 0);
+    assert_eq!(setting.post(b"message").expect("posted"), Post::Done);
+    assert!(!setting.link.flushed());
+    setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    setting.settle();
+    assert!(setting.link.flushed());
     setting.eager();
     setting.fake.end_reaching(ffi::IBV_WC_RETRY_EXC_ERR);
     assert_eq!(setting.link.check().expect("alive"), Check::Drive);
     let error = loop {
         match setting.poll() {
-            Ok(_) => {}
+            Ok(_) => assert!(!setting.link.flushed(), "nothing more will leave"),
             Err(error) => break error,
         }
     };
