@@ -20,7 +20,7 @@ struct End {
 
 fn port() -> Option<LocalPort> {
     if std::env::var_os("THALWEG_TEST_RDMA").is_none() {
-        println!("SKIPPED: there is no RDMA device outside of the virtual machine");
+        println!("SKIPPED: a real device: there is none outside of the virtual machine");
         return None;
     }
     let verbs = ffi::load().unwrap_or_else(|absent| panic!("{absent}"));
