@@ -28,7 +28,8 @@ macro_rules! cases {
                 cases!(@ways $case: tcp Tcp, shm_all ShmAll, shm_inline_arena ShmInlineArena,
                     shm_single_copy ShmSingleCopy, shm_loans ShmLoans, mock Mock,
                     mock_reordering MockReordering, mock_delaying MockDelaying,
-                    mock_tiny MockTiny, ucx Ucx, verbs Verbs);
+                    mock_tiny MockTiny, mock_direct MockDirect,
+                    mock_direct_late MockDirectLate, ucx Ucx, verbs Verbs);
             }
         )*
     };
@@ -78,6 +79,15 @@ cases! {
     one_sided_revoked
     one_sided_revoked_midway
     one_sided_dropped
+    direct_is_used
+    direct_bounds_and_access
+    direct_revoked_midway
+    direct_revoked_by_dropping
+    direct_revoked_at_two_peers
+    direct_dropped
+    direct_on_many_keys
+    direct_and_the_end
+    direct_and_goodbye
     fence_orders_families
     credit_is_respected
     credit_admits_the_oversized
@@ -287,6 +297,8 @@ async fn sizes_of_one_sided(way: Way) {
         let got = pair.a.get(vec![0u8; len], &key, 10).await.expect("getting");
         check_pattern(len as u64, &got);
     }
+    let stats = pair.a.stats();
+    assert_eq!(stats.direct_puts > 20 && stats.direct_gets > 20, way.is_direct(), "{stats:?}");
     assert_eq!(region.revoke().await.len(), largest + 10);
 }
 
@@ -828,6 +840,324 @@ async fn one_sided_dropped(way: Way) {
     until("everything to end", || pair.a.stats().operations == 0).await;
 }
 
+/// Puts until the link does it by itself, if this way's ever does.
+async fn use_until_direct(endpoint: &Endpoint, way: Way, key: &RemoteKey) {
+    let before = endpoint.stats().direct_puts;
+    let uses = async {
+        for _ in 0.. {
+            endpoint.put(vec![0u8; 1], key, 0).await.expect("putting");
+            if !way.is_direct() || endpoint.stats().direct_puts > before {
+                return;
+            }
+        }
+    };
+    within(Duration::from_secs(10), "direct access", uses).await;
+}
+
+async fn direct_is_used(way: Way) {
+    let pair = pair(way).await;
+    let how = pair.a.route().lanes.into_iter().find(|lane| lane.family == Family::OneSided);
+    let how = how.expect("a lane").how;
+    assert_eq!(how.starts_with("put/get by "), way.is_direct(), "{how}");
+    assert!(how.contains("emulated by the target's process"), "{how}");
+    let region = pair.node_b.register(vec![0u8; 2_000_000], Access::ReadWrite).expect("region");
+    use_until_direct(&pair.a, way, &region.key()).await;
+    let before = pair.a.stats();
+    assert_eq!(pair.b.stats().granted_keys, u64::from(way.is_direct()));
+    let served = pair.b.stats().link_counters.parcels_received;
+    // Many at once, so that something has to wait.
+    let puts = (0..50).map(|i| pair.a.put(pattern(i, 40_000), &region.key(), i * 40_000));
+    for put in join_all(puts).await {
+        put.expect("putting");
+    }
+    let mut here = vec![0; 40_000];
+    for i in 0..50 {
+        region.read(i * 40_000, &mut here).expect("within");
+        check_pattern(i as u64, &here);
+    }
+    let gets = (0..50).map(|i| pair.a.get(vec![0u8; 40_000], &region.key(), i * 40_000));
+    for (i, get) in join_all(gets).await.into_iter().enumerate() {
+        check_pattern(i as u64, &get.expect("getting"));
+    }
+    let after = pair.a.stats();
+    let direct = if way.is_direct() { 50 } else { 0 };
+    assert_eq!(after.direct_puts - before.direct_puts, direct);
+    assert_eq!(after.direct_gets - before.direct_gets, direct);
+    assert_eq!((after.puts - before.puts, after.gets - before.gets), (50, 50));
+    if way.is_direct() {
+        assert!(pair.b.stats().link_counters.parcels_received < served + 20, "nothing was served");
+    }
+    // The other direction has grants of its own.
+    let other = pair.node_a.register(vec![3u8; 10], Access::Read).expect("region");
+    for _ in 0..3 {
+        assert_eq!(pair.b.get(vec![0; 10], &other.key(), 0).await.expect("getting"), [3; 10]);
+    }
+    assert_eq!(other.revoke().await, [3; 10]);
+    assert_eq!(region.revoke().await.len(), 2_000_000);
+    assert_eq!(pair.b.stats().granted_keys, 0);
+    assert_eq!((pair.a.stats().operations, pair.b.stats().operations), (0, 0));
+}
+
+async fn direct_bounds_and_access(way: Way) {
+    let pair = pair(way).await;
+    let region = pair.node_b.register(vec![5u8; 100], Access::Write).expect("region");
+    let readable = pair.node_b.register(vec![6u8; 100], Access::Read).expect("region");
+    use_until_direct(&pair.a, way, &region.key()).await;
+    let mut forged = region.key().to_bytes();
+    let len_at = forged.windows(8).position(|bytes| bytes == 100u64.to_le_bytes()).expect("in it");
+    forged[len_at..len_at + 8].copy_from_slice(&1_000_000u64.to_le_bytes());
+    let forged = RemoteKey::from_bytes(&forged).expect("a key");
+    for (offset, len) in [(0, 101), (100, 1), (99, 5_000), (200, 0), (u64::MAX, 0)] {
+        let failed = pair.a.put(vec![1u8; len], &forged, offset).await.expect_err("outside");
+        assert_eq!(failed.kind(), ErrorKind::OutOfBounds);
+        assert_eq!(failed.buffer.expect("back").len(), len);
+    }
+    for len in [0, 1, 100] {
+        let failed = pair.a.get(vec![1u8; len], &region.key(), 0).await.expect_err("write only");
+        assert_eq!(failed.kind(), ErrorKind::Unsupported);
+        for _ in 0..3 {
+            pair.a.get(vec![1u8; len], &readable.key(), 0).await.expect("getting");
+        }
+        let failed = pair.a.put(vec![1u8; len], &readable.key(), 0).await.expect_err("read only");
+        assert_eq!(failed.kind(), ErrorKind::Unsupported);
+        pair.a.put(vec![1u8; len], &region.key(), 100 - len as u64).await.expect("putting");
+    }
+    assert_eq!(pair.a.stats().direct_gets > 0, way.is_direct());
+    assert_eq!(region.revoke().await, [1; 100]);
+    assert_eq!(readable.revoke().await, [6; 100]);
+}
+
+/// What is handed back is nobody else's: no byte of it changes any more.
+async fn direct_revoked_midway(way: Way) {
+    let pair = pair(way).await;
+    for round in 0..24u8 {
+        let len = if round % 2 == 0 { 2 << 20 } else { 20_000 };
+        let region = pair.node_b.register(vec![0u8; len], Access::ReadWrite).expect("region");
+        let key = region.key();
+        use_until_direct(&pair.a, way, &key).await;
+        let mut puts: Vec<_> = (0..4u8).map(|i| pair.a.put(vec![i + 1; len], &key, 0)).collect();
+        let mut get = pair.a.get(vec![0u8; len], &key, 0);
+        let early = poll_times(&mut get, 1).await;
+        let mut put_early = Vec::new();
+        for put in &mut puts {
+            put_early.push(poll_times(put, usize::from(round / 8)).await);
+        }
+        let others = async {
+            let mut kinds = Vec::new();
+            for (put, early) in puts.into_iter().zip(put_early) {
+                let put = match early {
+                    Some(put) => put,
+                    None => put.await,
+                };
+                kinds.push(put.err().map(|failed| failed.kind()));
+            }
+            let get = match early {
+                Some(get) => get,
+                None => get.await,
+            };
+            kinds.push(get.err().map(|failed| failed.kind()));
+            for kind in kinds {
+                assert!(matches!(kind, None | Some(ErrorKind::KeyRevoked)), "{kind:?}");
+            }
+        };
+        let revoked = async {
+            let buffer = region.revoke().await;
+            let copy = buffer.clone();
+            (buffer, copy)
+        };
+        let ((buffer, copy), ()) = tokio::join!(revoked, others);
+        pair.a.fence().await.expect("a fence");
+        assert!(buffer == copy, "written after it was handed back");
+        let failed = pair.a.put(vec![9; 8], &key, 0).await.expect_err("revoked");
+        assert_eq!(failed.kind(), ErrorKind::KeyRevoked);
+        assert!(buffer == copy, "written after it was handed back");
+        assert_eq!(pair.b.stats().granted_keys, 0);
+    }
+    assert_eq!(pair.a.stats().direct_puts > 24, way.is_direct());
+}
+
+async fn direct_revoked_by_dropping(way: Way) {
+    let pair = pair(way).await;
+    for _ in 0..10 {
+        let region = pair.node_b.register(vec![0u8; 300_000], Access::ReadWrite).expect("region");
+        let key = region.key();
+        use_until_direct(&pair.a, way, &key).await;
+        let mut put = pair.a.put(vec![1u8; 300_000], &key, 0);
+        let early = poll_times(&mut put, 1).await;
+        drop(region);
+        let ended = match early {
+            Some(put) => put,
+            None => put.await,
+        };
+        let kind = ended.err().map(|failed| failed.kind());
+        assert!(matches!(kind, None | Some(ErrorKind::KeyRevoked)), "{kind:?}");
+        until("the key to be given back", || pair.b.stats().granted_keys == 0).await;
+        let failed = pair.a.get(vec![1u8; 8], &key, 0).await.expect_err("revoked");
+        assert_eq!(failed.kind(), ErrorKind::KeyRevoked);
+    }
+}
+
+async fn direct_revoked_at_two_peers(way: Way) {
+    let pair = pair(way).await;
+    let node_c = Node::new(way.config()).expect("a node");
+    let (c, d) = connect(&node_c, &pair.listener).await;
+    let region = pair.node_b.register(vec![0u8; 500_000], Access::ReadWrite).expect("region");
+    let key = region.key();
+    use_until_direct(&pair.a, way, &key).await;
+    use_until_direct(&c, way, &key).await;
+    let held = u64::from(way.is_direct());
+    assert_eq!((pair.b.stats().granted_keys, d.stats().granted_keys), (held, held));
+    let (one, two, buffer) = tokio::join!(
+        pair.a.put(vec![1u8; 500_000], &key, 0),
+        c.put(vec![2u8; 500_000], &key, 0),
+        region.revoke()
+    );
+    for kind in [one.err().map(|f| f.kind()), two.err().map(|f| f.kind())] {
+        assert!(matches!(kind, None | Some(ErrorKind::KeyRevoked)), "{kind:?}");
+    }
+    assert_eq!(buffer.len(), 500_000);
+    assert_eq!((pair.b.stats().granted_keys, d.stats().granted_keys), (0, 0));
+}
+
+async fn direct_dropped(way: Way) {
+    let pair = pair(way).await;
+    let region = pair.node_b.register(vec![0u8; 600_000], Access::ReadWrite).expect("region");
+    let key = region.key();
+    use_until_direct(&pair.a, way, &key).await;
+    for polls in 1..8 {
+        for len in [10, 300_000] {
+            let mut put = pair.a.put(vec![1u8; len], &key, 0);
+            let _ = poll_times(&mut put, polls).await;
+            drop(put);
+            let mut get = pair.a.get(vec![1u8; len], &key, 300_000);
+            if let Some(got) = poll_times(&mut get, polls).await {
+                assert_eq!(got.expect("getting").len(), len);
+                continue;
+            }
+            // What it had begun is waited for.
+            match get.cancel().await {
+                Cancel::Cancelled(buffer) | Cancel::Completed(Ok(buffer)) => {
+                    assert_eq!(buffer.len(), len);
+                }
+                Cancel::Completed(Err(failed)) => panic!("{failed:?}"),
+            }
+        }
+    }
+    pair.a.fence().await.expect("a fence");
+    pair.a.put(pattern(8, 600_000), &key, 0).await.expect("putting");
+    check_pattern(8, &region.revoke().await);
+    until("everything to end", || pair.a.stats().operations == 0).await;
+}
+
+/// More keys than may be granted: those beyond are served.
+async fn direct_on_many_keys(way: Way) {
+    const LIMIT: u64 = 1024;
+    let count = LIMIT as usize + 60;
+    let pair = pair(way).await;
+    let regions: Vec<_> = (0..count)
+        .map(|_| pair.node_b.register(vec![0u8; 4], Access::ReadWrite).expect("region"))
+        .collect();
+    for round in 1..3u8 {
+        for region in &regions {
+            pair.a.put(vec![round; 4], &region.key(), 0).await.expect("putting");
+        }
+        let granted = pair.b.stats().granted_keys;
+        assert_eq!(granted, if way.is_direct() { LIMIT } else { 0 });
+    }
+    let direct = pair.a.stats().direct_puts;
+    assert!(!way.is_direct() || direct >= LIMIT, "{direct}");
+    for region in regions {
+        assert_eq!(region.revoke().await, [2; 4]);
+    }
+    assert_eq!(pair.b.stats().granted_keys, 0);
+    // There is room again.
+    let region = pair.node_b.register(vec![0u8; 4], Access::ReadWrite).expect("region");
+    use_until_direct(&pair.a, way, &region.key()).await;
+    assert_eq!(pair.b.stats().granted_keys, u64::from(way.is_direct()));
+}
+
+/// An endpoint that ends takes its grants with it, whichever side ends it: memory is handed back,
+/// and not written any more.
+async fn direct_and_the_end(way: Way) {
+    for round in 0..12 {
+        let pair = pair(way).await;
+        let len = 1 << 20;
+        let region = pair.node_b.register(vec![0u8; len], Access::ReadWrite).expect("region");
+        let key = region.key();
+        use_until_direct(&pair.a, way, &key).await;
+        let mut puts = Vec::new();
+        for _ in 0..6 {
+            let mut put = pair.a.put(vec![7u8; len], &key, 0);
+            if poll_times(&mut put, 1).await.is_none() {
+                puts.push(put);
+            }
+        }
+        match round % 4 {
+            0 => pair.a.abort(),
+            1 => pair.b.abort(),
+            2 => tokio::join!(async { pair.a.abort() }, async { pair.b.abort() }).0,
+            _ => puts.truncate(2),
+        }
+        if round % 4 == 3 {
+            pair.b.abort();
+        }
+        let revoked = async {
+            let buffer = region.revoke().await;
+            let copy = buffer.clone();
+            (buffer, copy)
+        };
+        let limit = Duration::from_secs(10);
+        let (buffer, copy) = within(limit, "revoking after the end", revoked).await;
+        for put in puts {
+            let _ = within(limit, "a put after the end", put).await;
+        }
+        pair.a.closed().await;
+        assert!(buffer == copy, "written after it was handed back");
+        assert_eq!(pair.b.stats().granted_keys, 0);
+    }
+}
+
+/// An orderly goodbye waits for what is under way, and gives everything back.
+async fn direct_and_goodbye(way: Way) {
+    for round in 0..8 {
+        let pair = pair(way).await;
+        let len = 1 << 20;
+        let region = pair.node_b.register(vec![0u8; len], Access::ReadWrite).expect("region");
+        let other = pair.node_a.register(vec![0u8; len], Access::ReadWrite).expect("region");
+        let (key, other_key) = (region.key(), other.key());
+        use_until_direct(&pair.a, way, &key).await;
+        use_until_direct(&pair.b, way, &other_key).await;
+        let mut puts: Vec<_> = (0..3).map(|_| pair.a.put(vec![7u8; len], &key, 0)).collect();
+        let mut others: Vec<_> =
+            (0..3).map(|_| pair.b.put(vec![8u8; len], &other_key, 0)).collect();
+        for put in puts.iter_mut().chain(&mut others) {
+            let _ = poll_times(put, 1).await;
+        }
+        drop(others);
+        if round % 2 == 0 {
+            drop(puts);
+        }
+        let reason = || CloseReason::new(1, "enough");
+        let closing = async {
+            match round % 3 {
+                0 => pair.a.close(reason()).await.expect("closing"),
+                1 => pair.b.close(reason()).await.expect("closing"),
+                _ => {
+                    let (a, b) = tokio::join!(pair.a.close(reason()), pair.b.close(reason()));
+                    a.and(b).expect("closing");
+                }
+            }
+            tokio::join!(pair.a.closed(), pair.b.closed());
+        };
+        within(Duration::from_secs(10), "closing", closing).await;
+        let limit = Duration::from_secs(10);
+        let both = async { tokio::join!(region.revoke(), other.revoke()) };
+        let (buffer, other) = within(limit, "revoking after the end", both).await;
+        assert_eq!((buffer.len(), other.len()), (len, len));
+        assert_eq!((pair.a.stats().granted_keys, pair.b.stats().granted_keys), (0, 0));
+    }
+}
+
 async fn fence_orders_families(way: Way) {
     let pair = pair(way).await;
     let region = pair.node_b.register(vec![0u8; 500_000], Access::ReadWrite).expect("region");
@@ -861,6 +1191,7 @@ async fn fence_orders_families(way: Way) {
             send.await.expect("sending");
         }
     }
+    assert_eq!(pair.a.stats().direct_puts > 0, way.is_direct());
     // Several at once.
     let fences: Vec<_> = (0..5).map(|_| pair.a.fence()).collect();
     for fence in join_all(fences).await {

@@ -312,7 +312,7 @@ fn another_major_version_is_refused_and_told() {
         })
         .await
         .expect("no panic");
-        assert_eq!(told, Raw::preface(1, 0, 0));
+        assert_eq!(told, Raw::preface(1, 1, 0));
         until("the handshake to end", || node.stats().handshakes_failed == 1).await;
         still_accepts(&listener).await;
     });
@@ -336,7 +336,7 @@ fn another_minor_version_connects() {
     run("another_minor_version_connects", || async {
         for minor in [0, 1, 77] {
             let (_node, _listener, endpoint, mut raw) = by_hand(minor).await;
-            assert_eq!(endpoint.peer().version, (1, 0));
+            assert_eq!(endpoint.peer().version, (1, minor.min(1)));
             assert_eq!(endpoint.peer().hello, "by hand");
             // A message of one frame.
             raw.say(&Raw::parcel(1, &[1, 0, 0, 0, 0], b"greetings"));
@@ -399,6 +399,11 @@ fn hostile_bytes_on_an_established_connection() {
             ("an answer to no get", Raw::parcel(3, &[12, 0, 0, 0, 0, 0], b"")),
             ("an answer to no fence", Raw::parcel(0, &[14, 0, 0, 0, 0], b"")),
             ("an answer to no goodbye", Raw::parcel(0, &[18], b"")),
+            ("direct access not spoken of", Raw::parcel(0, &[&[19][..], &[7; 8]].concat(), b"")),
+            (
+                "a key given back, not spoken of",
+                Raw::parcel(0, &[&[22][..], &[7; 8]].concat(), b""),
+            ),
             ("a landing for no offer", {
                 let mut frame = Raw::parcel(0, b"", b"");
                 frame[0] = 5;
@@ -424,6 +429,35 @@ fn hostile_bytes_on_an_established_connection() {
             until("the endpoint to be gone", || node.stats().endpoints == 0).await;
             assert_eq!(node.stats().window_bytes, 0, "{name}");
             still_accepts(&listener).await;
+        }
+    });
+}
+
+/// Over a link that cannot: direct access is refused, and answers that nobody asked for are a
+/// breach.
+#[test]
+fn direct_access_by_hand() {
+    run_once("direct_access_by_hand", async {
+        let about = |kind: u8, key: u8| Raw::parcel(0, &[&[kind][..], &[key; 8]].concat(), b"");
+        let (_node, _listener, _endpoint, mut raw) = by_hand(1).await;
+        let said = tokio::task::spawn_blocking(move || {
+            // Two wishes, and a revocation of what was never granted.
+            raw.say(&[about(22, 1), about(19, 1), about(19, 2)].concat());
+            raw.hear(2 * about(21, 1).len())
+        });
+        let said = said.await.expect("no panic");
+        assert_eq!(said, [about(21, 1), about(21, 2)].concat(), "both are refused");
+        let granted = [&[20][..], &[1; 8], &[9, 0, 0, 0, 0, 0, 0, 0], &[3], b"opaque"].concat();
+        for (name, bytes) in [
+            ("a grant that nobody asked for", Raw::parcel(0, &granted, b"")),
+            ("a refusal that nobody asked for", about(21, 1)),
+            ("a key given back that was not granted", about(23, 1)),
+            ("a wish with a payload", Raw::parcel(0, &[&[19][..], &[1; 8]].concat(), b"x")),
+        ] {
+            let (_node, _listener, endpoint, mut raw) = by_hand(1).await;
+            raw.say(&bytes);
+            let error = within(Duration::from_secs(10), name, endpoint.recv()).await;
+            assert_eq!(error.expect_err(name).kind(), ErrorKind::Protocol, "{name}");
         }
     });
 }

@@ -12,8 +12,8 @@ use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
-use thalweg::{Config, Endpoint, ErrorKind, LinkKind, Message, Node};
-use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped};
+use thalweg::{Access, Config, Endpoint, ErrorKind, LinkKind, Message, Node, RemoteKey};
+use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped, until, within};
 
 /// How long the adapter tries before it gives a connection up, and what a slow machine adds.
 const LOST_MAX: Duration = Duration::from_secs(30);
@@ -92,6 +92,87 @@ fn verbs_registers_memory_once() {
         let counters = pair.b.stats().link_counters;
         assert!(counters.rdma_bytes_received >= 8 * LONG_BYTES as u64, "{counters:?}");
         note(format_args!("SOAK: 8 messages of 1 MiB: {before:?} registrations (made, reused)"));
+    });
+}
+
+/// Puts until the adapter does it by itself.
+async fn put_until_direct(endpoint: &Endpoint, key: &RemoteKey) {
+    let putting = async {
+        while endpoint.stats().direct_puts == 0 {
+            endpoint.put(vec![0u8; 1], key, 0).await.expect("putting");
+        }
+    };
+    within(LOST_MAX, "direct access", putting).await;
+}
+
+#[test]
+fn verbs_puts_and_gets_register_memory_once() {
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("verbs_puts_and_gets_register_memory_once", &why);
+    }
+    let _alone = serially();
+    run_once("registrations of puts", async {
+        let pair = pair(Way::Verbs).await;
+        let region = pair.node_b.register(vec![0u8; LONG_BYTES], Access::ReadWrite);
+        let region = region.expect("region");
+        put_until_direct(&pair.a, &region.key()).await;
+        let mut memory = pair.node_a.loan(LONG_BYTES).expect("a loan");
+        let counters = || pair.a.stats().link_counters;
+        let mut made = Vec::new();
+        for round in 0..4u64 {
+            memory.copy_from_slice(&pattern(round, LONG_BYTES));
+            let before = counters();
+            memory = pair.a.put(memory, &region.key(), 0).await.expect("putting");
+            let put = counters();
+            assert_eq!(put.rdma_bytes_sent - before.rdma_bytes_sent, LONG_BYTES as u64);
+            assert_eq!(put.inline_bytes_sent, before.inline_bytes_sent, "bytes went by messages");
+            let mut there = vec![0; LONG_BYTES];
+            region.read(0, &mut there).expect("within");
+            check_pattern(round, &there);
+            memory.fill(0);
+            memory = pair.a.get(memory, &region.key(), 0).await.expect("getting");
+            check_pattern(round, &memory);
+            let got = counters();
+            assert_eq!(got.rdma_bytes_received - put.rdma_bytes_received, LONG_BYTES as u64);
+            made.push(got.registrations - before.registrations);
+        }
+        assert!(made[0] >= 1 && made[1..] == [0; 3], "registered again: {made:?}");
+        let stats = pair.a.stats();
+        assert_eq!((stats.direct_gets, stats.link_counters.registrations_refused), (4, 0));
+        note(format_args!("SOAK: 4 puts and gets of 1 MiB: {made:?} registrations"));
+        assert_eq!(region.revoke().await.len(), LONG_BYTES);
+    });
+}
+
+/// The end of this side's queue pairs is enough: the peer need not hear of it.
+#[test]
+fn verbs_memory_comes_back_though_the_peer_is_stopped() {
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("verbs_memory_comes_back_though_the_peer_is_stopped", &why);
+    }
+    let _alone = serially();
+    run_once("a peer that is stopped", async {
+        let node = Node::new(Way::Verbs.config()).expect("a node");
+        let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let words = ["victim", "way=Verbs", "phase=onesided"].map(str::to_owned);
+        let address = format!("connect={}", listener.address());
+        let mut peer = Peer::start(&[&words[..], &[address]].concat());
+        let b = within(LOST_MAX, "accepting", listener.accept()).await.expect("accepting");
+        let region = node.register(vec![0u8; LONG_BYTES], Access::ReadWrite).expect("region");
+        let key = Message::copy_from_slice(&region.key().to_bytes());
+        let (_, sent) = (b.recv().await.expect("its key"), b.send(key).await);
+        sent.expect("sending");
+        peer.said("GOING");
+        until("direct access", || b.stats().granted_keys == 1).await;
+        let mut byte = [0];
+        until("a put", || region.read(0, &mut byte).is_ok() && byte == [5]).await;
+        peer.signal(libc::SIGSTOP);
+        b.abort();
+        let buffer = within(LOST_MAX, "the memory", region.revoke()).await;
+        let copy = buffer.clone();
+        peer.signal(libc::SIGCONT);
+        assert!(!peer.finish(), "its puts and gets have ended well");
+        assert!(buffer == copy, "written after it was handed back");
     });
 }
 
@@ -278,8 +359,22 @@ fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn(
         let listener = nodes[1].listen("thalweg://127.0.0.1:0").await.expect("listening");
         let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;
         assert_eq!(a.route().link(), LinkKind::Verbs, "{}", a.route());
+        let region = nodes[1].register(vec![0u8; LONG_BYTES], Access::ReadWrite).expect("region");
+        put_until_direct(&a, &region.key()).await;
         let mut errors = Vec::new();
         let lost = {
+            let putting = {
+                let (from, key) = (a.clone(), region.key());
+                async move {
+                    let mut buffer = vec![7u8; LONG_BYTES];
+                    loop {
+                        match from.put(buffer, &key, 0).await {
+                            Ok(again) => buffer = again,
+                            Err(failed) => return failed.error,
+                        }
+                    }
+                }
+            };
             let streaming = |from: &Endpoint| {
                 let from = from.clone();
                 async move {
@@ -300,7 +395,8 @@ fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn(
                     }
                 }
             };
-            let ends = tokio::spawn(futures_util::future::join4(
+            let ends = tokio::spawn(futures_util::future::join5(
+                putting,
                 streaming(&a),
                 reading(&a),
                 streaming(&b),
@@ -315,7 +411,7 @@ fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn(
             .await
             .expect("an operation still waits");
             measured(name, began.elapsed().as_secs_f64(), "s to the last error");
-            errors.extend([ends.0, ends.1, ends.2, ends.3]);
+            errors.extend([ends.0, ends.1, ends.2, ends.3, ends.4]);
             errors.push(waiting.expect_err("nobody sent it").error);
             lost
         };
@@ -324,6 +420,8 @@ fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn(
             let kind = error.kind();
             assert!(matches!(kind, ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
         }
+        let revoked = within(LOST_MAX, "the region's memory", region.revoke()).await;
+        assert_eq!(revoked.len(), LONG_BYTES);
         drop((a, b));
         // The nodes go on, without the device.
         let (a, b) = thalweg_tests::connect(&nodes[0], &listener).await;

@@ -47,7 +47,7 @@ pub fn stats(py: Python<'_>, stats: &Stats) -> PyResult<Py<PyAny>> {
     let dict = fields!(py, stats;
         messages_sent, message_bytes_sent, messages_received, message_bytes_received,
         tags_sent, tag_bytes_sent, tags_received, tag_bytes_received,
-        puts, put_bytes, gets, get_bytes,
+        puts, put_bytes, gets, get_bytes, direct_puts, direct_gets, granted_keys,
         credit_stalls, room_stalls, credit_grants_sent, message_credit_bytes,
         inbox_bytes, inbox_messages, operations,
     );

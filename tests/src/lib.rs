@@ -38,6 +38,10 @@ pub enum Way {
     MockDelaying,
     /// The mock link with room for two parcels.
     MockTiny,
+    /// The mock link with puts and gets of its own, in any order.
+    MockDirect,
+    /// The same, late with them.
+    MockDirectLate,
     /// UCX, over whatever lanes `UCX_TLS` admits.
     Ucx,
     /// RDMA verbs, over whatever devices there are.
@@ -46,7 +50,7 @@ pub enum Way {
 
 impl Way {
     /// Those that are there on every machine.
-    pub const ALL: [Way; 9] = [
+    pub const ALL: [Way; 11] = [
         Way::Tcp,
         Way::ShmAll,
         Way::ShmInlineArena,
@@ -56,6 +60,8 @@ impl Way {
         Way::MockReordering,
         Way::MockDelaying,
         Way::MockTiny,
+        Way::MockDirect,
+        Way::MockDirectLate,
     ];
 
     /// The link that it is about.
@@ -63,10 +69,20 @@ impl Way {
         match self {
             Way::Tcp => LinkKind::Tcp,
             Way::ShmAll | Way::ShmInlineArena | Way::ShmSingleCopy | Way::ShmLoans => LinkKind::Shm,
-            Way::Mock | Way::MockReordering | Way::MockDelaying | Way::MockTiny => LinkKind::Mock,
+            Way::Mock
+            | Way::MockReordering
+            | Way::MockDelaying
+            | Way::MockTiny
+            | Way::MockDirect
+            | Way::MockDirectLate => LinkKind::Mock,
             Way::Ucx => LinkKind::Ucx,
             Way::Verbs => LinkKind::Verbs,
         }
+    }
+
+    /// Whether the link puts and gets by itself.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Way::MockDirect | Way::MockDirectLate | Way::Verbs)
     }
 
     /// Why it is not to be had on this machine, if it is not.
@@ -101,6 +117,8 @@ impl Way {
             Way::MockReordering => plan.seed(42).unordered(true).reorder_completions(true),
             Way::MockDelaying => plan.delay_polls(5).inline_max(0).views(false),
             Way::MockTiny => plan.capacity(2).inline_max(64),
+            Way::MockDirect => plan.seed(7).direct(true).unordered(true),
+            Way::MockDirectLate => plan.direct(true).delay_polls(4).reorder_completions(true),
             _ => plan,
         }
     }
@@ -120,7 +138,11 @@ impl Way {
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),
             Way::Mock => config.mock(self.plan()).wake(Wake::Park),
-            Way::MockReordering | Way::MockDelaying | Way::MockTiny => config.mock(self.plan()),
+            Way::MockReordering
+            | Way::MockDelaying
+            | Way::MockTiny
+            | Way::MockDirect
+            | Way::MockDirectLate => config.mock(self.plan()),
         }
     }
 

@@ -184,13 +184,19 @@ impl Endpoint {
     }
 
     /// Writes `buffer` into a region of the peer's, at `offset_bytes`. Complete when it is there.
+    /// Puts and gets that are under way at the same time take effect in any order: await one, or a
+    /// [`fence`](Endpoint::fence), before the next.
+    ///
+    /// The peer's process does it, without its application; or the link by itself, where it can
+    /// and once the peer has granted that ([`Endpoint::route`] says which, [`crate::Stats`] counts).
     ///
     /// # Errors
     ///
     /// [`ErrorKind::OutOfBounds`], [`ErrorKind::KeyRevoked`], [`ErrorKind::Unsupported`] (no write
     /// access), and as [`Endpoint::send`].
     ///
-    /// **Cancel safety.** A put that has not begun is withdrawn; one that has begun goes on.
+    /// **Cancel safety.** A put that has not begun is withdrawn; one that has begun goes on, and its
+    /// buffer is dropped when it ends.
     pub fn put<B: Buffer>(&self, buffer: B, to: &RemoteKey, offset_bytes: u64) -> Op<'_, Put<B>> {
         let refused = self.check_key(to, offset_bytes, buffer.region().len_bytes());
         Op::new(
@@ -199,7 +205,8 @@ impl Endpoint {
         )
     }
 
-    /// Fills `buffer` from a region of the peer's, from `offset_bytes` on.
+    /// Fills `buffer` from a region of the peer's, from `offset_bytes` on. In the way, and in the
+    /// order, of [`Endpoint::put`].
     ///
     /// # Errors
     ///

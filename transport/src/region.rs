@@ -150,7 +150,13 @@ impl<B: BufferMut> Registered<B> {
     }
 
     /// Revokes the key, waits until no transfer uses the memory, and gives it back. From the call
-    /// on, new puts and gets are refused with [`ErrorKind::KeyRevoked`].
+    /// on, new puts and gets are refused with [`ErrorKind::KeyRevoked`]; such as peers' links carry
+    /// out themselves may begin until the peer has heard of it.
+    ///
+    /// Waits for every peer that was granted such access to say that it has ended. One that does
+    /// not is waited for until its endpoint has ended, and then until its process, or its side of
+    /// the link, has: a stopped process on the same host holds this up for as long as it is
+    /// stopped.
     ///
     /// **Cancel safety.** Once polled the key is revoked; if the future is dropped, the memory is
     /// freed when the last transfer has ended.

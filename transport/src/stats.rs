@@ -30,6 +30,12 @@ pub struct Stats {
     pub gets: u64,
     /// Bytes asked for.
     pub get_bytes: u64,
+    /// Puts among them that the link itself did ([`crate::Family::OneSided`] in the route).
+    pub direct_puts: u64,
+    /// Gets that it did.
+    pub direct_gets: u64,
+    /// Keys for which the peer holds direct access to regions of this node.
+    pub granted_keys: u64,
     /// Times something had to wait for the peer's credit.
     pub credit_stalls: u64,
     /// Times something had to wait for room on the link.

@@ -36,10 +36,10 @@ use crate::link::verbs;
 use crate::link::{Link, LinkKind};
 use crate::peer::Peer;
 use crate::proto::hello::{
-    Failure, Hello, PREFACE_BYTES, PrefaceError, SETUP_PREFIX_BYTES, Setup, VERSION_MAJOR,
-    preface_decode, preface_encode,
+    Failure, Hello, MINOR_DIRECT, PREFACE_BYTES, PrefaceError, SETUP_PREFIX_BYTES, Setup,
+    VERSION_MAJOR, preface_decode, preface_encode,
 };
-use crate::route::{Candidate, Objection, Policy, Side, Verdict, explain, plan};
+use crate::route::{Candidate, Objection, Policy, Side, Verdict, Ways, explain, plan};
 use crate::runtime::{Stream, is_runtime_gone, resolve};
 
 /// Which end of the bootstrap this is.
@@ -234,7 +234,7 @@ async fn establish(
         Role::Acceptor => setup.follow().await?,
     };
     let SetUp { stream, shown, theirs, candidates, .. } = setup;
-    let link = match prepared {
+    let mut link = match prepared {
         Prepared::Link(link) => link,
         Prepared::Bootstrap => {
             let options = TcpOptions {
@@ -248,8 +248,12 @@ async fn establish(
         Prepared::Ucx(opened) => Box::new(opened.into_link(stream.into_source())),
         Prepared::Verbs(opened) => Box::new(opened.into_link(stream.into_source())),
     };
-    let ways = link.caps().ways.clone();
-    let route = explain(&shown, kind, &ways, &config.transports, &attempts, candidates, rejected);
+    let direct = minor >= MINOR_DIRECT;
+    let ways = Ways {
+        all: &link.caps().ways.clone(),
+        one_sided: link.one_sided().filter(|_| direct).map(|link| link.way()),
+    };
+    let route = explain(&shown, kind, ways, &config.transports, &attempts, candidates, rejected);
     let limits = Limits {
         peer_message_window: theirs.message_window,
         peer_tag_window: theirs.tag_window,
@@ -260,6 +264,7 @@ async fn establish(
         max_message: config.max_message_bytes,
         max_frames: config.max_frames,
         eager_max: config.eager_max_bytes,
+        direct,
     };
     let peer = Peer {
         address: shown,

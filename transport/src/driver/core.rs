@@ -12,6 +12,7 @@ use std::task::{Context, Waker};
 
 use smallvec::SmallVec;
 
+use super::direct::{Direct, Ward};
 use super::keys::{Keys, RegionUse};
 use super::messages::{Boxes, Tables};
 use super::table::{Slot, Stage, Table, What};
@@ -57,6 +58,8 @@ pub(crate) struct Limits {
     pub max_message: u64,
     pub max_frames: u32,
     pub eager_max: usize,
+    /// The peer's version knows of direct access to regions.
+    pub direct: bool,
 }
 
 /// Things to do once the lock is released: user code may hide in them.
@@ -67,6 +70,7 @@ pub(crate) struct After {
     /// not know each other again, so without allocation.
     stale: SmallVec<[Waker; 2]>,
     garbage: SmallVec<[Garbage; 1]>,
+    wards: Vec<Ward>,
 }
 
 #[allow(dead_code, reason = "held for their drop")]
@@ -107,8 +111,20 @@ impl After {
         self.garbage.push(Garbage::Frame(frame));
     }
 
+    pub fn keep(&mut self, ward: Ward) {
+        self.wards.push(ward);
+    }
+
+    /// What the resident task is to poll until it is over.
+    pub fn take_wards(&mut self) -> Vec<Ward> {
+        std::mem::take(&mut self.wards)
+    }
+
     pub fn is_empty(&self) -> bool {
-        self.wakers.is_empty() && self.stale.is_empty() && self.garbage.is_empty()
+        self.wakers.is_empty()
+            && self.stale.is_empty()
+            && self.garbage.is_empty()
+            && self.wards.is_empty()
     }
 
     /// Runs it. Never under a lock.
@@ -141,6 +157,7 @@ pub(super) enum Control {
     GetFailed { id: u32, status: proto::wire::Status },
     FenceDone { id: u32 },
     CloseDone,
+    Refused { key: u64 },
 }
 
 /// The peer's get, validated, that waits for room on the lane.
@@ -219,6 +236,8 @@ pub(crate) struct State {
     pub(super) local_fences: Vec<OpId>,
     /// Refusals of puts whose memory a link still holds.
     pub(super) put_errors: Vec<(OpId, Error)>,
+    /// What the link does of them by itself.
+    pub(super) direct: Option<Box<Direct>>,
 
     pub(super) outbox: VecDeque<Control>,
     /// The peer asked for credit: report what there is at the next flush.
@@ -313,6 +332,7 @@ impl State {
             fence_queue: VecDeque::new(),
             local_fences: Vec::new(),
             put_errors: Vec::new(),
+            direct: None,
             outbox: VecDeque::new(),
             credit_due: false,
             end_waiters: Waiters::default(),
@@ -465,12 +485,21 @@ impl State {
                 })
             }
             Head::CloseDone => without_payload(&arrival, || self.on_close_done()),
+            Head::Wanted { key } => without_payload(&arrival, || self.on_wanted(key)),
+            Head::Granted { key, len, access, bytes } => {
+                without_payload(&arrival, || self.on_granted(key, len, access, bytes))
+            }
+            Head::Refused { key } => without_payload(&arrival, || self.on_refused(key)),
+            Head::Revoke { key } => without_payload(&arrival, || self.on_revoke(key)),
+            Head::Revoked { key } => without_payload(&arrival, || self.on_revoked(key)),
         }
     }
 
     fn on_close(&mut self, reason: CloseReason) {
         // Both sides closing at once: each answers the other, and each is done with the answer.
-        self.outbox.push_back(Control::CloseDone);
+        self.answer_goodbye();
+        // Whoever says goodbye has finished what it had begun.
+        self.release_grants();
         if let Life::Open | Life::Closing(_) = self.life {
             self.life = Life::ClosedByPeer(reason);
             self.fail_queued();
@@ -482,6 +511,7 @@ impl State {
             return Err(State::protocol("an answer to a goodbye that was not said"));
         };
         let error = self.closed_error(&reason.clone());
+        self.release_grants();
         self.tell_the_end(&error);
         self.life = Life::Dead(error);
         Ok(())
@@ -542,6 +572,9 @@ impl State {
     fn done(&mut self, id: OpId, result: Result<(), LinkError>) {
         let result = result.map_err(|error| self.link_error(&error));
         let Some(slot) = self.ops.get(id) else { return };
+        if State::is_direct(slot) {
+            return self.direct_over(id, result);
+        }
         match &mut slot.what {
             What::Send { .. } | What::TagSend { .. } => self.finish(id, result),
             What::LandMessage { .. } => self.message_landed(id, result),
@@ -574,6 +607,7 @@ impl State {
             && self.replies.is_empty()
             && self.deliveries.is_empty()
             && self.fence_queue.is_empty()
+            && self.direct.as_ref().is_none_or(|direct| direct.is_idle())
             && matches!(self.life, Life::Open))
     }
 }
@@ -692,7 +726,7 @@ impl Core {
         for (lane, mut link) in std::mem::take(&mut self.lanes).into_iter().enumerate() {
             let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
             match link.kill(&link_error, &mut sink) {
-                Killed::Over => self.state.after.discard_any(Box::new(link)),
+                Killed::Over => self.part_with(link),
                 Killed::Lingers => {
                     is_waited_for = true;
                     self.lanes.push(link);
@@ -779,13 +813,17 @@ impl Core {
         let Some(link) = self.lanes.get_mut(lane) else {
             return Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)));
         };
-        match link.post(op, class, how, head, payload) {
-            Ok(post) => Ok(post),
-            Err(error) => {
-                self.fail_link(&error);
-                Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)))
-            }
-        }
+        let posted = link.post(op, class, how, head, payload);
+        self.posted(posted)
+    }
+
+    /// What a lane has answered; its error ends the endpoint.
+    #[inline]
+    pub(super) fn posted(&mut self, posted: Result<Post, LinkError>) -> Result<Post, Error> {
+        posted.map_err(|error| {
+            self.fail_link(&error);
+            self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer))
+        })
     }
 
     #[cold]
@@ -822,8 +860,10 @@ impl Core {
                 Control::GetFailed { id, status } => Head::GetReply { id, status },
                 Control::FenceDone { id } => Head::FenceDone { id },
                 Control::CloseDone => Head::CloseDone,
+                Control::Refused { key } => Head::Refused { key },
             })?;
         }
+        self.serve_direct()?;
         self.post_replies()?;
         self.post_queued_tags()?;
         self.post_queued_one_sided()?;
@@ -901,7 +941,9 @@ impl Core {
                 self.state.life = Life::CloseSent(reason);
             }
             Life::ClosedByPeer(reason)
-                if self.state.outbox.is_empty() && self.lanes.iter().all(|l| l.flushed()) =>
+                if self.state.outbox.is_empty()
+                    && !self.state.owes_goodbye()
+                    && self.lanes.iter().all(|l| l.flushed()) =>
             {
                 let error = self.state.closed_error(&reason.clone());
                 self.fail(error);
@@ -937,6 +979,7 @@ impl Drop for Core {
         }
         tracing::error!(peer = %self.state.peer, "memory that a lane may still touch is left");
         std::mem::forget(std::mem::take(&mut self.state.ops));
+        std::mem::forget(self.state.direct.take());
     }
 }
 
@@ -957,6 +1000,7 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         single_copy_bytes_sent: a.single_copy_bytes_sent + b.single_copy_bytes_sent,
         arena_bytes_sent: a.arena_bytes_sent + b.arena_bytes_sent,
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
+        rdma_bytes_sent: a.rdma_bytes_sent + b.rdma_bytes_sent,
         rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,
         registrations: a.registrations + b.registrations,
         registrations_reused: a.registrations_reused + b.registrations_reused,
@@ -1084,6 +1128,7 @@ impl Core {
             inbox_bytes: self.state.message_charge.resident(),
             inbox_messages: self.state.inbox.len() as u64,
             operations: self.state.ops.len() as u64,
+            granted_keys: self.state.direct.as_ref().map_or(0, |d| d.granted() as u64),
             link: Some(link),
             link_counters: self.counters(),
             ..self.state.stats.clone()

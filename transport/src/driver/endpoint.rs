@@ -72,13 +72,16 @@ impl Drop for CoreGuard<'_> {
         if state.after.is_empty() && !state.announce && !matches!(state.life, Life::Dead(_)) {
             return;
         }
-        let after = std::mem::take(&mut state.after);
+        let mut after = std::mem::take(&mut state.after);
         let announce = std::mem::take(&mut state.announce);
         let (settled, ended) = (core.settled(), core.ended());
         drop(core);
         if settled && !self.endpoint.settled.swap(true, Ordering::AcqRel) {
             // A closing node waits for this.
             self.endpoint.node.board.wake_resident();
+        }
+        for ward in after.take_wards() {
+            self.endpoint.node.keep(ward);
         }
         if ended && !self.endpoint.ended.swap(true, Ordering::AcqRel) {
             self.endpoint.node.endpoint_ended(self.endpoint);
@@ -107,14 +110,17 @@ impl EndpointShared {
             let mut state = State::new(limits, peer.address.clone(), keys, allocator, views);
             state.span =
                 tracing::debug_span!(parent: None, "endpoint", peer = %peer.address, %link);
+            let waker = Waker::from(pulse.clone());
+            let mut core = Core::new(lanes, state);
+            core.enable_direct(waker.clone());
             EndpointShared {
                 node,
                 peer,
                 route,
                 link,
-                waker: Waker::from(pulse.clone()),
+                waker,
                 pulse,
-                core: Shard::new(Core::new(lanes, state)),
+                core: Shard::new(core),
                 released: Mutex::new(Vec::new()),
                 any_released: AtomicBool::new(false),
                 settled: AtomicBool::new(false),

@@ -12,6 +12,7 @@ use std::task::{Context, Waker};
 use smallvec::{SmallVec, smallvec};
 
 use super::core::{Core, Limits, ONE_SIDED_MAX, State};
+use super::direct::GRANTS_MAX;
 use super::keys::{Entry, Keys};
 use super::messages::Sent;
 use super::onesided::OneSided;
@@ -22,7 +23,8 @@ use crate::error::{CloseReason, Error, ErrorKind, LinkError, Phase};
 use crate::fuzz_input::{Input, Seed, mix};
 use crate::link::{
     Armed, Arrival, Budget, Caps, Class, Disposition, How, Killed, Landing, Link, LinkCounters,
-    LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
+    LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Registration, RemoteId, Segment,
+    SegmentMut, Sink,
 };
 use crate::memory::{HostPool, MemoryKind};
 use crate::message::{Frame, Message};
@@ -58,6 +60,9 @@ struct Wire {
     held: Vec<(PayloadId, u64, u8)>,
     finished: VecDeque<(OpId, Result<(), LinkError>)>,
     posted: Vec<OpId>,
+    /// Regions of the peer's that are open, with what is under way on them.
+    open: BTreeMap<u32, Vec<OpId>>,
+    next_remote: u32,
     next_payload: u64,
     /// How posts are answered: 0 done, 1 pending, 2 no room.
     answer: u8,
@@ -91,6 +96,11 @@ fn fill(to: &Landing, value: u8) {
 }
 
 impl Wire {
+    /// Nothing is under way any more for this operation.
+    fn ended(&mut self, op: OpId) {
+        self.open.values_mut().for_each(|under_way| under_way.retain(|known| *known != op));
+    }
+
     fn arrive(&mut self, parcel: &Parcel, sink: &mut dyn Sink) -> Result<(), LinkError> {
         let payload = PayloadId(self.next_payload);
         self.next_payload += 1;
@@ -150,6 +160,7 @@ impl Link for Lane {
     ) -> Result<Progress, LinkError> {
         let wire = &mut *lock(&self.wire);
         while let Some((op, result)) = wire.finished.pop_front() {
+            wire.ended(op);
             sink.done(op, result);
         }
         while let Some(parcel) = wire.arriving.pop_front() {
@@ -202,6 +213,7 @@ impl Link for Lane {
 
     fn kill(&mut self, error: &LinkError, sink: &mut dyn Sink) -> Killed {
         let wire = &mut *lock(&self.wire);
+        wire.open.clear();
         for (op, result) in wire.finished.drain(..) {
             sink.done(op, result);
         }
@@ -218,6 +230,101 @@ impl Link for Lane {
 
     fn counters(&self) -> LinkCounters {
         LinkCounters::default()
+    }
+
+    fn one_sided(&mut self) -> Option<&mut dyn crate::link::OneSided> {
+        Some(self)
+    }
+}
+
+/// Registered memory, of which nobody knows.
+struct Registered;
+
+impl Registration for Registered {
+    fn grant(&self) -> &[u8] {
+        b"a grant"
+    }
+}
+
+impl Lane {
+    fn reach(&self, op: OpId, remote: RemoteId, to: Option<Landing>) -> Post {
+        let wire = &mut *lock(&self.wire);
+        let under_way = wire.open.get_mut(&remote.0).expect("it is open");
+        match wire.answer % 3 {
+            2 => Post::Full,
+            1 => {
+                under_way.push(op);
+                match to {
+                    Some(to) => wire.landing.push((op, to, 1)),
+                    None => wire.posted.push(op),
+                }
+                Post::Pending
+            }
+            _ => {
+                to.iter().for_each(|to| fill(to, 1));
+                Post::Done
+            }
+        }
+    }
+}
+
+impl crate::link::OneSided for Lane {
+    fn way(&self) -> &'static str {
+        "the list"
+    }
+
+    fn domain(&self) -> usize {
+        0
+    }
+
+    fn register(
+        &mut self,
+        memory: SegmentMut,
+        read: bool,
+        write: bool,
+    ) -> Result<Arc<dyn Registration>, LinkError> {
+        assert!(memory.len == REGION_BYTES && read && write);
+        match lock(&self.wire).answer {
+            7 => Err(broken()),
+            _ => Ok(Arc::new(Registered)),
+        }
+    }
+
+    fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {
+        if grant.first() == Some(&0xff) {
+            return Err(broken());
+        }
+        let wire = &mut *lock(&self.wire);
+        wire.next_remote += 1;
+        wire.open.insert(wire.next_remote, Vec::new());
+        Ok(RemoteId(wire.next_remote))
+    }
+
+    fn close(&mut self, remote: RemoteId) {
+        let under_way = lock(&self.wire).open.remove(&remote.0).expect("closed once");
+        assert!(under_way.is_empty(), "closed while it is in use");
+    }
+
+    fn put(
+        &mut self,
+        op: OpId,
+        from: Segment<'_>,
+        to: RemoteId,
+        _offset: u64,
+    ) -> Result<Post, LinkError> {
+        assert!(from.len > 0);
+        Ok(self.reach(op, to, None))
+    }
+
+    fn get(
+        &mut self,
+        op: OpId,
+        to: SegmentMut,
+        from: RemoteId,
+        _offset: u64,
+    ) -> Result<Post, LinkError> {
+        assert!(to.len > 0);
+        Ok(self.reach(op, from, Some(smallvec![to])))
     }
 }
 
@@ -271,6 +378,7 @@ impl Session {
             max_message: MESSAGE_MAX,
             max_frames: FRAMES_MAX,
             eager_max: 150,
+            direct: true,
         };
         let keys = Arc::new(Keys::default());
         let mut buffer = vec![9u8; REGION_BYTES].into_boxed_slice();
@@ -284,8 +392,10 @@ impl Session {
         let lane = Box::new(Lane { wire: wire.clone(), caps }) as Box<dyn Link>;
         let allocator = Arc::new(HostPool::new(1 << 20));
         let state = State::new(limits, "somebody".into(), keys, allocator, Views(Weak::new()));
+        let mut core = Core::new(smallvec![lane], state);
+        core.enable_direct(Waker::noop().clone());
         Session {
-            core: Core::new(smallvec![lane], state),
+            core,
             wire,
             locals: Vec::new(),
             memory: Vec::new(),
@@ -301,8 +411,8 @@ impl Session {
     /// One step; `None` at the input's end.
     fn step(&mut self, input: &mut Input<'_>) -> Option<()> {
         let what = input.u8()?;
-        match what % 32 {
-            kind @ 0..=17 => self.arrive(kind, input)?,
+        match what % 40 {
+            kind @ (0..=17 | 32..=36) => self.arrive(kind, input)?,
             18 => self.land(input.u8()?),
             19 => self.finish_post(input.u8()?),
             20 => lock(&self.wire).answer = input.u8()?,
@@ -310,7 +420,7 @@ impl Session {
             23 => self.receive(),
             24 => self.tag_send(input.u8()?, input.u8()?),
             25 => self.tag_receive(input.u8()?, input.u8()?),
-            26 | 27 => self.one_sided(what % 32 == 26, input.u8()?, input.u8()?),
+            26 | 27 => self.one_sided(what % 40 == 26, input.u8()?, input.u8()?),
             28 => {
                 let id = self.core.start_fence().ok();
                 self.locals.extend(id.map(Local::Fence));
@@ -353,10 +463,13 @@ impl Session {
             _ => Status::Closing,
         };
         let key = if number & 0x80 == 0 { self.key } else { number.into() };
+        // One that this side uses.
+        let asked = 1 + u64::from(number) % 4;
         let two = [len as u64, u64::from(choice / 8)];
         let many = vec![u64::from(choice % 3); usize::from(input.u8()?)];
         let many_sum = usize::from(choice % 3) * many.len();
         let total = u32::from(choice) + many.len() as u32;
+        let bytes = [many.len() as u8; 9];
         let (head, len) = match kind {
             0 | 1 => (Head::Message { seq, frames: Frames::One }, len),
             2 => (Head::Message { seq, frames: Frames::Zero }, usize::from(choice == 255)),
@@ -391,7 +504,16 @@ impl Session {
             15 => (Head::CreditWanted { messages: number & 1 == 0, tags: choice & 1 == 0 }, 0),
             16 if choice & 7 == 0 => (Head::Close { code: id, text: "bye" }, 0),
             16 => (Head::CloseDone, 0),
-            _ => return self.arrive_raw(len, way, input),
+            17 => return self.arrive_raw(len, way, input),
+            32 => (Head::Wanted { key }, 0),
+            33 => {
+                let access = 1 + choice % 3;
+                let len = if number & 2 == 0 { REGION_BYTES as u64 } else { 8 };
+                (Head::Granted { key: asked, len, access, bytes: &bytes }, 0)
+            }
+            34 => (Head::Refused { key: asked }, 0),
+            35 => (Head::Revoke { key: asked }, 0),
+            _ => (Head::Revoked { key }, 0),
         };
         let payload = len as u64 + u64::from(way == 0xff);
         let fill = self.next_fill;
@@ -399,9 +521,9 @@ impl Session {
         if let Head::Message { seq, .. } = &head {
             self.sent.entry(*seq).or_default().push((payload as usize, fill % 4));
         }
-        let mut bytes = HeadBuf::new();
-        head.encode(&mut bytes);
-        self.push(bytes.to_vec(), payload, way, fill);
+        let mut encoded = HeadBuf::new();
+        head.encode(&mut encoded);
+        self.push(encoded.to_vec(), payload, way, fill);
         Some(())
     }
 
@@ -496,10 +618,10 @@ impl Session {
 
     fn one_sided(&mut self, put: bool, choice: u8, offset: u8) {
         let memory = self.memory(LENS[usize::from(choice % 8)]);
-        let offset = offset.into();
+        let (key, offset) = (1 + u64::from(choice / 64), offset.into());
         let what = match put {
-            true => OneSided::Put { from: memory, key: 1, offset },
-            false => OneSided::Get { to: memory, key: 1, offset },
+            true => OneSided::Put { from: memory, key, offset },
+            false => OneSided::Get { to: memory, key, offset },
         };
         let id = self.core.start_one_sided(what).ok();
         self.locals.extend(id.map(Local::OneSided));
@@ -546,13 +668,19 @@ impl Session {
         }
     }
 
-    fn check(&self) {
-        let state = &self.core.state;
+    fn check(&mut self) {
+        let state = &mut self.core.state;
         let alone = state.inbox.len() <= 1;
         assert!(state.message_charge.resident() <= WINDOW_BYTES || alone);
         assert!(state.serving <= ONE_SIDED_MAX);
         assert!(state.one_sided_posted <= ONE_SIDED_MAX);
         assert!(state.tables.within(FRAMES_MAX));
+        for op in lock(&self.wire).open.values().flatten() {
+            let stage = state.ops.get(*op).map(|slot| &slot.stage);
+            assert!(matches!(stage, Some(Stage::Posted)), "over, and its memory is still in use");
+        }
+        let direct = state.direct.as_ref().expect("the lane can");
+        assert!(direct.granted() <= GRANTS_MAX && direct.remembered() <= GRANTS_MAX);
     }
 
     /// Ends the endpoint, unless the peer did; then nothing may be left of anything.
@@ -592,6 +720,8 @@ impl Session {
             stats.tags_sent,
             stats.puts,
             stats.gets,
+            stats.direct_puts,
+            stats.direct_gets,
         ];
         mix(self.way, &counts.map(|count| count.min(3) as u8))
     }
@@ -665,6 +795,47 @@ pub(crate) fn seeds() -> Vec<Seed> {
     add("own-close", &[send, &[23], &[30, 0], &[31], &[16, 0, 1, 0, 0]]);
     add("close-not-said", &[&[16, 0, 1, 0, 0]]);
     add("both-close", &[&[30, 0], &[16, 0, 0, 0, 0], &[31], &[16, 0, 1, 0, 0]]);
+    // This side asks, is granted access to a region, and uses it.
+    let (put, granted, revoke): (&[u8], &[u8], &[u8]) =
+        (&[26, 5, 0], &[33, 0, 2, 0, 0], &[35, 0, 0, 0, 0]);
+    let answered: &[u8] = &[9, 0, 0, 0, 0];
+    add("direct-put", &[put, answered, granted, put, &[26, 0, 0], &[20, 1], put, &[28], &[19, 0]]);
+    add(
+        "direct-get",
+        &[&[27, 5, 0], &[11, 0, 5, 0, 0], granted, &[27, 6, 0], &[20, 1], &[27, 6, 0], land],
+    );
+    add("direct-put-answered", &[put, answered, granted, &[20, 1], put, answered]);
+    add(
+        "direct-get-answered",
+        &[&[27, 5, 0], &[11, 0, 5, 0, 0], granted, &[20, 1], &[27, 6, 0], &[11, 0, 6, 0, 0]],
+    );
+    add("direct-no-room", &[put, granted, &[20, 2], put, put, &[20, 0], &[31]]);
+    add("direct-out-of-bounds", &[put, &[33, 2, 2, 0, 0], put, &[27, 6, 0]]);
+    add("direct-given-up", &[put, granted, &[20, 1], put, &[29, 1], &[19, 0], &[31]]);
+    add(
+        "direct-revoked",
+        &[put, granted, &[20, 1], put, &[27, 5, 0], revoke, put, &[19, 0], &[31], land, &[31]],
+    );
+    add("direct-revoked-at-once", &[put, &[20, 1], granted, revoke, revoke, put]);
+    add("direct-granted-badly", &[put, &[33, 0, 2, 0, 255], revoke, put]);
+    add("direct-granted-twice", &[put, granted, granted]);
+    add("direct-granted-unasked", &[granted]);
+    add("direct-refused", &[put, &[34, 0, 0, 0, 0], put, &[34, 0, 0, 0, 0]]);
+    add("direct-revoke-unknown", &[revoke, put, revoke]);
+    add(
+        "direct-goodbye",
+        &[put, granted, &[20, 1], put, &[16, 0, 0, 0, 0], &[31], &[19, 0], &[31]],
+    );
+    // The peer asks.
+    let wanted: &[u8] = &[32, 0, 0, 0, 0];
+    let revoked: &[u8] = &[36, 0, 0, 0, 0];
+    add("granted", &[wanted, &[30, 1], &[31], revoked, wanted]);
+    add("granted-and-given-back", &[wanted, revoked, wanted, &[16, 0, 0, 0, 0]]);
+    add("granted-twice", &[wanted, wanted]);
+    add("granted-unknown", &[&[32, 0x80, 0, 0, 0], &[20, 7], wanted]);
+    add("given-back-twice", &[wanted, revoked, revoked]);
+    add("given-back-unknown", &[&[36, 0x80, 0, 0, 0]]);
+    add("granted-at-close", &[wanted, &[30, 0], &[32, 0x81, 0, 0, 0], &[16, 0, 0, 0, 0], revoked]);
     add("payload-where-none-belongs", &[&[13, 0, 0, 0xff, 0]]);
     add("raw-head", &[&[17, 0, 3, 1, 0, 5, 1, 0, 0, 0, 0], recv]);
     out

@@ -2,11 +2,15 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::Waker;
 
 use super::sync::{Mutex, lock};
 use super::table::RawSegment;
+use crate::error::LinkError;
+use crate::link::{OneSided, Registration};
 use crate::proto::keys::{ACCESS_READ, ACCESS_WRITE, check_bounds};
 use crate::proto::wire::Status;
 
@@ -16,13 +20,20 @@ struct Users {
     /// The registered buffer, until revocation hands it back.
     buffer: Option<Box<dyn Any + Send>>,
     waiting: Option<Waker>,
+    /// Endpoints whose peers were granted direct access, once for each.
+    holders: Vec<Arc<Notices>>,
 }
+
+/// What a region is registered as, by the domain of links that did so.
+type Registrations = Vec<(usize, Weak<dyn Registration>)>;
 
 /// One registered region.
 pub(crate) struct Entry {
+    key: u64,
     memory: RawSegment,
     access: u8,
     users: Mutex<Users>,
+    registrations: Mutex<Registrations>,
 }
 
 // SAFETY: `memory` describes the buffer in `users`, which is freed only when no user is left.
@@ -41,8 +52,10 @@ impl Entry {
         self.access
     }
 
-    /// Refuses new users. `Some`: no user is left, here is the buffer (once). Otherwise `waker` is
-    /// called when the last user is gone.
+    /// Refuses new users, and has those told that were granted direct access. `Some`: no user is
+    /// left, here is the buffer (once). Otherwise `waker` is called when the last user is gone.
+    ///
+    /// Called without an endpoint's lock: endpoints are woken.
     pub fn revoke(&self, waker: Option<&Waker>) -> Option<Box<dyn Any + Send>> {
         let mut users = lock(&self.users);
         users.revoked = true;
@@ -50,9 +63,29 @@ impl Entry {
             return users.buffer.take();
         }
         let old = std::mem::replace(&mut users.waiting, waker.cloned());
+        let holders = std::mem::take(&mut users.holders);
         drop(users);
         drop(old);
+        for notices in holders {
+            notices.tell(self.key);
+        }
         None
+    }
+
+    /// The region's registration in the domain of this link; made if there is none.
+    fn registration(&self, link: &mut dyn OneSided) -> Result<Arc<dyn Registration>, LinkError> {
+        let domain = link.domain();
+        let mut known = lock(&self.registrations);
+        let found = known.iter().find(|(of, _)| *of == domain);
+        if let Some(registration) = found.and_then(|(_, registration)| registration.upgrade()) {
+            return Ok(registration);
+        }
+        let memory = self.memory.write(self.memory.len);
+        let (read, write) = (self.access & ACCESS_READ != 0, self.access & ACCESS_WRITE != 0);
+        let registration = link.register(memory, read, write)?;
+        known.retain(|(_, registration)| registration.strong_count() > 0);
+        known.push((domain, Arc::downgrade(&registration)));
+        Ok(registration)
     }
 
     /// The owner does not want the buffer back: it is dropped with the last user.
@@ -92,6 +125,92 @@ impl Drop for RegionUse {
     }
 }
 
+/// Keys that were revoked and that an endpoint's peer has to be told of. At most as many as were
+/// granted to it.
+pub(crate) struct Notices {
+    revoked: Mutex<Vec<u64>>,
+    any: AtomicBool,
+    endpoint: Waker,
+}
+
+impl Notices {
+    /// `endpoint` is woken when there is something to tell.
+    pub fn new(endpoint: Waker) -> Arc<Self> {
+        Arc::new(Notices { revoked: Mutex::new(Vec::new()), any: AtomicBool::new(false), endpoint })
+    }
+
+    fn tell(&self, key: u64) {
+        lock(&self.revoked).push(key);
+        self.any.store(true, Ordering::Release);
+        self.endpoint.wake_by_ref();
+    }
+
+    pub fn any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
+    }
+
+    pub fn take(&self) -> Vec<u64> {
+        self.any.store(false, Ordering::Release);
+        std::mem::take(&mut *lock(&self.revoked))
+    }
+}
+
+/// A use of a region whose end is asked for when its key is revoked.
+struct Hold {
+    used: RegionUse,
+    notices: Arc<Notices>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut users = lock(&self.used.0.users);
+        if let Some(at) = users.holders.iter().position(|held| Arc::ptr_eq(held, &self.notices)) {
+            users.holders.swap_remove(at);
+        }
+    }
+}
+
+/// Direct access to a region, granted to one peer: keeps buffer and registration. Dropped without
+/// any lock held.
+pub(crate) struct Granted {
+    // In this order: the memory stays for as long as it can be reached.
+    registration: Arc<dyn Registration>,
+    hold: ManuallyDrop<Hold>,
+}
+
+impl Granted {
+    /// What the peer's end of the link is told.
+    pub fn bytes(&self) -> &[u8] {
+        self.registration.grant()
+    }
+
+    /// Length and access of the region.
+    pub fn extent(&self) -> (u64, u8) {
+        let entry = &self.hold.used.0;
+        (entry.memory.len as u64, entry.access)
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        // Who shares it sees to its end.
+        if Arc::strong_count(&self.registration) == 1 && !self.registration.withdraw() {
+            tracing::error!("registered memory that a peer may still reach is left");
+            return;
+        }
+        // SAFETY: here and nowhere else.
+        unsafe { ManuallyDrop::drop(&mut self.hold) };
+    }
+}
+
+/// Why direct access is not granted.
+pub(crate) enum NotGranted {
+    /// There is no such key, or it was revoked, or there is nothing to reach.
+    Key,
+    /// The link cannot.
+    Link(LinkError),
+}
+
 /// The node's regions. Keys are random, so that they cannot be guessed by a peer that was not
 /// given them.
 #[derive(Default)]
@@ -104,16 +223,25 @@ impl Keys {
         access: u8,
         buffer: Box<dyn Any + Send>,
     ) -> std::io::Result<(u64, Arc<Entry>)> {
-        let users = Users { count: 0, revoked: false, buffer: Some(buffer), waiting: None };
-        let entry = Arc::new(Entry { memory, access, users: Mutex::new(users) });
+        let users = Users {
+            count: 0,
+            revoked: false,
+            buffer: Some(buffer),
+            waiting: None,
+            holders: Vec::new(),
+        };
         let mut keys = lock(&self.0);
-        loop {
+        let key = loop {
             let key = random_u64()?;
-            if let std::collections::hash_map::Entry::Vacant(vacant) = keys.entry(key) {
-                vacant.insert(entry.clone());
-                return Ok((key, entry));
+            if !keys.contains_key(&key) {
+                break key;
             }
-        }
+        };
+        let users = Mutex::new(users);
+        let registrations = Mutex::new(Registrations::new());
+        let entry = Arc::new(Entry { key, memory, access, users, registrations });
+        keys.insert(key, entry.clone());
+        Ok((key, entry))
     }
 
     pub fn remove(&self, key: u64) {
@@ -139,6 +267,30 @@ impl Keys {
         drop(users);
         Ok(RegionUse(entry))
     }
+
+    /// Grants an endpoint's peer direct access to a region over this link. `notices` is told when
+    /// the key is revoked.
+    pub fn grant(
+        &self,
+        key: u64,
+        link: &mut dyn OneSided,
+        notices: &Arc<Notices>,
+    ) -> Result<Granted, (NotGranted, Option<Box<dyn Any + Send>>)> {
+        let entry = lock(&self.0).get(&key).cloned().ok_or((NotGranted::Key, None))?;
+        let mut users = lock(&entry.users);
+        if users.revoked || entry.memory.len == 0 {
+            return Err((NotGranted::Key, None));
+        }
+        users.count += 1;
+        users.holders.push(notices.clone());
+        drop(users);
+        let hold = Hold { used: RegionUse(entry), notices: notices.clone() };
+        match hold.used.0.registration(link) {
+            Ok(registration) => Ok(Granted { registration, hold: ManuallyDrop::new(hold) }),
+            // Its drop may run the owner's code.
+            Err(error) => Err((NotGranted::Link(error), Some(Box::new(hold)))),
+        }
+    }
 }
 
 pub(crate) fn random_u64() -> std::io::Result<u64> {
@@ -150,6 +302,7 @@ pub(crate) fn random_u64() -> std::io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::{OpId, Post, RemoteId, Segment, SegmentMut};
     use crate::memory::Buffer;
 
     fn region(keys: &Keys, len: usize, access: u8) -> (u64, Arc<Entry>) {
@@ -179,5 +332,72 @@ mod tests {
         assert_eq!(keys.begin(key, 0, 8, true).err(), Some(Status::KeyUnknown));
         drop(used);
         assert!(entry.revoke(None).is_some());
+    }
+
+    /// A link whose registrations end, or do not.
+    struct Registrar {
+        ends: bool,
+    }
+
+    struct Made {
+        ends: bool,
+    }
+
+    impl Registration for Made {
+        fn grant(&self) -> &[u8] {
+            b"grant"
+        }
+
+        fn withdraw(&self) -> bool {
+            self.ends
+        }
+    }
+
+    impl OneSided for Registrar {
+        fn way(&self) -> &'static str {
+            "a test"
+        }
+
+        fn domain(&self) -> usize {
+            1
+        }
+
+        fn register(
+            &mut self,
+            _: SegmentMut,
+            _: bool,
+            _: bool,
+        ) -> Result<Arc<dyn Registration>, LinkError> {
+            Ok(Arc::new(Made { ends: self.ends }))
+        }
+
+        fn open(&mut self, _: &[u8]) -> Result<RemoteId, LinkError> {
+            Ok(RemoteId(0))
+        }
+
+        fn close(&mut self, _: RemoteId) {}
+
+        fn put(&mut self, _: OpId, _: Segment<'_>, _: RemoteId, _: u64) -> Result<Post, LinkError> {
+            Ok(Post::Done)
+        }
+
+        fn get(&mut self, _: OpId, _: SegmentMut, _: RemoteId, _: u64) -> Result<Post, LinkError> {
+            Ok(Post::Done)
+        }
+    }
+
+    #[test]
+    fn memory_that_stays_registered_is_never_handed_back() {
+        for ends in [true, false] {
+            let keys = Keys::default();
+            let (key, entry) = region(&keys, 10, ACCESS_READ | ACCESS_WRITE);
+            let notices = Notices::new(Waker::noop().clone());
+            let granted = keys.grant(key, &mut Registrar { ends }, &notices);
+            let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
+            assert!(entry.revoke(Some(Waker::noop())).is_none(), "the peer may reach it");
+            assert_eq!(notices.take(), [key]);
+            drop(granted);
+            assert_eq!(entry.revoke(None).is_some(), ends);
+        }
     }
 }

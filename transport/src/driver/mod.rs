@@ -5,7 +5,8 @@
 //!
 //! - [`shard`]: the endpoint's lock; [`board`]: who is woken; [`resident`]: the task that sees to
 //!   progress when nobody polls (`shard_model`, `board_model`: the first two under `loom`).
-//! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`].
+//! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`],
+//!   and [`direct`] for what a link does of the last by itself.
 //! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
 //! - [`bootstrap`]: from a TCP connection to an endpoint.
 
@@ -17,6 +18,7 @@ mod board_model;
 mod board_tests;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
+pub(crate) mod direct;
 #[cfg(test)]
 mod end_tests;
 pub(crate) mod endpoint;

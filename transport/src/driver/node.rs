@@ -5,9 +5,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::Waker;
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
 
 use super::board::{Board, EndpointId, Pulse};
+use super::direct::Ward;
 use super::endpoint::EndpointShared;
 use super::keys::Keys;
 use super::sync::{Mutex, lock};
@@ -32,6 +34,9 @@ const ANNOUNCED_MIN: usize = 64;
 
 /// The smallest window that an endpoint gets when the node's budget is used up.
 const WINDOW_MIN: u64 = 64 << 10;
+
+/// How long the end of a runtime waits for peers that may still reach memory of this process.
+const LAST_LOOK: Duration = Duration::from_millis(100);
 
 #[derive(Default)]
 struct Any {
@@ -69,6 +74,7 @@ pub(crate) struct NodeShared {
     endpoints: Mutex<HashMap<EndpointId, Arc<EndpointShared>>>,
     next_endpoint: AtomicU64,
     new_tasks: Mutex<Vec<Task>>,
+    new_wards: Mutex<Vec<Ward>>,
     any: Mutex<Any>,
     totals: Mutex<Totals>,
     /// The last handle is gone, or the node was closed: the resident task winds up.
@@ -148,6 +154,7 @@ impl NodeShared {
             endpoints: Mutex::new(HashMap::new()),
             next_endpoint: AtomicU64::new(1),
             new_tasks: Mutex::new(Vec::new()),
+            new_wards: Mutex::new(Vec::new()),
             any: Mutex::new(Any::default()),
             totals: Mutex::new(Totals::default()),
             released: AtomicBool::new(false),
@@ -182,6 +189,16 @@ impl NodeShared {
 
     pub fn take_new_tasks(&self) -> Vec<Task> {
         std::mem::take(&mut *lock(&self.new_tasks))
+    }
+
+    /// Has the resident task keep memory until no peer can reach it any more.
+    pub fn keep(&self, ward: Ward) {
+        lock(&self.new_wards).push(ward);
+        self.board.wake_resident();
+    }
+
+    pub fn take_new_wards(&self) -> Vec<Ward> {
+        std::mem::take(&mut *lock(&self.new_wards))
     }
 
     pub fn new_pulse(&self) -> Arc<Pulse> {
@@ -307,7 +324,21 @@ impl NodeShared {
         let left = std::mem::take(&mut *lock(&self.endpoints));
         drop(left);
         drop(self.take_new_tasks());
+        self.last_look(self.take_new_wards());
         self.wake_all_waiters();
+    }
+
+    /// Nobody polls these any more: gives their peers a moment to see that this side is over.
+    fn last_look(&self, mut wards: Vec<Ward>) {
+        let until = Instant::now() + LAST_LOOK;
+        let mut cx = Context::from_waker(Waker::noop());
+        loop {
+            wards.retain_mut(|ward| Pin::new(ward).poll(&mut cx).is_pending());
+            if wards.is_empty() || Instant::now() >= until {
+                return;
+            }
+            std::thread::sleep(LAST_LOOK / 20);
+        }
     }
 
     pub fn stats(&self) -> NodeStats {

@@ -1,5 +1,6 @@
-//! Put, get and fence. Over every link so far the target's process serves them: it lands a put in
-//! the region, and answers a get out of it, after checking key, bounds and access itself.
+//! Put, get and fence. The target's process serves them: it lands a put in the region, and answers
+//! a get out of it, after checking key, bounds and access itself. Where the link can reach the
+//! region by itself and the target has granted that, it does instead ([`super::direct`]).
 
 use std::collections::VecDeque;
 
@@ -9,7 +10,8 @@ use super::core::{Control, Core, Life, ONE_SIDED_MAX, Reply, State};
 use super::keys::RegionUse;
 use super::table::{RawSegment, Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Phase};
-use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment};
+use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, RemoteId, Segment};
+use crate::proto::keys::{ACCESS_READ, ACCESS_WRITE};
 use crate::proto::wire::{Head, Status};
 
 impl Core {
@@ -23,10 +25,10 @@ impl Core {
         self.state.one_sided_open.insert(number);
         let what = match what {
             OneSided::Put { from, key, offset } => {
-                What::Put { from, key, offset, number, local: false, remote: false }
+                What::Put { from, key, offset, number, local: false, remote: false, direct: false }
             }
             OneSided::Get { to, key, offset } => {
-                What::Get { to, key, offset, number, answered: false }
+                What::Get { to, key, offset, number, answered: false, direct: false }
             }
         };
         let id = self.state.ops.insert(Slot::new(Stage::Queued, what));
@@ -40,49 +42,90 @@ impl Core {
             if self.state.one_sided_posted >= ONE_SIDED_MAX {
                 return Ok(());
             }
-            let Some(slot) = self.state.ops.get(id) else {
+            let Some(queued) = self.state.ops.get(id).and_then(|slot| Queued::of(&slot.what))
+            else {
                 self.state.one_sided_queue.pop_front();
                 continue;
             };
-            let post = match slot.what {
-                What::Put { from, key, offset, .. } => {
-                    let head = Head::Put { id: id.index, key, offset };
-                    let payload: SmallVec<[Segment<'_>; 1]> = match from.len {
-                        0 => SmallVec::new(),
-                        _ => smallvec![from.read()],
-                    };
-                    self.post(id, Class::OneSided, How::Eager, &head, &payload, from.len)?
-                }
-                What::Get { to, key, offset, .. } => {
-                    let head = Head::Get { id: id.index, key, offset, len: to.len as u64 };
-                    // Nothing of the get's own memory is posted: the link has nothing to report.
-                    self.post(OpId::NONE, Class::OneSided, How::Eager, &head, &[], 0)?
-                }
-                _ => Post::Done,
+            let Queued { key, offset, memory, access } = queued;
+            let way = self.direct_way(key, offset, memory.len, access);
+            let post = match way {
+                Some(remote) => self.post_direct(id, queued, remote)?,
+                None => self.post_served(id, queued)?,
             };
             if post == Post::Full {
                 self.state.stats.room_stalls += 1;
                 return Ok(());
             }
             self.state.one_sided_queue.pop_front();
-            self.state.one_sided_posted += 1;
-            if let Some(slot) = self.state.ops.get(id) {
-                slot.stage = Stage::Posted;
-                match &mut slot.what {
-                    What::Put { local, from, .. } => {
-                        *local = post == Post::Done;
-                        self.state.stats.puts += 1;
-                        self.state.stats.put_bytes += from.len as u64;
+            self.one_sided_began(id, post, way.is_some());
+            match way {
+                Some(_) => {
+                    self.direct_begun(key);
+                    if post == Post::Done {
+                        self.state.direct_over(id, Ok(()));
                     }
-                    What::Get { to, .. } => {
-                        self.state.stats.gets += 1;
-                        self.state.stats.get_bytes += to.len as u64;
-                    }
-                    _ => {}
                 }
+                None => self.want_direct(key)?,
             }
         }
         Ok(())
+    }
+
+    /// Has the link reach the region.
+    fn post_direct(&mut self, id: OpId, queued: Queued, remote: RemoteId) -> Result<Post, Error> {
+        let Queued { memory, offset, access, .. } = queued;
+        let link = match self.one_sided() {
+            // Nothing is to be moved.
+            None => return Ok(Post::Done),
+            Some(_) if memory.len == 0 => return Ok(Post::Done),
+            Some(link) => link,
+        };
+        let post = match access {
+            ACCESS_WRITE => link.put(id, memory.read(), remote, offset),
+            _ => link.get(id, memory.write(memory.len), remote, offset),
+        };
+        self.posted(post)
+    }
+
+    /// Has the target's process do it.
+    fn post_served(&mut self, id: OpId, queued: Queued) -> Result<Post, Error> {
+        let Queued { key, offset, memory, access } = queued;
+        if access == ACCESS_READ {
+            let head = Head::Get { id: id.index, key, offset, len: memory.len as u64 };
+            // Nothing of the get's own memory is posted: the link has nothing to report.
+            return self.post(OpId::NONE, Class::OneSided, How::Eager, &head, &[], 0);
+        }
+        let head = Head::Put { id: id.index, key, offset };
+        let payload: SmallVec<[Segment<'_>; 1]> = match memory.len {
+            0 => SmallVec::new(),
+            _ => smallvec![memory.read()],
+        };
+        self.post(id, Class::OneSided, How::Eager, &head, &payload, memory.len)
+    }
+
+    /// A put or get has left the queue.
+    fn one_sided_began(&mut self, id: OpId, post: Post, by_link: bool) {
+        self.state.one_sided_posted += 1;
+        let stats = &mut self.state.stats;
+        let Some(slot) = self.state.ops.get(id) else { return };
+        slot.stage = Stage::Posted;
+        match &mut slot.what {
+            What::Put { local, direct, from, .. } => {
+                *local = post == Post::Done;
+                *direct = by_link;
+                stats.puts += 1;
+                stats.put_bytes += from.len as u64;
+                stats.direct_puts += u64::from(by_link);
+            }
+            What::Get { to, direct, .. } => {
+                *direct = by_link;
+                stats.gets += 1;
+                stats.get_bytes += to.len as u64;
+                stats.direct_gets += u64::from(by_link);
+            }
+            _ => {}
+        }
     }
 
     /// Answers the peer's gets.
@@ -156,6 +199,30 @@ impl Core {
     }
 }
 
+/// A put or get that has not been posted.
+#[derive(Clone, Copy)]
+struct Queued {
+    memory: RawSegment,
+    key: u64,
+    offset: u64,
+    /// What it needs of the region.
+    access: u8,
+}
+
+impl Queued {
+    fn of(what: &What) -> Option<Queued> {
+        Some(match *what {
+            What::Put { from, key, offset, .. } => {
+                Queued { memory: from, key, offset, access: ACCESS_WRITE }
+            }
+            What::Get { to, key, offset, .. } => {
+                Queued { memory: to, key, offset, access: ACCESS_READ }
+            }
+            _ => return None,
+        })
+    }
+}
+
 /// What to start.
 pub(crate) enum OneSided {
     Put { from: RawSegment, key: u64, offset: u64 },
@@ -224,8 +291,10 @@ impl State {
     pub(super) fn on_put_done(&mut self, index: u32, status: Status) -> Result<(), Disposition> {
         let id = self.ops.at_index(index);
         let slot = id.and_then(|id| self.ops.get(id));
-        let (Some(id), Some(Slot { what: What::Put { remote, local, .. }, stage, .. })) =
-            (id, slot)
+        let (
+            Some(id),
+            Some(Slot { what: What::Put { remote, local, direct: false, .. }, stage, .. }),
+        ) = (id, slot)
         else {
             return Err(State::protocol("an answer to a put that was not made"));
         };
@@ -306,7 +375,10 @@ impl State {
     ) -> Disposition {
         let id = self.ops.at_index(index);
         let slot = id.and_then(|id| self.ops.get(id));
-        let (Some(id), Some(Slot { what: What::Get { to, answered, .. }, stage, .. })) = (id, slot)
+        let (
+            Some(id),
+            Some(Slot { what: What::Get { to, answered, direct: false, .. }, stage, .. }),
+        ) = (id, slot)
         else {
             return State::protocol("an answer to a get that was not made");
         };

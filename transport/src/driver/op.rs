@@ -93,8 +93,8 @@ pub struct NodeRef<'a>(pub(crate) &'a NodeShared);
 
 /// An operation in flight: a future that owns what it moves.
 ///
-/// Nothing happens until it is first polled; operations of one family take effect in the order of
-/// their first polls. It may be polled from any task, thread or runtime.
+/// Nothing happens until it is first polled; messages, and tagged payloads among themselves, take
+/// effect in the order of their first polls. It may be polled from any task, thread or runtime.
 ///
 /// **Cancel safety.** Dropping it at any point is sound and loses nothing: an operation that has
 /// not begun is withdrawn; a receive that has begun finishes, and what came is there for the next

@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
 use super::board::{EndpointId, Pulse};
+use super::direct::Ward;
 use super::node::{NodeShared, Task};
 use crate::error::CloseReason;
 use crate::link::{Budget, Progress};
@@ -35,6 +36,7 @@ const TASKS_PER_TURN: usize = 64;
 pub(crate) struct Resident {
     node: Arc<NodeShared>,
     tasks: FuturesUnordered<Task>,
+    wards: FuturesUnordered<Ward>,
     ready: Vec<Arc<Pulse>>,
     watched: Vec<Watched>,
     newly_watched: Vec<Arc<Pulse>>,
@@ -65,6 +67,7 @@ impl Resident {
         Ok(Resident {
             node,
             tasks: FuturesUnordered::new(),
+            wards: FuturesUnordered::new(),
             ready: Vec::new(),
             watched: Vec::new(),
             newly_watched: Vec::new(),
@@ -111,6 +114,7 @@ impl Resident {
         self.drive_ready();
         self.watch(cx);
         self.patrol(cx);
+        self.poll_wards(cx);
         self.wind_up(cx)
     }
 
@@ -127,6 +131,18 @@ impl Resident {
         self.tasks.extend(self.node.take_new_tasks());
         for _ in 0..TASKS_PER_TURN {
             match self.tasks.poll_next_unpin(cx) {
+                Poll::Ready(Some(())) => {}
+                Poll::Ready(None) | Poll::Pending => return,
+            }
+        }
+        cx.waker().wake_by_ref();
+    }
+
+    /// After driving, which may have ended endpoints.
+    fn poll_wards(&mut self, cx: &mut Context<'_>) {
+        self.wards.extend(self.node.take_new_wards());
+        for _ in 0..TASKS_PER_TURN {
+            match self.wards.poll_next_unpin(cx) {
                 Poll::Ready(Some(())) => {}
                 Poll::Ready(None) | Poll::Pending => return,
             }
@@ -227,7 +243,8 @@ impl Resident {
             Some(sleep) => Pin::new(sleep).poll(cx).is_ready(),
             None => true,
         };
-        if out_of_patience || !self.node.has_endpoints() { Poll::Ready(()) } else { Poll::Pending }
+        let over = !self.node.has_endpoints() && self.wards.is_empty();
+        if out_of_patience || over { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 
@@ -241,6 +258,9 @@ impl Future for Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
+        for ward in std::mem::take(&mut self.wards) {
+            self.node.keep(ward);
+        }
         self.node.resident_gone();
     }
 }

@@ -108,12 +108,21 @@ pub(crate) enum What {
     },
     /// An unexpected eager payload that a link is landing in driver memory.
     LandTag { seq: u32, buffer: Box<Frame>, heir: Option<OpId> },
-    /// A put: over when the link has let go and the target has answered.
-    Put { from: RawSegment, key: u64, offset: u64, number: u64, local: bool, remote: bool },
+    /// A put: over when the link has let go and the target has answered; a direct one when the
+    /// link says so.
+    Put {
+        from: RawSegment,
+        key: u64,
+        offset: u64,
+        number: u64,
+        local: bool,
+        remote: bool,
+        direct: bool,
+    },
     /// The peer's put that a link is landing in a region.
     PutIn { id: u32, used: RegionUse },
-    /// A get that waits for, or is landing, the answer.
-    Get { to: RawSegment, key: u64, offset: u64, number: u64, answered: bool },
+    /// A get that waits for, or is landing, the answer; a direct one is the link's.
+    Get { to: RawSegment, key: u64, offset: u64, number: u64, answered: bool, direct: bool },
     /// The answer to the peer's get on its way out of a region.
     GetOut { _used: RegionUse },
     /// A fence: over when earlier one-sided operations are, and the peer has answered.

@@ -10,7 +10,7 @@
 //! order of the calls.
 
 use std::cell::Cell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Waker};
 
@@ -18,10 +18,11 @@ use smallvec::SmallVec;
 
 use super::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Class, Disposition, HEAD_MAX, How, Killed, Landing,
-    Link, LinkCounters, LinkKind, Mapping, OpId, PayloadId, Post, Progress, RawView, Segment, Sink,
+    Link, LinkCounters, LinkKind, Mapping, OneSided, OpId, PayloadId, Post, Progress, RawView,
+    Registration, RemoteId, Segment, SegmentMut, Sink,
 };
 use crate::error::{ErrorKind, LinkError};
-use crate::memory::SharedBlock;
+use crate::memory::{SharedBlock, racy_read, racy_write};
 
 /// How far ahead an unordered link looks for the parcel to deliver next.
 const REORDER_WINDOW: usize = 16;
@@ -45,6 +46,8 @@ pub struct MockPlan {
     views: bool,
     inline_max: usize,
     eager_max: usize,
+    direct: bool,
+    direct_max: usize,
     switch: Option<MockSwitch>,
 }
 
@@ -60,6 +63,8 @@ impl Default for MockPlan {
             views: true,
             inline_max: 2048,
             eager_max: 64 << 10,
+            direct: false,
+            direct_max: 0,
             switch: None,
         }
     }
@@ -105,6 +110,10 @@ impl MockPlan {
         /// Payloads up to this many bytes may be posted eagerly although nobody waits for them.
         /// Default: 64 KiB.
         eager_max: usize;
+        /// The link puts and gets by itself. Default: no.
+        direct: bool;
+        /// So many of these it does, and fails with the next one; 0: it does not fail. Default: 0.
+        direct_max: usize;
     }
 
     /// Lets `switch` break or pause the links made with this plan.
@@ -240,6 +249,9 @@ struct Shared {
     /// What side 0 sent to side 1, and what side 1 sent to side 0.
     ways: [Way; 2],
     wakers: [Option<Waker>; 2],
+    /// Memory that each side has registered for the other, by number.
+    regions: [HashMap<u32, Region>; 2],
+    next_region: u32,
     broken: Option<&'static str>,
     paused: bool,
     lingers: bool,
@@ -354,6 +366,51 @@ struct Job {
     moved: usize,
 }
 
+/// Registered memory.
+#[derive(Debug)]
+struct Region {
+    ptr: *mut u8,
+    len: usize,
+    read: bool,
+    write: bool,
+}
+
+// SAFETY: followed only while the pair's mutex is held and the region is in its table, which its
+// registration takes it out of under that mutex; until then the driver keeps the memory.
+unsafe impl Send for Region {}
+
+/// See [`OneSided::register`].
+struct Registered {
+    pair: Arc<Pair>,
+    side: usize,
+    number: u32,
+    grant: [u8; 4],
+}
+
+impl Registration for Registered {
+    fn grant(&self) -> &[u8] {
+        &self.grant
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.pair.lock().regions[self.side].remove(&self.number);
+    }
+}
+
+/// A put or get that the link does by itself.
+struct Direct {
+    due: u64,
+    op: OpId,
+    /// Memory of the operation's, and whether it is written.
+    ptr: *mut u8,
+    len: usize,
+    put: bool,
+    region: u32,
+    offset: u64,
+}
+
 /// Something to report, and in which poll.
 struct Late {
     due: u64,
@@ -374,13 +431,24 @@ pub(crate) struct MockLink {
     pending: HashMap<u64, OpId>,
     jobs: VecDeque<Job>,
     late: Vec<Late>,
+    /// What this side puts and gets by itself and has not done yet.
+    direct: Vec<Direct>,
+    /// How many it has begun.
+    directs: usize,
+    /// Those that are to fail.
+    failing: Vec<OpId>,
+    /// One has failed: nothing more may be begun.
+    direct_over: bool,
+    /// The peer's regions that are open here.
+    opened: HashSet<u32>,
     counters: LinkCounters,
     /// Somebody was told that not everything is flushed: when it is, that is worth a poll.
     flush_awaited: Cell<bool>,
     dead: bool,
 }
 
-// SAFETY: the landings' pointers are the driver's, valid from any thread until reported done.
+// SAFETY: the pointers of landings and of direct operations are the driver's, valid from any
+// thread until reported done.
 unsafe impl Send for MockLink {}
 
 impl MockLink {
@@ -404,6 +472,11 @@ impl MockLink {
             pending: HashMap::new(),
             jobs: VecDeque::new(),
             late: Vec::new(),
+            direct: Vec::new(),
+            directs: 0,
+            failing: Vec::new(),
+            direct_over: false,
+            opened: HashSet::new(),
             counters: LinkCounters::default(),
             flush_awaited: Cell::new(false),
             dead: false,
@@ -427,9 +500,14 @@ impl MockLink {
         }
     }
 
+    /// The poll in which what begins now is due.
+    fn due(&self) -> u64 {
+        self.polls + u64::from(self.plan.delay_polls)
+    }
+
     fn later(&mut self, op: OpId) {
         if op != OpId::NONE {
-            self.late.push(Late { due: self.polls + u64::from(self.plan.delay_polls), op });
+            self.late.push(Late { due: self.due(), op });
         }
     }
 
@@ -454,6 +532,96 @@ impl MockLink {
             sink.done(*op, Ok(()));
         }
         !due.is_empty()
+    }
+
+    /// Does the puts and gets that are due, in any order if that is planned.
+    fn reach(&mut self) -> Result<bool, LinkError> {
+        let mut any = false;
+        while let Some(at) = self.next_direct() {
+            // One that fails is reported by the end of the link.
+            self.do_direct(&self.direct[at])?;
+            let direct = self.direct.remove(at);
+            self.later(direct.op);
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Ends the puts and gets that are to fail.
+    fn fail_some(&mut self, sink: &mut dyn Sink) -> bool {
+        self.direct_over |= !self.failing.is_empty();
+        let any = !self.failing.is_empty();
+        for op in self.failing.drain(..) {
+            let detail = "a put or get that is to fail";
+            sink.done(op, Err(LinkError::new(ErrorKind::ConnectionLost, LinkKind::Mock, detail)));
+        }
+        any
+    }
+
+    fn next_direct(&mut self) -> Option<usize> {
+        let polls = self.polls;
+        let due = self.direct.iter().filter(|direct| direct.due <= polls).count();
+        // Those that are due come first: they were put in in the order of their polls.
+        let at = if self.plan.unordered { self.below(due) } else { 0 };
+        (due > 0).then_some(at)
+    }
+
+    fn do_direct(&self, direct: &Direct) -> Result<(), LinkError> {
+        let shared = self.pair.lock();
+        self.check_alive(&shared)?;
+        let Some(region) = shared.regions[1 - self.side].get(&direct.region) else {
+            return Err(breach("a region is reached that its owner has taken back"));
+        };
+        if !self.opened.contains(&direct.region) {
+            return Err(breach("a region was closed while it was in use"));
+        }
+        let end = direct.offset.checked_add(direct.len as u64);
+        let allowed = if direct.put { region.write } else { region.read };
+        if !allowed || end.is_none_or(|end| end > region.len as u64) {
+            return Err(breach("a region is reached in a way that was not granted"));
+        }
+        // SAFETY: in bounds, by the check above.
+        let remote = unsafe { region.ptr.add(direct.offset as usize) };
+        if direct.put {
+            // SAFETY: valid until reported done, by the contract of `OneSided::put`.
+            let from = unsafe { std::slice::from_raw_parts(direct.ptr, direct.len) };
+            // SAFETY: see `Region`; raw, because the region's owner and others may race.
+            unsafe { racy_write(remote, from) };
+        } else {
+            // SAFETY: valid and nobody else's until reported done, by that of `OneSided::get`.
+            let to = unsafe { std::slice::from_raw_parts_mut(direct.ptr, direct.len) };
+            // SAFETY: as above.
+            unsafe { racy_read(remote, to) };
+        }
+        Ok(())
+    }
+
+    /// Does a put or get now, or later.
+    fn begin_direct(&mut self, direct: Direct) -> Result<Post, LinkError> {
+        self.check_alive(&self.pair.lock())?;
+        if !self.opened.contains(&direct.region) || direct.len == 0 {
+            return Err(breach("a region is reached that is not open, or for nothing"));
+        }
+        if self.direct.len() >= self.plan.capacity.max(1) {
+            self.counters.stalls += 1;
+            return Ok(Post::Full);
+        }
+        if self.direct_over {
+            return Err(breach("a region is reached after that has failed"));
+        }
+        self.posted += 1;
+        self.directs += 1;
+        if self.plan.direct_max > 0 && self.directs > self.plan.direct_max {
+            self.failing.push(direct.op);
+            return Ok(Post::Pending);
+        }
+        let paused = self.pair.lock().paused;
+        if self.plan.delay_polls == 0 && self.posted.is_multiple_of(2) && !paused {
+            self.do_direct(&direct)?;
+            return Ok(Post::Done);
+        }
+        self.direct.push(direct);
+        Ok(Post::Pending)
     }
 
     /// The next parcel: control first, then the classes in turn.
@@ -605,7 +773,7 @@ impl MockLink {
         for op in way.over.drain(..) {
             any = true;
             self.pending.retain(|_, known| *known != op);
-            self.late.push(Late { due: self.polls + u64::from(self.plan.delay_polls), op });
+            self.late.push(Late { due: self.due(), op });
         }
         Ok((any, false))
     }
@@ -620,6 +788,8 @@ impl MockLink {
         let going = &shared.ways[self.side];
         !self.late.is_empty()
             || !self.jobs.is_empty()
+            || !self.direct.is_empty()
+            || !self.failing.is_empty()
             || coming.queues.iter().any(|queue| !queue.is_empty())
             || !going.over.is_empty()
             || going.starved && self.has_room(shared)
@@ -667,6 +837,8 @@ impl Link for MockLink {
             return Ok(Progress::Idle);
         }
         any |= self.land_some(budget)?;
+        any |= self.reach()?;
+        any |= self.fail_some(sink);
         while budget.parcels > 0 {
             let pair = self.pair.clone();
             let mut shared = pair.lock();
@@ -787,6 +959,7 @@ impl Link for MockLink {
         way.open.clear();
         let over = std::mem::take(&mut way.over);
         shared.ways[1 - self.side].landings = 0;
+        shared.regions[self.side].clear();
         wake(shared);
         self.dead = true;
         for op in over {
@@ -798,6 +971,10 @@ impl Link for MockLink {
         }
         for job in self.jobs.drain(..) {
             sink.done(job.op, Err(error.clone()));
+        }
+        self.opened.clear();
+        for op in self.direct.drain(..).map(|direct| direct.op).chain(self.failing.drain(..)) {
+            sink.done(op, Err(error.clone()));
         }
         for (_, op) in self.pending.drain() {
             sink.done(op, Err(error.clone()));
@@ -814,6 +991,74 @@ impl Link for MockLink {
     fn counters(&self) -> LinkCounters {
         self.counters
     }
+
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        self.plan.direct.then_some(self)
+    }
+}
+
+impl OneSided for MockLink {
+    fn way(&self) -> &'static str {
+        "the link itself"
+    }
+
+    fn domain(&self) -> usize {
+        // Two nodes of one pair are two domains.
+        Arc::as_ptr(&self.pair).addr() + self.side
+    }
+
+    fn register(
+        &mut self,
+        memory: SegmentMut,
+        read: bool,
+        write: bool,
+    ) -> Result<Arc<dyn Registration>, LinkError> {
+        let mut shared = self.pair.lock();
+        self.check_alive(&shared)?;
+        let number = shared.next_region;
+        shared.next_region += 1;
+        let region = Region { ptr: memory.ptr, len: memory.len, read, write };
+        shared.regions[self.side].insert(number, region);
+        let (pair, side, grant) = (self.pair.clone(), self.side, number.to_le_bytes());
+        Ok(Arc::new(Registered { pair, side, number, grant }))
+    }
+
+    fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {
+        let number = grant.try_into().map(u32::from_le_bytes);
+        let number = number.map_err(|_| breach("a grant of another length"))?;
+        match self.opened.insert(number) {
+            true => Ok(RemoteId(number)),
+            false => Err(breach("a region is opened twice")),
+        }
+    }
+
+    fn close(&mut self, remote: RemoteId) {
+        // Whoever closes too early is told when it is due.
+        self.opened.remove(&remote.0);
+    }
+
+    fn put(
+        &mut self,
+        op: OpId,
+        from: Segment<'_>,
+        to: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError> {
+        let (ptr, len, due) = (from.ptr.cast_mut(), from.len, self.due());
+        self.begin_direct(Direct { due, op, ptr, len, put: true, region: to.0, offset })
+    }
+
+    fn get(
+        &mut self,
+        op: OpId,
+        to: SegmentMut,
+        from: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError> {
+        let SegmentMut { ptr, len, .. } = to;
+        let due = self.due();
+        self.begin_direct(Direct { due, op, ptr, len, put: false, region: from.0, offset })
+    }
 }
 
 impl Drop for MockLink {
@@ -827,6 +1072,7 @@ impl Drop for MockLink {
         shared.broken.get_or_insert("the other side has ended");
         shared.ways[self.side].queues.iter_mut().for_each(VecDeque::clear);
         shared.ways[self.side].open.clear();
+        shared.regions[self.side].clear();
         wake(shared);
     }
 }

@@ -364,6 +364,85 @@ pub(crate) trait Link: Send {
 
     /// Payload bytes and counts by way of moving, since the link came up.
     fn counters(&self) -> LinkCounters;
+
+    /// Puts and gets that the link carries out itself, if it can.
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        None
+    }
+
+    /// Called once [`kill`](Self::kill) has answered [`Killed::Over`]: `Ready` as soon as the peer
+    /// can reach nothing any more that was registered for it. Never blocks.
+    fn poll_unreachable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = cx;
+        Poll::Ready(())
+    }
+}
+
+/// A region of the peer's that was opened, as the link numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RemoteId(pub u32);
+
+/// Memory that a link has made reachable from afar, until this is dropped. Dropping it may take
+/// locks of the link's, so none of them is held then.
+pub(crate) trait Registration: Send + Sync {
+    /// What the peer's end of the link needs to reach it: a few bytes, for [`OneSided::open`].
+    fn grant(&self) -> &[u8];
+
+    /// Ends it. `false`: the peer may still reach the memory, which then has to stay allocated.
+    fn withdraw(&self) -> bool {
+        true
+    }
+}
+
+/// Direct put and get: an optional part of a [`Link`].
+///
+/// The user checks keys, bounds and access; it keeps registered memory alive until the peer has
+/// said that it is finished with it, or [`Link::poll_unreachable`] is ready; and it closes a remote
+/// region only when no operation on it is under way. [`Link::kill`] closes them all.
+///
+/// An operation that ends with an error while the link lives says that nothing can be reached by
+/// the link any more: nothing is begun from then on, and what had begun ends in the same way.
+pub(crate) trait OneSided {
+    /// What carries them out, in plain words, for the route.
+    fn way(&self) -> &'static str;
+
+    /// Links that answer the same share registrations.
+    fn domain(&self) -> usize;
+
+    /// Makes memory reachable, in these directions. It stays valid for as long as what is given
+    /// back. An error is no end of the link.
+    fn register(
+        &mut self,
+        memory: SegmentMut,
+        read: bool,
+        write: bool,
+    ) -> Result<Arc<dyn Registration>, LinkError>;
+
+    /// Takes up what the peer's [`Registration::grant`] said. Its bytes may be anything. An error
+    /// is no end of the link.
+    fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError>;
+
+    /// Forgets a region.
+    fn close(&mut self, remote: RemoteId);
+
+    /// Writes into a region. Over (`Done`, or `Sink::done`) when the bytes are there for whoever
+    /// looks, and `from`, which stays valid until then, is not read any more. Not empty.
+    fn put(
+        &mut self,
+        op: OpId,
+        from: Segment<'_>,
+        to: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError>;
+
+    /// Reads out of a region, into memory that stays valid until this is over. Not empty.
+    fn get(
+        &mut self,
+        op: OpId,
+        to: SegmentMut,
+        from: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError>;
 }
 
 /// What a link counted. Bytes are payload bytes; ways that a link lacks stay zero.
@@ -392,6 +471,8 @@ pub struct LinkCounters {
     pub arena_bytes_sent: u64,
     /// Bytes this side copied out of the peer's staging arena.
     pub arena_bytes_received: u64,
+    /// Bytes that the adapter wrote straight into the peer's memory (RDMA).
+    pub rdma_bytes_sent: u64,
     /// Bytes that the adapter read straight out of the peer's memory (RDMA).
     pub rdma_bytes_received: u64,
     /// Times memory of a payload was registered with the adapter.

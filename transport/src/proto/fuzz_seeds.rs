@@ -43,12 +43,17 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
         ("credit-wanted", Head::CreditWanted { messages: true, tags: true }),
         ("close", Head::Close { code: 1, text: "größer" }),
         ("close-done", Head::CloseDone),
+        ("wanted", Head::Wanted { key }),
+        ("granted", Head::Granted { key, len: 4096, access: ACCESS_READ, bytes: b"opaque" }),
+        ("refused", Head::Refused { key }),
+        ("revoke", Head::Revoke { key }),
+        ("revoked", Head::Revoked { key }),
     ] {
         let mut bytes = HeadBuf::new();
         head.encode(&mut bytes);
         add(name, bytes.to_vec());
-        // A close's text ends where the head ends.
-        if !matches!(head, Head::Close { .. }) {
+        // A close's text and a grant's bytes end where the head ends.
+        if !matches!(head, Head::Close { .. } | Head::Granted { .. }) {
             add(&format!("bad-{name}-cut"), bytes[..bytes.len() - 1].to_vec());
             add(&format!("bad-{name}-longer"), [&bytes[..], &[0]].concat());
         }
@@ -65,6 +70,8 @@ fn heads(mut add: impl FnMut(&str, Vec<u8>)) {
     add("bad-status", vec![10, 1, 0, 0, 0, 7]);
     add("bad-wanted-bits", vec![16, 0x84]);
     add("bad-close-not-text", vec![17, 0, 0, 0, 0, 0xc3, 0x28]);
+    add("bad-granted-cut", [&[20][..], &[1; 16]].concat());
+    add("bad-granted-access", [&[20][..], &[0; 20]].concat());
     add("bad-close-too-long", [&[17, 0, 0, 0, 0][..], &[b'x'; 513]].concat());
     add("longest-lengths", [&[3, 0, 0, 0, 0][..], &[0xff; 1016]].concat());
     add("bad-too-long", vec![3; HEAD_MAX + 1]);

@@ -13,7 +13,10 @@ use super::cursor::{Cursor, WireError, clip, text};
 /// The version of the protocol that must be equal on both sides.
 pub(crate) const VERSION_MAJOR: u16 = 1;
 /// The version of the protocol of which the lower one holds.
-pub(crate) const VERSION_MINOR: u16 = 0;
+pub(crate) const VERSION_MINOR: u16 = 1;
+/// The minor version from which on the two sides may grant each other regions through the link
+/// itself (`wire`, heads 19 to 23).
+pub(crate) const MINOR_DIRECT: u16 = 1;
 
 /// Length of a preface, in bytes.
 pub(crate) const PREFACE_BYTES: usize = 16;
@@ -76,7 +79,6 @@ impl std::error::Error for PrefaceError {}
 
 impl Preface {
     /// The minor version in which both sides can talk.
-    #[expect(clippy::unnecessary_min_or_max, reason = "the minor version will not stay 0")]
     pub fn minor_in_common(&self) -> u16 {
         self.minor.min(VERSION_MINOR)
     }

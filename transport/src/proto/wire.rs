@@ -23,6 +23,13 @@
 //! | 16 | credit wanted | bits u8: 1 messages, 2 tags |
 //! | 17 | close | code u32, text (UTF-8, at most [`CLOSE_TEXT_MAX`] bytes) |
 //! | 18 | close done | |
+//! | 19 | direct access wanted | key u64 |
+//! | 20 | direct access granted | key u64, length u64, access u8, the link's bytes (at most [`GRANT_BYTES_MAX`]) |
+//! | 21 | direct access refused | key u64 |
+//! | 22 | revoke | key u64 |
+//! | 23 | revoked | key u64 |
+//!
+//! Those from 19 on are said where both sides have minor version 1 ([`super::hello::MINOR_DIRECT`]).
 
 use std::fmt;
 use std::ops::Deref;
@@ -31,6 +38,7 @@ use smallvec::SmallVec;
 
 pub(crate) use super::cursor::WireError;
 use super::cursor::{Cursor, clip, text};
+use super::keys::{ACCESS_READ, ACCESS_WRITE};
 
 /// The longest head, in bytes; links carry heads of up to this size.
 pub(crate) const HEAD_MAX: usize = 1024;
@@ -46,6 +54,9 @@ pub(crate) const TABLE_LENS_MAX: usize = (HEAD_MAX - 13) / 8;
 
 /// The longest text in a [`Head::Close`], in bytes; encoding cuts off what is longer.
 pub(crate) const CLOSE_TEXT_MAX: usize = 512;
+
+/// The most bytes of a link's own in a [`Head::Granted`].
+pub(crate) const GRANT_BYTES_MAX: usize = HEAD_MAX - 18;
 
 mod kind {
     pub const MESSAGE_ONE: u8 = 1;
@@ -66,6 +77,11 @@ mod kind {
     pub const CREDIT_WANTED: u8 = 16;
     pub const CLOSE: u8 = 17;
     pub const CLOSE_DONE: u8 = 18;
+    pub const WANTED: u8 = 19;
+    pub const GRANTED: u8 = 20;
+    pub const REFUSED: u8 = 21;
+    pub const REVOKE: u8 = 22;
+    pub const REVOKED: u8 = 23;
 }
 
 const WANTED_MESSAGES: u8 = 1;
@@ -102,6 +118,16 @@ pub(crate) enum Head<'a> {
     Close { code: u32, text: &'a str },
     /// The answer to a close: nothing more will come. No payload.
     CloseDone,
+    /// The sender would reach this region through the link itself. No payload.
+    Wanted { key: u64 },
+    /// It may: the region has `len` bytes, and these are what the link needs. No payload.
+    Granted { key: u64, len: u64, access: u8, bytes: &'a [u8] },
+    /// It may not. No payload.
+    Refused { key: u64 },
+    /// Stop reaching this region through the link, and say when that has ended. No payload.
+    Revoke { key: u64 },
+    /// What was granted for this region is used no more. No payload.
+    Revoked { key: u64 },
 }
 
 /// How a message's payload falls into frames.
@@ -303,8 +329,8 @@ pub(crate) fn one_frame_seq(head: &[u8]) -> Option<u32> {
 impl<'a> Head<'a> {
     /// Writes this head into `out`, in place of what was there.
     ///
-    /// Lengths must be within [`INLINE_LENS_MAX`] and [`TABLE_LENS_MAX`]. A close's text is cut to
-    /// [`CLOSE_TEXT_MAX`] bytes.
+    /// Lengths must be within [`INLINE_LENS_MAX`] and [`TABLE_LENS_MAX`], a grant's bytes within
+    /// [`GRANT_BYTES_MAX`]. A close's text is cut to [`CLOSE_TEXT_MAX`] bytes.
     pub fn encode(&self, out: &mut HeadBuf) {
         out.0.clear();
         match self {
@@ -348,6 +374,22 @@ impl<'a> Head<'a> {
             }
             Head::CloseDone => {
                 out.kind(kind::CLOSE_DONE);
+            }
+            Head::Wanted { key } => {
+                out.kind(kind::WANTED).u64(*key);
+            }
+            Head::Granted { key, len, access, bytes } => {
+                out.kind(kind::GRANTED).u64(*key).u64(*len).u8(*access);
+                out.0.extend_from_slice(bytes);
+            }
+            Head::Refused { key } => {
+                out.kind(kind::REFUSED).u64(*key);
+            }
+            Head::Revoke { key } => {
+                out.kind(kind::REVOKE).u64(*key);
+            }
+            Head::Revoked { key } => {
+                out.kind(kind::REVOKED).u64(*key);
             }
         }
         debug_assert!(out.len() <= HEAD_MAX, "the caller keeps to the limits on lengths");
@@ -411,6 +453,14 @@ fn decode_fields<'a>(c: &mut Cursor<'a>) -> Result<Head<'a>, WireError> {
         kind::CREDIT_WANTED => credit_wanted(c.u8()?)?,
         kind::CLOSE => close(c.u32()?, c.rest())?,
         kind::CLOSE_DONE => Head::CloseDone,
+        kind::WANTED => Head::Wanted { key: c.u64()? },
+        kind::GRANTED => {
+            let (key, len, access) = (c.u64()?, c.u64()?, c.u8()?);
+            granted(key, len, access, c.rest())?
+        }
+        kind::REFUSED => Head::Refused { key: c.u64()? },
+        kind::REVOKE => Head::Revoke { key: c.u64()? },
+        kind::REVOKED => Head::Revoked { key: c.u64()? },
         _ => return Err(WireError::new("unknown kind of head")),
     })
 }
@@ -446,6 +496,14 @@ fn credit_wanted(bits: u8) -> Result<Head<'static>, WireError> {
     }
     let (messages, tags) = (bits & WANTED_MESSAGES != 0, bits & WANTED_TAGS != 0);
     Ok(Head::CreditWanted { messages, tags })
+}
+
+fn granted(key: u64, len: u64, access: u8, bytes: &[u8]) -> Result<Head<'_>, WireError> {
+    if access == 0 || access & !(ACCESS_READ | ACCESS_WRITE) != 0 {
+        return Err(WireError::new("a grant with unknown access rights"));
+    }
+    // No longer than GRANT_BYTES_MAX: the head as a whole was measured.
+    Ok(Head::Granted { key, len, access, bytes })
 }
 
 fn close(code: u32, bytes: &[u8]) -> Result<Head<'_>, WireError> {
@@ -493,6 +551,8 @@ mod tests {
         let first = total - TABLE_LENS_MAX as u32;
         round_trip(&Head::MessageTable { seq: 1, total, first, lens: Lens::new(&lens) });
         round_trip(&Head::Close { code: 1, text: &"x".repeat(CLOSE_TEXT_MAX) });
+        let bytes = &[7; GRANT_BYTES_MAX];
+        round_trip(&Head::Granted { key: 1, len: u64::MAX, access: ACCESS_WRITE, bytes });
     }
 
     #[test]
@@ -525,6 +585,12 @@ mod tests {
             &[17, 0, 0, 0, 0, 0xff],
             &[&[17, 0, 0, 0, 0][..], &[b'x'; CLOSE_TEXT_MAX + 1]].concat(),
             &[18, 0],
+            &[19, 0, 0, 0, 0, 0, 0, 0],
+            &[20, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[20, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 4, 9],
+            &[&[20][..], &[1; HEAD_MAX]].concat(),
+            &[22, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[24, 0, 0, 0, 0, 0, 0, 0, 0],
             &table(&[0, 3, 3, 9]),
             &table(&[0, 3, u32::MAX, 9, 9]),
             &table(&[0, 3, 2]),
@@ -575,6 +641,12 @@ mod tests {
             round_trip(&Head::CreditWanted { messages: p, tags: q });
             round_trip(&Head::Close { code: a, text: &text });
             round_trip(&Head::CloseDone);
+            round_trip(&Head::Wanted { key: x });
+            round_trip(&Head::Refused { key: x });
+            round_trip(&Head::Revoke { key: x });
+            round_trip(&Head::Revoked { key: x });
+            let access = if p { ACCESS_READ } else { ACCESS_READ | ACCESS_WRITE };
+            round_trip(&Head::Granted { key: x, len: y, access, bytes: text.as_bytes() });
         }
 
         #[test]
@@ -595,7 +667,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_mean_one_thing_or_nothing(
-            kind in 0u8..24,
+            kind in 0u8..26,
             rest in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut bytes = vec![kind];

@@ -215,12 +215,34 @@ fn private(link: LinkKind) -> bool {
     !matches!(link, LinkKind::Tcp | LinkKind::Ucx | LinkKind::Verbs)
 }
 
+/// How payloads move over a link, in plain words.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ways<'a> {
+    pub all: &'a str,
+    /// What puts and gets by itself, if the link has something that does.
+    pub one_sided: Option<&'a str>,
+}
+
+impl Ways<'_> {
+    fn of(self, family: Family) -> String {
+        let Ways { all, one_sided } = self;
+        match (family, one_sided) {
+            (Family::Messages | Family::Tags, _) => all.to_owned(),
+            (Family::OneSided, None) => format!("emulated by the target's process; {all}"),
+            (Family::OneSided, Some(way)) => format!(
+                "put/get by {way} for keys that the target has granted, for others emulated by the \
+                 target's process; {all}"
+            ),
+        }
+    }
+}
+
 /// The finished route: `chosen` came up; `failed` were tried before it; the rest would have been
 /// tried after it.
 pub(crate) fn explain(
     peer: &str,
     chosen: LinkKind,
-    ways: &str,
+    ways: Ways<'_>,
     order: &[LinkKind],
     attempts: &[LinkKind],
     failed: Vec<Candidate>,
@@ -250,15 +272,7 @@ pub(crate) fn explain(
     candidates.sort_by_key(|candidate| place(candidate.link));
     let lanes = Family::ALL
         .into_iter()
-        .map(|family| Lane {
-            family,
-            memory: MemoryKind::Host,
-            link: chosen,
-            how: match family {
-                Family::OneSided => format!("emulated by the target's process; {ways}"),
-                _ => ways.to_owned(),
-            },
-        })
+        .map(|family| Lane { family, memory: MemoryKind::Host, link: chosen, how: ways.of(family) })
         .collect();
     Route { peer: peer.to_owned(), lanes, candidates }
 }
@@ -323,14 +337,16 @@ mod tests {
             reason: "memfd: not permitted".into(),
             fix: None,
         }];
-        let route = explain("a:1", LinkKind::Tcp, "streamed", &BOTH, &BOTH, failed, vec![]);
+        let ways = Ways { all: "streamed", one_sided: None };
+        let route = explain("a:1", LinkKind::Tcp, ways, &BOTH, &BOTH, failed, vec![]);
         assert_eq!(route.link(), LinkKind::Tcp);
         let verdicts: Vec<_> = route.candidates.iter().map(|c| (c.link, c.verdict)).collect();
         assert_eq!(
             verdicts,
             [(LinkKind::Shm, Verdict::Rejected), (LinkKind::Tcp, Verdict::Chosen)]
         );
-        let route = explain("a:1", LinkKind::Shm, "rings", &BOTH, &BOTH, vec![], vec![]);
+        let ways = Ways { all: "rings", one_sided: Some("the rings") };
+        let route = explain("a:1", LinkKind::Shm, ways, &BOTH, &BOTH, vec![], vec![]);
         assert_eq!(route.candidates[1].verdict, Verdict::Usable);
         let text = route.to_string();
         assert!(text.contains("chosen") && text.contains("usable"), "{text}");

@@ -5,14 +5,15 @@ use std::cmp::Reverse;
 use std::net::{IpAddr, Ipv6Addr};
 
 use super::messenger::RESERVE;
+use super::queues::Lane;
 use super::wire::CHUNKS_LEAVE;
 
 /// The form of the blob and of what follows from it.
-const FORM: u8 = 2;
+const FORM: u8 = 3;
 /// Ports that a node offers.
 pub(super) const PORTS_MAX: usize = 16;
 const PORT_BYTES: usize = 24;
-const TERMS_BYTES: usize = 20;
+const TERMS_BYTES: usize = 28;
 /// Buffers without which a link could send no chunks.
 pub(super) const RECEIVES_MIN: u16 = CHUNKS_LEAVE + RESERVE + 1;
 
@@ -217,8 +218,8 @@ pub(super) fn verdict(own: &[Port], theirs: &[u8]) -> Result<(), (String, Option
 pub(super) struct Terms {
     /// Which pair of ports it believes in.
     pub ports: (u8, u8),
-    /// Its queue pair for messages, and the one that it reads with.
-    pub queue_pairs: [u32; 2],
+    /// Its queue pairs, in the order of [`Lane`].
+    pub queue_pairs: [u32; Lane::COUNT],
     /// The number of the first packet of each.
     pub first_packet: u32,
     /// Messages that it has receive buffers for.
@@ -230,7 +231,7 @@ pub(super) struct Terms {
 impl Terms {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![FORM, self.ports.0, self.ports.1, self.reads];
-        for number in [self.queue_pairs[0], self.queue_pairs[1], self.first_packet] {
+        for number in self.queue_pairs.into_iter().chain([self.first_packet]) {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
         bytes.extend_from_slice(&u32::from(self.receives).to_le_bytes());
@@ -242,14 +243,14 @@ impl Terms {
         let bytes: &[u8; TERMS_BYTES] = bytes.try_into().ok()?;
         let word = |at: usize| bytes[at..at + 4].try_into().map(u32::from_le_bytes).ok();
         let small = |at: usize| word(at).filter(|number| *number < 1 << 24);
-        let receives = u16::try_from(word(16)?).ok()?;
+        let receives = u16::try_from(word(24)?).ok()?;
         if bytes[0] != FORM || receives < RECEIVES_MIN || bytes[3] == 0 {
             return None;
         }
         Some(Terms {
             ports: (bytes[1], bytes[2]),
-            queue_pairs: [small(4)?, small(8)?],
-            first_packet: small(12)?,
+            queue_pairs: [small(4)?, small(8)?, small(12)?, small(16)?],
+            first_packet: small(20)?,
             receives,
             reads: bytes[3],
         })
@@ -362,14 +363,14 @@ mod tests {
 
         #[test]
         fn too_few_buffers_are_refused(receives in 0..RECEIVES_MIN) {
-            let (ports, queue_pairs) = ((0, 0), [1, 2]);
+            let (ports, queue_pairs) = ((0, 0), [1, 2, 3, 4]);
             let terms = Terms { ports, queue_pairs, first_packet: 0, receives, reads: 1 };
             prop_assert_eq!(Terms::decode(&terms.encode()), None);
         }
 
         #[test]
         fn terms_survive_the_wire(
-            ports: (u8, u8), queue_pairs in [0u32..1 << 24, 0u32..1 << 24],
+            ports: (u8, u8), queue_pairs in prop::array::uniform4(0u32..1 << 24),
             first_packet in 0u32..1 << 24, receives in RECEIVES_MIN.., reads in 1u8..,
         ) {
             let terms = Terms { ports, queue_pairs, first_packet, receives, reads };

@@ -519,6 +519,28 @@ pub(super) enum Access {
     LocalAndRead,
     /// The peer may read it.
     Read,
+    /// The device reads it, for this process.
+    Source,
+    /// The peer reaches it in these directions. The device may write it for this process, too: only
+    /// where memory is registered for writing do pages that are not there yet become its own.
+    Reachable { read: bool, write: bool },
+}
+
+impl Access {
+    fn flags(self) -> ffi::ibv_access_flags {
+        match self {
+            Access::Source => 0,
+            Access::Local => ffi::IBV_ACCESS_LOCAL_WRITE,
+            Access::LocalAndRead => ffi::IBV_ACCESS_LOCAL_WRITE | ffi::IBV_ACCESS_REMOTE_READ,
+            Access::Read => ffi::IBV_ACCESS_REMOTE_READ,
+            Access::Reachable { read, write } => {
+                let allowed = |is: bool, flag| if is { flag } else { 0 };
+                ffi::IBV_ACCESS_LOCAL_WRITE
+                    | allowed(read, ffi::IBV_ACCESS_REMOTE_READ)
+                    | allowed(write, ffi::IBV_ACCESS_REMOTE_WRITE)
+            }
+        }
+    }
 }
 
 /// Memory that the device may touch. Registered until dropped.
@@ -542,16 +564,11 @@ impl Registered {
         bytes: usize,
         access: Access,
     ) -> io::Result<Registered> {
-        let flags = match access {
-            Access::Local => ffi::IBV_ACCESS_LOCAL_WRITE,
-            Access::LocalAndRead => ffi::IBV_ACCESS_LOCAL_WRITE | ffi::IBV_ACCESS_REMOTE_READ,
-            Access::Read => ffi::IBV_ACCESS_REMOTE_READ,
-        };
         // SAFETY: a live domain. The kernel checks the range; registering changes no byte, and
         // what may be written later is decided by what is posted.
         let raw = unsafe {
             let register = domain.device.verbs.functions.ibv_reg_mr;
-            register(domain.raw, ptr.cast_mut().cast(), bytes, flags as i32)
+            register(domain.raw, ptr.cast_mut().cast(), bytes, access.flags() as i32)
         };
         if raw.is_null() {
             return Err(io::Error::last_os_error());
@@ -559,28 +576,43 @@ impl Registered {
         Ok(Registered { domain: domain.clone(), raw, bytes })
     }
 
-    /// The key for requests of this process.
+    /// The key for requests of this process; 0 once it has ended.
     pub fn local_key(&self) -> u32 {
-        // SAFETY: live until dropped.
-        unsafe { (*self.raw).lkey }
+        // SAFETY: live until ended, and null from then on.
+        unsafe { self.raw.as_ref() }.map_or(0, |registered| registered.lkey)
     }
 
-    /// The key for the peer's requests.
+    /// The key for the peer's requests; 0 once it has ended.
     pub fn remote_key(&self) -> u32 {
-        // SAFETY: live until dropped.
-        unsafe { (*self.raw).rkey }
+        // SAFETY: as above.
+        unsafe { self.raw.as_ref() }.map_or(0, |registered| registered.rkey)
+    }
+}
+
+impl Registered {
+    pub fn device(&self) -> &Device {
+        &self.domain.device
+    }
+
+    /// Ends the registration. Over already: `Ok`. In a forked child it is the parent's, and none of
+    /// this process's memory is touched.
+    pub fn end(&mut self) -> io::Result<()> {
+        if self.raw.is_null() || self.domain.device.forked() {
+            return Ok(());
+        }
+        // SAFETY: registered, and not ended yet.
+        let code = unsafe { (self.domain.device.verbs.functions.ibv_dereg_mr)(self.raw) };
+        if code != 0 {
+            return Err(os_error(code));
+        }
+        self.raw = std::ptr::null_mut();
+        Ok(())
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        if self.domain.device.forked() {
-            return;
-        }
-        // SAFETY: registered once.
-        let code = unsafe { (self.domain.device.verbs.functions.ibv_dereg_mr)(self.raw) };
-        if code != 0 {
-            let error = os_error(code);
+        if let Err(error) = self.end() {
             tracing::warn!(%error, bytes = self.bytes, "memory stays registered");
         }
     }

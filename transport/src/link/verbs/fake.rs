@@ -19,6 +19,8 @@ use super::messenger::{BUFFERS, Messenger, RECEIVES};
 use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header};
 
+/// What a request may carry.
+pub(super) const INLINE_BYTES: u32 = 64;
 /// The vendor's code of every completion that a test makes.
 pub(super) const VENDOR: u32 = 77;
 
@@ -33,6 +35,22 @@ pub(super) struct State {
     pub registers_max: Option<usize>,
     /// What is registered: its key, beginning, length and access.
     pub registered: Vec<(u32, usize, usize, c_int)>,
+    /// In which domain, by key.
+    domains: HashMap<u32, usize>,
+    /// What the end of a registration answers.
+    pub deregistering: c_int,
+    /// The queue pairs of the one link that there is.
+    pairs: Vec<usize>,
+    /// Requests of puts and gets that have not ended.
+    pub reaching: VecDeque<Reaching>,
+    /// They end when the test says so, and not at once.
+    pub holds_reaching: bool,
+    /// One was refused: those behind it are flushed.
+    refused: bool,
+    /// Requests of puts and gets that were posted.
+    pub requests: usize,
+    /// The queues that somebody wants to be told of.
+    pub notified: Vec<usize>,
     /// How often something was.
     pub registrations: usize,
     /// What each queue pair may be used for.
@@ -45,6 +63,70 @@ pub(super) struct State {
     completions: HashMap<usize, VecDeque<ibv_wc>>,
     events: VecDeque<ibv_event_type>,
     keys: u32,
+}
+
+/// A request of the queue pair that puts and gets. The peer's end is this device's own: the fourth
+/// queue pair of the same link.
+#[derive(Clone)]
+pub(super) struct Reaching {
+    id: u64,
+    pub writes: bool,
+    pub inline: bool,
+    local: usize,
+    local_key: u32,
+    pub bytes: usize,
+    pub remote: u64,
+    pub remote_key: u32,
+    /// What is carried within it.
+    carried: Vec<u8>,
+}
+
+impl State {
+    /// One of the two completion queues.
+    pub fn queue(&self, which: usize) -> usize {
+        self.queues[which]
+    }
+
+    /// Whether a key of a pair's domain covers this memory with all of these rights.
+    fn allows(&self, pair: usize, key: u32, at: usize, bytes: usize, rights: c_uint) -> bool {
+        let pair = self.pairs[pair] as *const ibv_qp;
+        // SAFETY: a pair of ours; the tests end no link before its requests.
+        let domain = unsafe { (*pair).pd } as usize;
+        self.registered.iter().any(|(known, start, len, access)| {
+            *known == key
+                && self.domains[known] == domain
+                && *start <= at
+                && at + bytes <= start + len
+                && *access as c_uint & rights == rights
+        })
+    }
+
+    /// The request that was posted before all others ends.
+    fn end_reaching(&mut self, status: ibv_wc_status) {
+        let posted = self.reaching.pop_front().expect("something is put or got");
+        let Reaching { id, writes, inline, local, local_key, bytes, .. } = posted;
+        let Reaching { remote, remote_key, carried, .. } = posted;
+        let kept = inline || self.allows(2, local_key, local, bytes, 0);
+        assert!(kept, "memory of a request is registered no more");
+        let right = if writes { ffi::IBV_ACCESS_REMOTE_WRITE } else { ffi::IBV_ACCESS_REMOTE_READ };
+        let mut status = status;
+        if self.refused {
+            status = ffi::IBV_WC_WR_FLUSH_ERR;
+        } else if !self.allows(3, remote_key, remote as usize, bytes, right) {
+            status = ffi::IBV_WC_REM_ACCESS_ERR;
+        }
+        self.refused |= status != ffi::IBV_WC_SUCCESS;
+        if status == ffi::IBV_WC_SUCCESS {
+            let carried = (!carried.is_empty()).then_some(carried.as_ptr());
+            let here = carried.unwrap_or(local as *const u8);
+            let there = remote as *mut u8;
+            let (from, to) = if writes { (here, there) } else { (there.cast_const(), local as _) };
+            // SAFETY: registered on both sides, or carried within the request.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+        }
+        let queue = self.queues[1];
+        self.completions.entry(queue).or_default().push_back(completion(id, status, bytes));
+    }
 }
 
 #[repr(C)]
@@ -176,15 +258,21 @@ unsafe extern "C" fn reg_mr(
     state.registrations += 1;
     let key = state.keys;
     state.registered.push((key, ptr as usize, bytes, access));
+    state.domains.insert(key, pd as usize);
     boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, key))
 }
 
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
-    // SAFETY: made above, and given back once.
-    let mr = unsafe { Box::from_raw(mr) };
+    // SAFETY: made above.
+    let (context, key) = unsafe { ((*mr).context, (*mr).lkey) };
     // SAFETY: a context of ours.
-    unsafe { state(mr.context) }.registered.retain(|(key, ..)| *key != mr.lkey);
-    0
+    let mut state = unsafe { state(context) };
+    if state.deregistering == 0 {
+        // SAFETY: made above, and given back once.
+        drop(unsafe { Box::from_raw(mr) });
+        state.registered.retain(|(known, ..)| *known != key);
+    }
+    state.deregistering
 }
 
 extern "C" fn create_channel(raw: *mut ibv_context) -> *mut ibv_comp_channel {
@@ -233,11 +321,14 @@ extern "C" fn ack_events(_: *mut ibv_cq, _: c_uint) {}
 unsafe extern "C" fn create_qp(pd: *mut ibv_pd, wanted: *mut ibv_qp_init_attr) -> *mut ibv_qp {
     // SAFETY: a domain of ours, and a struct to read and write.
     let (context, wanted) = unsafe { ((*pd).context, &mut *wanted) };
-    wanted.cap.max_inline_data = 0;
-    boxed(|pair: &mut ibv_qp| {
-        (pair.context, pair.qp_num) = (context, 1);
+    wanted.cap.max_inline_data = INLINE_BYTES;
+    let pair = boxed(|pair: &mut ibv_qp| {
+        (pair.context, pair.pd, pair.qp_num) = (context, pd, 1);
         (pair.send_cq, pair.recv_cq) = (wanted.send_cq, wanted.recv_cq);
-    })
+    });
+    // SAFETY: a context of ours.
+    unsafe { state(context) }.pairs.push(pair as usize);
+    pair
 }
 
 unsafe extern "C" fn modify_qp(pair: *mut ibv_qp, to: *mut ibv_qp_attr, mask: c_int) -> c_int {
@@ -284,7 +375,9 @@ unsafe extern "C" fn poll_cq(queue: *mut ibv_cq, count: c_int, into: *mut ibv_wc
     count as c_int
 }
 
-extern "C" fn notify(_: *mut ibv_cq, _: c_int) -> c_int {
+unsafe extern "C" fn notify(queue: *mut ibv_cq, _: c_int) -> c_int {
+    // SAFETY: a queue of ours.
+    unsafe { state((*queue).context) }.notified.push(queue as usize);
     0
 }
 
@@ -306,13 +399,40 @@ unsafe extern "C" fn post_send(
     _: *mut *mut ibv_send_wr,
 ) -> c_int {
     // SAFETY: a pair of ours; a request with one piece.
-    let (pair, request, piece) = unsafe { (&*pair, &*request, &*(*request).sg_list) };
+    let (which, pair) = unsafe { (pair as usize, &*pair) };
+    // SAFETY: a request with one piece.
+    let (request, piece) = unsafe { (&*request, &*(*request).sg_list) };
     // SAFETY: a context of ours.
     let mut state = unsafe { state(pair.context) };
     if state.posting != 0 {
         return state.posting;
     }
     let (at, bytes) = (piece.addr as usize, piece.length as usize);
+    if state.pairs.iter().position(|known| *known == which) == Some(2) {
+        let writes = request.opcode == ffi::IBV_WR_RDMA_WRITE;
+        let inline = request.send_flags & ffi::IBV_SEND_INLINE != 0;
+        let right = if writes { 0 } else { ffi::IBV_ACCESS_LOCAL_WRITE };
+        assert!(inline || state.allows(2, piece.lkey, at, bytes, right), "not registered for it");
+        let mut carried = Vec::new();
+        if inline {
+            assert!(writes && bytes <= INLINE_BYTES as usize, "not to be carried");
+            // SAFETY: what is carried is valid for reads now.
+            carried
+                .extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, bytes) });
+        }
+        // SAFETY: a write or read: its part of the union is set.
+        let (remote, remote_key) = unsafe { (request.wr.rdma.remote_addr, request.wr.rdma.rkey) };
+        let (id, local) = (request.wr_id, at);
+        let local_key = piece.lkey;
+        let posted =
+            Reaching { id, writes, inline, local, local_key, bytes, remote, remote_key, carried };
+        state.reaching.push_back(posted);
+        state.requests += 1;
+        if !state.holds_reaching {
+            state.end_reaching(ffi::IBV_WC_SUCCESS);
+        }
+        return 0;
+    }
     if request.opcode == ffi::IBV_WR_SEND {
         // SAFETY: what is sent is valid for reads.
         let message = unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }.to_vec();
@@ -408,7 +528,7 @@ impl Fake {
     pub fn messenger(&self) -> Messenger {
         let port = self.port();
         let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
-        let (ports, queue_pairs, receives) = ((0, 0), [5, 6], RECEIVES as u16);
+        let (ports, queue_pairs, receives) = ((0, 0), [5, 6, 7, 8], RECEIVES as u16);
         let terms = Terms { ports, queue_pairs, first_packet: 1, receives, reads: 8 };
         messenger.connect(port.port, &terms).expect("connected");
         messenger
@@ -434,6 +554,12 @@ impl Fake {
         state.completions.entry(queue).or_default().push_back(completion(id, status, 0));
         let header = Header::decode(&message).expect("a header");
         (header, message[HEADER_BYTES..].to_vec())
+    }
+
+    /// The request of a put or get that was posted before all others ends, if it is within what is
+    /// registered.
+    pub fn end_reaching(&self, status: ibv_wc_status) {
+        self.state().end_reaching(status);
     }
 
     /// It says something by itself.

@@ -14,17 +14,19 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::alarm::Alarm;
 use super::bulk::{Incoming, Left, Next, Outgoing, Outgoings, Read};
-use super::device::is_removed;
+use super::device::{Access, is_removed};
 use super::engine::Opened;
 use super::messenger::{Ended, Messenger};
-use super::queues::{Completion, Side};
+use super::onesided::{Means, Outcome, Reachable, Reaches};
+use super::queues::{Completion, Side, What};
 use super::registrations::{Found, Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, end_of_peer, filling, offered_len, sent_len};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
-    LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
+    LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
+    Segment, SegmentMut, Sink,
 };
 use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
 
@@ -79,6 +81,7 @@ fn doing(ended: &Ended) -> &'static str {
     match ended {
         Ended::Send => "sending",
         Ended::Read(_) => "reading",
+        Ended::Reach(_) => "putting or getting",
     }
 }
 
@@ -129,6 +132,9 @@ pub(crate) struct VerbsLink {
     /// One of those waits for its turn to do that.
     registers_next: bool,
     outgoing: Outgoings,
+    /// Puts and gets that the adapter carries out, and what the peer's may reach.
+    reaches: Reaches,
+    reachable: Reachable,
     next_payload: u64,
     /// Something could not be sent for want of a buffer.
     starved: bool,
@@ -172,6 +178,8 @@ impl VerbsLink {
             has_registered: false,
             registers_next: false,
             outgoing: Outgoings::default(),
+            reaches: Reaches::default(),
+            reachable: Reachable::default(),
             next_payload: 0,
             starved: false,
             flush_goal: Cell::new(None),
@@ -264,18 +272,19 @@ impl VerbsLink {
     }
 
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
-        let into = match side {
-            Side::Receive => &mut self.received,
-            Side::Send => &mut self.ended,
+        let taken = match side {
+            Side::Receive => self.messenger.take(side, &mut self.received),
+            Side::Send => {
+                self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended).map(|()| true)
+            }
         };
-        let taken = self.messenger.take(side, into);
         taken.map(drop).map_err(|error| io_error("taking completions", &error))
     }
 
     /// Deals with sends and reads that have ended. `true`: there were some.
     fn settle_ended(&mut self, sink: &mut dyn Sink) -> Result<bool, LinkError> {
         self.take(Side::Send)?;
-        let any = !self.ended.is_empty();
+        let any = !self.ended.is_empty() || !self.reaches.ended.is_empty();
         while let Some(completion) = self.ended.pop_front() {
             let ended = self.messenger.ended(&completion);
             if completion.status != ffi::IBV_WC_SUCCESS {
@@ -287,8 +296,85 @@ impl VerbsLink {
                 self.read_ended(id, sink)?;
             }
         }
+        self.settle_reaches(sink)?;
         self.starved &= !any;
         Ok(any)
+    }
+
+    /// Deals with requests of puts and gets that have ended.
+    fn settle_reaches(&mut self, sink: &mut dyn Sink) -> Result<(), LinkError> {
+        while let Some(completion) = self.reaches.ended.pop_front() {
+            let over = match self.reaches.settle(&completion, &self.messenger) {
+                Outcome::More if self.reaches.has_failed() => self.reaches.failed_ones(),
+                Outcome::More => continue,
+                Outcome::Over(op) => {
+                    sink.done(op, Ok(()));
+                    continue;
+                }
+                Outcome::Refused => {
+                    let why = self.failed("putting or getting", &completion);
+                    tracing::warn!(reason = %why.detail, "the target serves from now on");
+                    self.reaches.fail(why)
+                }
+                Outcome::Lost => {
+                    self.breaks("putting or getting", &completion);
+                    continue;
+                }
+                Outcome::Unknown => return Err(internal("a request has ended out of turn")),
+            };
+            for (op, why) in over {
+                sink.done(op, Err(why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Posts requests of puts and gets.
+    fn post_reaches(&mut self) -> Result<(), LinkError> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        let Self { messenger, registrations, counters, reaches, .. } = self;
+        let mut means = Means { messenger, registrations, counters };
+        if let Err(error) = reaches.post(&mut means) {
+            // What broke the queue pair may be known, or lie in the queues: then that tells.
+            self.take(Side::Send)?;
+            let bad = |completion: &Completion| completion.status != ffi::IBV_WC_SUCCESS;
+            if !self.reaches.ended.iter().any(bad) {
+                return Err(self.not_posted("posting a put or get", &error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins a put or get.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Reaches::begin`].
+    unsafe fn reach(
+        &mut self,
+        op: OpId,
+        puts: bool,
+        memory: SegmentMut,
+        region: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError> {
+        self.alive()?;
+        let SegmentMut { ptr, len, kind } = memory;
+        if !kind.cpu_accessible() {
+            let detail = format!("{kind} memory cannot be put or got as it is");
+            return Err(error(ErrorKind::Unsupported, detail));
+        }
+        if !self.reaches.has_room() {
+            self.counters.stalls += 1;
+            return Ok(Post::Full);
+        }
+        // SAFETY: the caller's.
+        let begun = unsafe { self.reaches.begin(op, puts, (ptr, len), region, offset) };
+        let posted = begun.map_err(protocol).and_then(|()| self.post_reaches());
+        self.settle(posted)?;
+        Ok(Post::Pending)
     }
 
     fn read_ended(&mut self, id: u32, sink: &mut dyn Sink) -> Result<(), LinkError> {
@@ -492,7 +578,7 @@ impl VerbsLink {
         let mut all = SmallVec::new();
         for (ptr, len) in memory {
             let found = self.registrations.get(*ptr, *len, Use::Offer, true);
-            all.push(count(&mut self.counters, found)?.0);
+            all.push(found.count(&mut self.counters)?.0);
         }
         Some(all)
     }
@@ -503,7 +589,7 @@ impl VerbsLink {
         let mut waiting = 0;
         while self.broken.is_none()
             && waiting < self.reading.len()
-            && self.messenger.queues().read_room() > 0
+            && self.messenger.queues().room(What::Read) > 0
         {
             let Some(id) = self.reading.pop_front() else { break };
             match self.incoming.get_mut(&id).map_or(Next::Nothing, Incoming::next_read) {
@@ -547,7 +633,7 @@ impl VerbsLink {
         }
         self.has_registered |= !matches!(found, Found::Known(..));
         let Some(incoming) = self.incoming.get_mut(&id) else { return Ok(true) };
-        match count(&mut self.counters, found) {
+        match found.count(&mut self.counters) {
             Some((held, covered)) => incoming.registered(held, covered),
             None if incoming.refused() == Left::All => self.pull(id)?,
             // What is under way ends first.
@@ -768,7 +854,10 @@ impl VerbsLink {
 
     /// Whether the end of what is under way on this side matters to somebody.
     fn waits_for_sends(&self) -> bool {
-        self.starved || self.messenger.has_reads_under_way() || self.flush_goal.get().is_some()
+        self.starved
+            || self.messenger.has_reads_under_way()
+            || self.reaches.any_under_way()
+            || self.flush_goal.get().is_some()
     }
 
     fn turn(
@@ -778,17 +867,20 @@ impl VerbsLink {
     ) -> Result<(bool, bool), LinkError> {
         let mut moved = false;
         self.has_registered = false;
-        let taken = !self.ended.is_empty();
+        self.reaches.begin_turn();
+        let taken = !self.ended.is_empty() || !self.reaches.ended.is_empty();
         if taken || self.waits_for_sends() || !self.messenger.has_spare_room() {
             moved |= self.settle_ended(sink)?;
         }
         let received = self.receive(budget, sink)?;
         self.send_waiting()?;
         self.post_reads()?;
+        self.post_reaches()?;
         let sent = self.send_chunks(budget, sink)?;
         self.return_credit()?;
         moved |= received.is_some() || sent.is_some();
-        let more = received == Some(true) || sent == Some(true) || self.registers_next;
+        let registers = self.registers_next || self.reaches.registers_next();
+        let more = received == Some(true) || sent == Some(true) || registers;
         Ok((moved, more))
     }
 
@@ -828,6 +920,11 @@ impl VerbsLink {
         }
     }
 
+    /// Whether completions have been taken that are not dealt with.
+    fn has_taken(&self) -> bool {
+        !self.received.is_empty() || !self.ended.is_empty() || !self.reaches.ended.is_empty()
+    }
+
     /// Registers with everything that may have news, unless there is some already.
     fn watch(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
         let failed = |error: io::Error| io_error("waiting for completions", &error);
@@ -849,7 +946,7 @@ impl VerbsLink {
         if sends {
             self.take(Side::Send)?;
         }
-        if !self.received.is_empty() || !self.ended.is_empty() {
+        if self.has_taken() {
             return Ok(Armed::Busy);
         }
         let Self { messenger, channel, .. } = self;
@@ -867,24 +964,6 @@ fn worth_registering(memory: &[(*const u8, usize)], len: usize) -> bool {
     len >= READ_BYTES_MIN
         && memory.len() <= PIECES_MAX
         && memory.iter().all(|(_, len)| *len >= PIECE_BYTES_MIN)
-}
-
-/// Counts what came of asking for a registration. `None`: there is none.
-fn count(counters: &mut LinkCounters, found: Found) -> Option<(Held, usize)> {
-    match found {
-        Found::Known(held, covered) => {
-            counters.registrations_reused += 1;
-            Some((held, covered))
-        }
-        Found::Made(held, covered) => {
-            counters.registrations += 1;
-            Some((held, covered))
-        }
-        Found::NotNow | Found::Refused => {
-            counters.registrations_refused += 1;
-            None
-        }
-    }
 }
 
 impl Link for VerbsLink {
@@ -931,9 +1010,9 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let waits =
-            !self.received.is_empty() || !self.ended.is_empty() || self.alarm.watch(cx.waker());
-        if self.broken.is_some() || waits || self.registers_next || self.may_send_chunks() {
+        let waits = self.has_taken() || self.alarm.watch(cx.waker());
+        let registers = self.registers_next || self.reaches.registers_next();
+        if self.broken.is_some() || waits || registers || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }
         let armed = self.watch(cx);
@@ -988,7 +1067,8 @@ impl Link for VerbsLink {
         self.open.clear();
         self.waiting.clear();
         let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
-        for op in landings.into_iter().chain(self.outgoing.clear(|_| true)) {
+        let reaches = self.reaches.clear();
+        for op in landings.into_iter().chain(self.outgoing.clear(|_| true)).chain(reaches) {
             if op != OpId::NONE {
                 sink.done(op, Err(error.clone()));
             }
@@ -1021,7 +1101,7 @@ impl Link for VerbsLink {
         }
         self.take(Side::Send)?;
         self.look_for_failures();
-        if self.broken.is_some() {
+        if self.broken.is_some() || !self.reaches.ended.is_empty() {
             return Ok(Check::Drive);
         }
         let (posted, mut arrived) = self.messenger.counts();
@@ -1032,5 +1112,71 @@ impl Link for VerbsLink {
 
     fn counters(&self) -> LinkCounters {
         self.counters
+    }
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        Some(self)
+    }
+}
+
+/// Once the link is killed its queue pairs are gone, and with them the peer's ways to what was
+/// registered for it: [`Link::poll_unreachable`] need not wait.
+impl OneSided for VerbsLink {
+    fn way(&self) -> &'static str {
+        "RDMA write and read"
+    }
+
+    fn domain(&self) -> usize {
+        // What one peer was granted no other one can reach.
+        Arc::as_ptr(self.messenger.reached()).addr()
+    }
+
+    fn register(
+        &mut self,
+        memory: SegmentMut,
+        read: bool,
+        write: bool,
+    ) -> Result<Arc<dyn Registration>, LinkError> {
+        self.alive()?;
+        if !memory.kind.cpu_accessible() {
+            let detail = format!("{} memory cannot be registered as it is", memory.kind);
+            return Err(error(ErrorKind::Unsupported, detail));
+        }
+        let Self { reachable, messenger, registrations, .. } = self;
+        let access = Access::Reachable { read, write };
+        let registered = reachable.register(messenger.reached(), registrations, memory, access);
+        registered.map_err(|error| io_error("registering a region", &error))
+    }
+
+    fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {
+        self.reaches.open(grant).ok_or_else(|| protocol("a grant that is none"))
+    }
+
+    fn close(&mut self, remote: RemoteId) {
+        self.reaches.close(remote);
+    }
+
+    fn put(
+        &mut self,
+        op: OpId,
+        from: Segment<'_>,
+        to: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError> {
+        // A put only reads it.
+        let memory = SegmentMut { ptr: from.ptr.cast_mut(), len: from.len, kind: from.kind };
+        // SAFETY: the driver keeps the memory until `Sink::done`, by the contract of the trait;
+        // `kill` destroys the queue pairs before it reports.
+        unsafe { self.reach(op, true, memory, to, offset) }
+    }
+
+    fn get(
+        &mut self,
+        op: OpId,
+        to: SegmentMut,
+        from: RemoteId,
+        offset: u64,
+    ) -> Result<Post, LinkError> {
+        // SAFETY: as in `put`, and the memory is this operation's alone.
+        unsafe { self.reach(op, false, to, from, offset) }
     }
 }

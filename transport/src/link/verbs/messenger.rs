@@ -12,6 +12,7 @@
 //! it, because it was all spent before. So at most two are in the peer's queue at a time, and a
 //! receiver is always ready.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::blob::Terms;
 use super::device::LocalPort;
-use super::queues::{Completion, Depths, Lane, Queues, Remote, Side};
+use super::queues::{Completion, Depths, Lane, Queues, Rdma, Remote, Side, What};
 use super::slab::{Slab, Slabs};
 use super::wire::{BUFFER_BYTES, Header, Kind};
 
@@ -29,8 +30,12 @@ pub(super) const RECEIVES: usize = 64;
 pub(super) const SENDS: usize = 32;
 /// Reads of this side's that may be under way.
 const READS: usize = 16;
+/// Requests for puts and gets that may be under way.
+pub(super) const REACHES: usize = 16;
+/// Buffers that short puts and gets go by, and the one that the peer's beacon is read into.
+pub(super) const REACH_BUFFERS: usize = 8;
 /// Buffers of a link.
-pub(super) const BUFFERS: usize = RECEIVES + SENDS;
+pub(super) const BUFFERS: usize = RECEIVES + SENDS + REACH_BUFFERS;
 /// Buffers for messages that only return credit.
 pub(super) const RESERVE: u16 = 2;
 /// What a send should be able to carry within its request, in bytes.
@@ -39,11 +44,14 @@ const INLINE_BYTES: u32 = 192;
 const READ_BIT: u64 = 1 << 63;
 /// Tells messages that only return credit: nobody waits for one to arrive.
 const CREDIT_BIT: u64 = 1 << 62;
+/// Tells the requests of puts and gets.
+const REACH_BIT: u64 = 1 << 61;
 
 /// The queues and buffers of one link.
 pub(super) struct Messenger {
     queues: Queues,
-    /// The first [`RECEIVES`] buffers are the peer's to fill, the others this side's to send.
+    /// The first [`RECEIVES`] buffers are the peer's to fill, the next [`SENDS`] this side's to send,
+    /// the others for puts and gets.
     slab: Option<Slab>,
     home: Arc<Slabs>,
     first_packet: u32,
@@ -68,6 +76,17 @@ pub(super) enum Ended {
     Send,
     /// A read has.
     Read(u32),
+    /// A part of a put or get has: the request with this number.
+    Reach(u32),
+}
+
+/// What the request with this number was.
+fn what(id: u64) -> What {
+    match id {
+        id if id & READ_BIT != 0 => What::Read,
+        id if id & REACH_BIT != 0 => What::Reach,
+        _ => What::Send,
+    }
 }
 
 fn impossible(what: &str) -> io::Error {
@@ -77,7 +96,8 @@ fn impossible(what: &str) -> io::Error {
 impl Messenger {
     /// Makes queues at a port and posts every buffer for receiving.
     pub fn new(home: &Arc<Slabs>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
-        let depths = Depths { receives: RECEIVES as u32, sends: SENDS as u32, reads: READS as u32 };
+        let (receives, sends) = (RECEIVES as u32, SENDS as u32);
+        let depths = Depths { receives, sends, reads: READS as u32, reaches: REACHES as u32 };
         let queues = Queues::new(home.domain(), port, depths, INLINE_BYTES)?;
         let slab = Some(home.take()?);
         let mut messenger = Messenger {
@@ -85,7 +105,7 @@ impl Messenger {
             slab,
             home: home.clone(),
             first_packet,
-            free: (RECEIVES as u16..BUFFERS as u16).collect(),
+            free: (RECEIVES as u16..(RECEIVES + SENDS) as u16).collect(),
             credits: 0,
             credits_max: 0,
             owed: 0,
@@ -107,7 +127,7 @@ impl Messenger {
     pub fn terms(&self, ports: (u8, u8)) -> Terms {
         Terms {
             ports,
-            queue_pairs: [self.queues.number(Lane::Messages), self.queues.number(Lane::Reads)],
+            queue_pairs: Lane::ALL.map(|lane| self.queues.number(lane)),
             first_packet: self.first_packet,
             receives: RECEIVES as u16,
             reads: self.queues.port().device.limits.reads_answered,
@@ -116,7 +136,8 @@ impl Messenger {
 
     pub fn connect(&mut self, port: super::blob::Port, terms: &Terms) -> io::Result<()> {
         let &Terms { queue_pairs, first_packet, reads, receives, .. } = terms;
-        for (lane, queue_pair) in [Lane::Messages, Lane::Reads].into_iter().zip(queue_pairs) {
+        for lane in Lane::ALL {
+            let queue_pair = queue_pairs[lane.other_end() as usize];
             let remote = Remote { port, queue_pair, first_packet, reads };
             self.queues.connect(lane, self.first_packet, &remote)?;
         }
@@ -148,7 +169,7 @@ impl Messenger {
 
     /// Whether there is a buffer to send from.
     pub fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.queues.send_room() > 0
+        !self.free.is_empty() && self.queues.room(What::Send) > 0
     }
 
     /// Whether there are buffers enough for a while.
@@ -210,31 +231,68 @@ impl Messenger {
     ///
     /// # Safety
     ///
-    /// As for [`Queues::post_read`].
+    /// As for [`Queues::post_rdma`].
     pub unsafe fn read(&mut self, id: u32, read: &super::bulk::Read) -> io::Result<()> {
         let super::bulk::Read { to, local_key, from, remote_key, bytes } = *read;
-        let id = READ_BIT | u64::from(id);
+        let (writes, inline, local, remote) = (false, false, to, from);
+        let rdma = Rdma { writes, local, local_key, bytes, remote, remote_key, inline };
         // SAFETY: the caller's.
-        unsafe { self.queues.post_read(id, to, bytes, local_key, from, remote_key) }
+        unsafe { self.queues.post_rdma(READ_BIT | u64::from(id), Lane::Reads, &rdma) }
+    }
+
+    /// Posts a part of a put or get.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Queues::post_rdma`].
+    pub unsafe fn reach(&mut self, id: u32, rdma: &Rdma) -> io::Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.queues.post_rdma(REACH_BIT | u64::from(id), Lane::Reach, rdma) }
+    }
+
+    /// One of the buffers for puts and gets, and the key of all. `None`: they are given back.
+    pub fn reach_buffer(&self, index: usize) -> Option<(*mut u8, u32)> {
+        assert!(index < REACH_BUFFERS, "numbered below their count");
+        let slab = self.slab.as_ref()?;
+        Some((slab.buffer(RECEIVES + SENDS + index), slab.key()))
     }
 
     /// Takes completions of one side, at the end of `into`.
-    pub fn take(
-        &mut self,
-        side: Side,
-        into: &mut std::collections::VecDeque<Completion>,
-    ) -> io::Result<bool> {
+    pub fn take(&mut self, side: Side, into: &mut VecDeque<Completion>) -> io::Result<bool> {
         self.taken.clear();
-        self.queues.take(side, &mut self.taken, |id| id & READ_BIT != 0)?;
+        self.queues.take(side, &mut self.taken, what)?;
         into.extend(self.taken.iter().copied());
         Ok(!self.taken.is_empty())
     }
 
+    /// Takes completions of what this side posted: those of puts and gets apart from all others.
+    pub fn take_posted(
+        &mut self,
+        into: &mut VecDeque<Completion>,
+        reaches: &mut VecDeque<Completion>,
+    ) -> io::Result<()> {
+        self.taken.clear();
+        self.queues.take(Side::Send, &mut self.taken, what)?;
+        for completion in &self.taken {
+            match what(completion.id) {
+                What::Reach => reaches.push_back(*completion),
+                What::Receive | What::Send | What::Read => into.push_back(*completion),
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`Queues::reached`].
+    pub fn reached(&self) -> &Arc<super::device::Domain> {
+        self.queues.reached()
+    }
+
     /// What a completion on the sending side is about.
     pub fn what(&self, completion: &Completion) -> Ended {
-        match completion.id & READ_BIT {
-            0 => Ended::Send,
-            _ => Ended::Read(completion.id as u32),
+        match what(completion.id) {
+            What::Receive | What::Send => Ended::Send,
+            What::Read => Ended::Read(completion.id as u32),
+            What::Reach => Ended::Reach(completion.id as u32),
         }
     }
 
@@ -250,7 +308,8 @@ impl Messenger {
 
     /// Whether a completion on the sending side is that of a message which has arrived.
     pub fn has_arrived(&self, completion: &Completion) -> bool {
-        completion.id & (READ_BIT | CREDIT_BIT) == 0 && completion.status == ffi::IBV_WC_SUCCESS
+        completion.id & (READ_BIT | CREDIT_BIT | REACH_BIT) == 0
+            && completion.status == ffi::IBV_WC_SUCCESS
     }
 
     /// A message that has come, and its header, whose credit has been booked. `None`: not from
@@ -283,7 +342,7 @@ impl Messenger {
     }
 
     pub fn has_reads_under_way(&self) -> bool {
-        (self.queues.read_room() as usize) < READS
+        self.queues.under_way(What::Read) > 0
     }
 
     /// Whether this is a forked child, whose parent the queues belong to.

@@ -3,7 +3,8 @@
 //! libibverbs is found at run time (`thalweg-ffi`). Short parcels are sends into buffers that the
 //! peer has posted; long payloads are read by the receiver straight out of the sender's registered
 //! memory into its own, or where memory cannot be registered, pulled in chunks. Nothing of this
-//! process's memory can be written by a peer except the buffers for its messages.
+//! process's memory can be written by a peer except the buffers for its messages, and regions for
+//! which it was granted that.
 //!
 //! | file | owns |
 //! | --- | --- |
@@ -14,6 +15,7 @@
 //! | `registrations` | the memory of payloads: registered, remembered, limited |
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads |
+//! | `onesided` | puts and gets by the adapter, regions that the peer's may reach |
 //! | `blob` | what sides tell each other, and the choice of ports |
 //! | `topology` | where a device lies in the host, and how fast its ports are |
 //! | `alarm` | what devices say by themselves |
@@ -31,13 +33,15 @@
 //! # What is trusted
 //!
 //! As RDMA has it, whoever can make packets on the fabric can pretend to be a peer. All links over a
-//! device share one protection domain, and keys are small numbers that can be guessed. So any peer
-//! of this node may read what this node has offered to any of them, for as long as it stays
-//! registered: while the operation runs; and for loans and the node's pool of host memory, of which
-//! the whole mapping is registered (up to 64 MiB of it, else the payload), until the registration is
-//! given up. What was only landed into was registered for this process alone, and nobody else can
-//! read it; nothing can be written by a peer. The link is for networks and users that are trusted,
-//! and is used only where it is asked for. What arrives is checked as on the other links.
+//! device share one protection domain for messages, and keys are small numbers that can be guessed.
+//! So any peer of this node may read what this node has offered to any of them, for as long as it
+//! stays registered: while the operation runs; and for loans and the node's pool of host memory, of
+//! which the whole mapping is registered (up to 64 MiB of it, else the payload), until the
+//! registration is given up. What was only landed into was registered for this process alone, and
+//! nobody else can read it. Regions are different: what a peer was granted is registered in a domain
+//! that only its own queue pair belongs to, so no other peer can reach it, whatever it guesses. The
+//! link is for networks and users that are trusted, and is used only where it is asked for. What
+//! arrives is checked as on the other links.
 
 mod alarm;
 mod blob;
@@ -48,6 +52,7 @@ mod engine;
 mod fake;
 mod link;
 mod messenger;
+mod onesided;
 mod queues;
 mod registrations;
 mod removal;

@@ -1,8 +1,10 @@
-//! The queues of one link: two reliable connected queue pairs, the completion queues that they
+//! The queues of one link: four reliable connected queue pairs, the completion queues that they
 //! share, the channel that tells of completions.
 //!
-//! One pair carries messages both ways. The other one reads the peer's memory: a long read does
-//! not hold up messages there, and a key that is refused does not take the other pair down.
+//! One pair carries messages both ways. Another one reads the peer's memory for messages: a long
+//! read does not hold up messages there. The third one puts and gets, and its other end is the
+//! peer's fourth, in a protection domain of its own; so a key that is refused takes neither of the
+//! others down, and what one peer was granted no other one can reach.
 //!
 //! A completion queue has room for everything that can be posted to it, which is counted here: it
 //! cannot overflow.
@@ -43,11 +45,62 @@ pub(super) enum Side {
     Send = 1,
 }
 
-/// Which of the two queue pairs.
+/// Which of the queue pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
     Messages = 0,
+    /// Reads what the peer has offered, and is read by it.
     Reads = 1,
+    /// Puts and gets of this side's.
+    Reach = 2,
+    /// Those of the peer's: this side posts nothing.
+    Reached = 3,
+}
+
+impl Lane {
+    pub const COUNT: usize = 4;
+    pub const ALL: [Lane; Lane::COUNT] = [Lane::Messages, Lane::Reads, Lane::Reach, Lane::Reached];
+
+    /// The peer's end of it.
+    pub fn other_end(self) -> Lane {
+        match self {
+            Lane::Messages | Lane::Reads => self,
+            Lane::Reach => Lane::Reached,
+            Lane::Reached => Lane::Reach,
+        }
+    }
+
+    /// What the peer may do by it.
+    fn access(self) -> ffi::ibv_access_flags {
+        match self {
+            Lane::Messages | Lane::Reach => 0,
+            Lane::Reads => ffi::IBV_ACCESS_REMOTE_READ,
+            Lane::Reached => ffi::IBV_ACCESS_REMOTE_READ | ffi::IBV_ACCESS_REMOTE_WRITE,
+        }
+    }
+}
+
+/// What requests are counted as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    Receive = 0,
+    Send = 1,
+    Read = 2,
+    Reach = 3,
+}
+
+/// A request to write or read memory of the peer's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rdma {
+    pub writes: bool,
+    /// Memory of this side's.
+    pub local: *mut u8,
+    pub local_key: u32,
+    pub bytes: u32,
+    pub remote: u64,
+    pub remote_key: u32,
+    /// What is written is copied into the request.
+    pub inline: bool,
 }
 
 /// How a queue pair is connected.
@@ -76,6 +129,15 @@ pub(super) struct Depths {
     pub receives: u32,
     pub sends: u32,
     pub reads: u32,
+    /// Requests for puts and gets.
+    pub reaches: u32,
+}
+
+impl Depths {
+    /// Requests that end in the completion queue for what this side posts.
+    fn posted(&self) -> u32 {
+        self.sends + self.reads + self.reaches
+    }
 }
 
 /// What the peer says of its end of a queue pair.
@@ -96,18 +158,21 @@ struct Pair {
 /// The queues of one link.
 pub(super) struct Queues {
     domain: Arc<Domain>,
+    /// What the peer may reach lies in this one.
+    reached: Arc<Domain>,
     port: LocalPort,
     channel: *mut ibv_comp_channel,
     completions: [*mut ibv_cq; 2],
-    pairs: [Pair; 2],
+    pairs: [Pair; Lane::COUNT],
     depths: Depths,
-    /// Requests whose completions have not been taken: receives, sends and reads.
-    under_way: [u32; 3],
+    /// Requests whose completions have not been taken, by [`What`].
+    under_way: [u32; 4],
     /// The queue will tell the channel of its next completion.
     armed: [bool; 2],
     /// Events of the queue that have been taken and not acknowledged.
     unacknowledged: [u32; 2],
-    max_inline_bytes: u32,
+    /// What a message, and what a put may carry within the request.
+    max_inline_bytes: [u32; 2],
     tracked: Option<Tracked>,
 }
 
@@ -133,24 +198,24 @@ impl Queues {
         inline_bytes: u32,
     ) -> io::Result<Queues> {
         let Limits { queue_depth, completions, .. } = domain.device.limits;
-        if depths.receives.max(depths.sends).max(depths.reads) > queue_depth
-            || depths.receives.max(depths.sends + depths.reads) > completions
-        {
+        let deepest = depths.receives.max(depths.sends).max(depths.reads).max(depths.reaches);
+        if deepest > queue_depth || depths.receives.max(depths.posted()) > completions {
             return Err(io::Error::other("the device has queues that are too short"));
         }
         let destroyed = || Pair { raw: std::ptr::null_mut(), state: State::Destroyed };
         // From here on, what has been made is ended if the next step fails.
         let mut queues = Queues {
             domain: domain.clone(),
+            reached: Domain::new(&domain.device)?,
             port: port.clone(),
             channel: std::ptr::null_mut(),
             completions: [std::ptr::null_mut(); 2],
-            pairs: [destroyed(), destroyed()],
+            pairs: [(); Lane::COUNT].map(|()| destroyed()),
             depths,
-            under_way: [0; 3],
+            under_way: [0; 4],
             armed: [false; 2],
             unacknowledged: [0; 2],
-            max_inline_bytes: 0,
+            max_inline_bytes: [0; 2],
             tracked: None,
         };
         let device = domain.device.clone();
@@ -159,7 +224,7 @@ impl Queues {
         queues.channel = null_error(unsafe { (functions.ibv_create_comp_channel)(device.raw()) })?;
         queues.tracked = Some(Tracked::new(queues.channel_fd()));
         set_nonblocking(queues.descriptor())?;
-        for (side, room) in [depths.receives, depths.sends + depths.reads].into_iter().enumerate() {
+        for (side, room) in [depths.receives, depths.posted()].into_iter().enumerate() {
             // SAFETY: a live context and channel; `null` is the context that events carry.
             let made = unsafe {
                 let create = functions.ibv_create_cq;
@@ -167,17 +232,24 @@ impl Queues {
             };
             queues.completions[side] = null_error(made)?;
         }
-        let messages = (depths.sends, depths.receives, inline_bytes);
-        for (lane, (sends, receives, inline)) in
-            [messages, (depths.reads, 0, 0)].into_iter().enumerate()
-        {
-            queues.pairs[lane] = queues.make(sends, receives, inline)?;
+        for lane in Lane::ALL {
+            queues.pairs[lane as usize] = queues.make(lane, inline_bytes)?;
         }
         Ok(queues)
     }
 
     /// A queue pair that takes receives.
-    fn make(&mut self, sends: u32, receives: u32, inline: u32) -> io::Result<Pair> {
+    fn make(&mut self, lane: Lane, inline: u32) -> io::Result<Pair> {
+        let Depths { receives, sends, reads, reaches } = self.depths;
+        let (sends, receives, inline) = match lane {
+            Lane::Messages => (sends, receives, inline),
+            Lane::Reads => (reads, 0, 0),
+            Lane::Reach => (reaches, 0, inline),
+            // One that could post nothing at all is not everybody's.
+            Lane::Reached => (1, 0, 0),
+        };
+        let domain = if lane == Lane::Reached { &self.reached } else { &self.domain };
+        let domain = domain.raw();
         // SAFETY: zero is valid for every field.
         let mut wanted: ffi::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         wanted.send_cq = self.completions[Side::Send as usize];
@@ -190,24 +262,24 @@ impl Queues {
         wanted.cap.max_inline_data = inline;
         let create = self.device().verbs.functions.ibv_create_qp;
         // SAFETY: a live domain and queues; the struct is read, and what is granted written to it.
-        let mut raw = unsafe { create(self.domain.raw(), &raw mut wanted) };
+        let mut raw = unsafe { create(domain, &raw mut wanted) };
         if raw.is_null() && inline > 0 {
             wanted.cap.max_inline_data = 0;
             // SAFETY: as above.
-            raw = unsafe { create(self.domain.raw(), &raw mut wanted) };
+            raw = unsafe { create(domain, &raw mut wanted) };
         }
         let raw = null_error(raw)?;
-        if receives > 0 {
-            self.max_inline_bytes = wanted.cap.max_inline_data;
+        match lane {
+            Lane::Messages => self.max_inline_bytes[0] = wanted.cap.max_inline_data,
+            Lane::Reach => self.max_inline_bytes[1] = wanted.cap.max_inline_data,
+            Lane::Reads | Lane::Reached => {}
         }
         let pair = Pair { raw, state: State::Initial };
         // SAFETY: zero is valid for every field; the mask says which are read.
         let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
         attributes.qp_state = ffi::IBV_QPS_INIT;
         attributes.port_num = self.port.number;
-        // The peer reads what this side offers, by the pair that this side reads with; it writes
-        // nothing.
-        attributes.qp_access_flags = if receives > 0 { 0 } else { ffi::IBV_ACCESS_REMOTE_READ };
+        attributes.qp_access_flags = lane.access();
         let mask = ffi::IBV_QP_STATE
             | ffi::IBV_QP_PKEY_INDEX
             | ffi::IBV_QP_PORT
@@ -253,12 +325,24 @@ impl Queues {
 
     /// Bytes that a send may carry within the request.
     pub fn max_inline_bytes(&self) -> usize {
-        self.max_inline_bytes as usize
+        self.max_inline_bytes[0] as usize
     }
 
-    /// What events call the two queue pairs.
+    /// The same of a put.
+    pub fn max_inline_put_bytes(&self) -> usize {
+        self.max_inline_bytes[1] as usize
+    }
+
+    /// The domain in which what is registered can be reached by the peer, and by nobody else.
+    pub fn reached(&self) -> &Arc<Domain> {
+        &self.reached
+    }
+
+    /// What events call the queue pairs without which there is no link. What is said of the one by
+    /// which the peer reaches this side may be of its doing, and of the one that reaches the peer
+    /// its requests tell.
     pub fn identities(&self) -> [u64; 2] {
-        self.pairs.each_ref().map(|pair| pair.raw as u64)
+        [Lane::Messages, Lane::Reads].map(|lane| self.pairs[lane as usize].raw as u64)
     }
 
     pub fn number(&self, lane: Lane) -> u32 {
@@ -270,7 +354,7 @@ impl Queues {
         unsafe { (*pair.raw).qp_num }
     }
 
-    /// Connects one of the pairs to its peer.
+    /// Connects one of the pairs to the peer's end of it.
     pub fn connect(&mut self, lane: Lane, first_packet: u32, to: &Remote) -> io::Result<()> {
         let pair = &self.pairs[lane as usize];
         if pair.state != State::Initial {
@@ -328,23 +412,29 @@ impl Queues {
         self.modify(raw, &mut attributes, mask)
     }
 
-    /// Takes one more of what is counted, if there is room.
-    fn begin(&mut self, what: usize, max: u32) -> io::Result<()> {
-        if self.under_way[what] >= max {
+    /// Requests of a kind that can be posted now.
+    pub fn room(&self, what: What) -> u32 {
+        let Depths { receives, sends, reads, reaches } = self.depths;
+        let max = match what {
+            What::Receive => receives,
+            What::Send => sends,
+            What::Read => reads,
+            What::Reach => reaches,
+        };
+        max - self.under_way[what as usize]
+    }
+
+    pub fn under_way(&self, what: What) -> u32 {
+        self.under_way[what as usize]
+    }
+
+    /// Counts one more, if there is room.
+    fn begin(&mut self, what: What) -> io::Result<()> {
+        if self.room(what) == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        self.under_way[what] += 1;
+        self.under_way[what as usize] += 1;
         Ok(())
-    }
-
-    /// Sends that can be posted now.
-    pub fn send_room(&self) -> u32 {
-        self.depths.sends - self.under_way[1]
-    }
-
-    /// Reads that can be posted now.
-    pub fn read_room(&self) -> u32 {
-        self.depths.reads - self.under_way[2]
     }
 
     /// Posts a buffer for a message of the peer's.
@@ -364,7 +454,7 @@ impl Queues {
         if state == State::Destroyed {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        self.begin(0, self.depths.receives)?;
+        self.begin(What::Receive)?;
         let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
         let mut request = ibv_recv_wr {
             wr_id: id,
@@ -375,7 +465,7 @@ impl Queues {
         // SAFETY: a live pair; request and list are live for the call; for the memory answers the
         // caller.
         let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
-        self.under_way[0] -= u32::from(posted.is_err());
+        self.under_way[What::Receive as usize] -= u32::from(posted.is_err());
         posted
     }
 
@@ -394,7 +484,7 @@ impl Queues {
         inline: bool,
     ) -> io::Result<()> {
         let raw = self.connected(Lane::Messages)?;
-        self.begin(1, self.depths.sends)?;
+        self.begin(What::Send)?;
         let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
         // SAFETY: zero is valid for every field.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
@@ -408,40 +498,42 @@ impl Queues {
         }
         // SAFETY: as in `post_receive`.
         let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
-        self.under_way[1] -= u32::from(posted.is_err());
+        self.under_way[What::Send as usize] -= u32::from(posted.is_err());
         posted
     }
 
-    /// Posts a read of the peer's memory.
+    /// Posts a request of one of the pairs that read and write the peer's memory.
     ///
     /// # Safety
     ///
-    /// `key` registers the memory at `to` for writing by the device. It is the device's alone until
-    /// the completion has been taken or the pair destroyed.
-    pub unsafe fn post_read(
-        &mut self,
-        id: u64,
-        to: *mut u8,
-        bytes: u32,
-        key: u32,
-        from: u64,
-        remote_key: u32,
-    ) -> io::Result<()> {
-        let raw = self.connected(Lane::Reads)?;
-        self.begin(2, self.depths.reads)?;
-        let mut piece = ibv_sge { addr: to as u64, length: bytes, lkey: key };
+    /// The memory here is registered under the key, for writing by the device if it is read into,
+    /// and is the device's (to read or alone) until the completion has been taken or the pair
+    /// destroyed. What is carried within the request has to be valid for this call only.
+    pub unsafe fn post_rdma(&mut self, id: u64, lane: Lane, rdma: &Rdma) -> io::Result<()> {
+        let what = match lane {
+            Lane::Reads => What::Read,
+            Lane::Reach => What::Reach,
+            Lane::Messages | Lane::Reached => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        let raw = self.connected(lane)?;
+        self.begin(what)?;
+        let (addr, length, lkey) = (rdma.local as u64, rdma.bytes, rdma.local_key);
+        let mut piece = ibv_sge { addr, length, lkey };
         // SAFETY: zero is valid for every field.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
         request.wr_id = id;
         request.sg_list = &raw mut piece;
         request.num_sge = 1;
-        request.opcode = ffi::IBV_WR_RDMA_READ;
+        request.opcode = if rdma.writes { ffi::IBV_WR_RDMA_WRITE } else { ffi::IBV_WR_RDMA_READ };
         request.send_flags = ffi::IBV_SEND_SIGNALED;
-        request.wr.rdma.remote_addr = from;
-        request.wr.rdma.rkey = remote_key;
+        if rdma.inline {
+            request.send_flags |= ffi::IBV_SEND_INLINE;
+        }
+        request.wr.rdma.remote_addr = rdma.remote;
+        request.wr.rdma.rkey = rdma.remote_key;
         // SAFETY: as in `post_receive`.
         let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
-        self.under_way[2] -= u32::from(posted.is_err());
+        self.under_way[what as usize] -= u32::from(posted.is_err());
         posted
     }
 
@@ -452,12 +544,13 @@ impl Queues {
         }
     }
 
-    /// Takes completions, up to [`BATCH`]. `is_read` tells from a request's number what it was.
+    /// Takes completions, up to [`BATCH`]. `what` tells what a request of this side's was from its
+    /// number.
     pub fn take(
         &mut self,
         side: Side,
         into: &mut Vec<Completion>,
-        is_read: impl Fn(u64) -> bool,
+        what: impl Fn(u64) -> What,
     ) -> io::Result<()> {
         let mut batch = [const { std::mem::MaybeUninit::<ibv_wc>::uninit() }; BATCH];
         // SAFETY: a live queue, and room for as many.
@@ -469,10 +562,11 @@ impl Queues {
             // SAFETY: the call has filled in the first `count`.
             let entry = unsafe { entry.assume_init_ref() };
             let what = match side {
-                Side::Receive => 0,
-                Side::Send => 1 + usize::from(is_read(entry.wr_id)),
+                Side::Receive => What::Receive,
+                Side::Send => what(entry.wr_id),
             };
-            self.under_way[what] = self.under_way[what].saturating_sub(1);
+            let under_way = &mut self.under_way[what as usize];
+            *under_way = under_way.saturating_sub(1);
             into.push(Completion {
                 id: entry.wr_id,
                 status: entry.status,
@@ -531,8 +625,8 @@ impl Queues {
         }
     }
 
-    /// Destroys both queue pairs. After `Ok` the device touches none of the memory that was posted,
-    /// and the peer reads nothing through them.
+    /// Destroys the queue pairs. After `Ok` the device touches none of the memory that was posted,
+    /// and the peer reads and writes nothing through them.
     pub fn destroy(&mut self) -> io::Result<()> {
         if self.device().forked() {
             return Err(io::Error::other("they are another process's"));
@@ -552,7 +646,7 @@ impl Queues {
                 Err(error) => return Err(error),
             }
         }
-        self.under_way = [0; 3];
+        self.under_way = [0; 4];
         Ok(())
     }
 }

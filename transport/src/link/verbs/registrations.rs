@@ -11,6 +11,8 @@
 //! for this process alone. What is offered to the peer is registered whole, since the offer names
 //! it; the payload is in it by then.
 //!
+//! Regions that a peer may reach are counted here, too; their registrations are the peer's grants.
+//!
 //! What may be registered at a time is limited. Whoever is refused moves the payload another way.
 //! The kernel is asked without the lock that all links of a device share.
 
@@ -19,6 +21,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::device::{Access, Domain, Registered};
+use crate::link::LinkCounters;
 use crate::memory::arenas::{self, Arena, Unmapping};
 
 /// The longest piece that is offered, in bytes: registering takes about 50 ns for each 4 KiB, while
@@ -32,6 +35,12 @@ const WHOLE_BYTES_MAX: usize = 64 << 20;
 const BYTES_MAX: usize = 2 << 30;
 /// Of this, what may stay registered without being in use.
 const KEPT_BYTES_MAX: usize = 512 << 20;
+/// The longest region that a peer may reach by itself, in bytes: see [`PIECE_BYTES_MAX`], and pages
+/// that are not there yet are made.
+const REGION_BYTES_MAX: usize = 1 << 30;
+/// Regions that peers may reach by themselves, over one device, in bytes. A region counts once for
+/// each peer.
+const REGIONS_BYTES_MAX: usize = 4 << 30;
 /// Registrations of one mapping that are looked at for one that covers a piece.
 const LOOKS: usize = 8;
 const PAGE: usize = 4096;
@@ -69,6 +78,31 @@ pub(super) enum Use {
     Land,
     /// The peer may read it.
     Offer,
+    /// It is written into the peer's memory.
+    Source,
+}
+
+impl Use {
+    /// What this crate's own memory is registered for: it can be written, and registering it for
+    /// that does for both.
+    fn of_own_memory(self) -> Use {
+        if self == Use::Source { Use::Land } else { self }
+    }
+}
+
+/// Room for a region that a peer may reach: counted until dropped.
+pub(super) struct RegionRoom {
+    home: Arc<Registrations>,
+    bytes: usize,
+}
+
+impl Drop for RegionRoom {
+    fn drop(&mut self) {
+        // As for [`Held`].
+        if !self.home.domain.device.forked() {
+            self.home.state().region_bytes -= self.bytes;
+        }
+    }
 }
 
 /// Where the mapping begins, what the registration is for, where that begins.
@@ -84,6 +118,7 @@ struct State {
     kept: BTreeMap<Place, Kept>,
     kept_bytes: usize,
     single_bytes: usize,
+    region_bytes: usize,
     clock: u64,
     /// The shortest piece that the kernel has refused since something was let go of.
     refused_bytes: Option<usize>,
@@ -107,6 +142,26 @@ pub(super) enum Found {
     Refused,
 }
 
+impl Found {
+    /// Counts what came of asking. `None`: there is no registration.
+    pub fn count(self, counters: &mut LinkCounters) -> Option<(Held, usize)> {
+        match self {
+            Found::Known(held, covered) => {
+                counters.registrations_reused += 1;
+                Some((held, covered))
+            }
+            Found::Made(held, covered) => {
+                counters.registrations += 1;
+                Some((held, covered))
+            }
+            Found::NotNow | Found::Refused => {
+                counters.registrations_refused += 1;
+                None
+            }
+        }
+    }
+}
+
 /// What a registration is counted as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Room {
@@ -117,7 +172,7 @@ enum Room {
 /// What of a mapping is registered for a piece of it: where it begins, and how long it is.
 fn span(arena: Arena, at: usize, bytes: usize, what: Use) -> (usize, usize) {
     let (begin, end) = match what {
-        Use::Land => {
+        Use::Land | Use::Source => {
             let begin = at - (at - arena.start) % SLICE_BYTES;
             (begin, begin + SLICE_BYTES)
         }
@@ -152,8 +207,9 @@ impl Registrations {
         }
         let at = ptr as usize;
         let arena = arenas::find(at, bytes);
+        let own = what.of_own_memory();
         if let Some(arena) = arena
-            && let Some((held, covered)) = self.state().find(arena, at, bytes, what)
+            && let Some((held, covered)) = self.state().find(arena, at, bytes, own)
         {
             return Found::Known(held, covered);
         }
@@ -161,13 +217,13 @@ impl Registrations {
             return Found::NotNow;
         }
         if let Some(arena) = arena
-            && let (begin, len) = span(arena, at, bytes, what)
-            && let Some(registered) = self.register(Room::Kept, begin, len, what)
+            && let (begin, len) = span(arena, at, bytes, own)
+            && let Some(registered) = self.register(Room::Kept, begin, len, own)
         {
-            let held = self.keep((arena.start, what, begin), registered);
+            let held = self.keep((arena.start, own, begin), registered);
             return Found::Made(held, bytes.min(begin + len - at));
         }
-        let len = if what == Use::Land { bytes.min(SLICE_BYTES) } else { bytes };
+        let len = if what == Use::Offer { bytes } else { bytes.min(SLICE_BYTES) };
         match self.register(Room::Single, at, len, what) {
             Some(registered) => {
                 let held = Held { registered: Arc::new(registered), single: Some(self.clone()) };
@@ -181,6 +237,7 @@ impl Registrations {
     fn register(&self, room: Room, start: usize, bytes: usize, what: Use) -> Option<Registered> {
         let access = match (what, room) {
             (Use::Land, _) => Access::Local,
+            (Use::Source, _) => Access::Source,
             // Memory of this crate's own can be written, and pages that are not there yet become
             // the mapping's own only where they are registered for writing.
             (Use::Offer, Room::Kept) => Access::LocalAndRead,
@@ -221,6 +278,17 @@ impl Registrations {
         drop(state);
         drop(replaced);
         Held { registered, single: None }
+    }
+
+    /// Room for a region that a peer may reach by itself. `None`: there is none left.
+    pub fn region_room(self: &Arc<Self>, bytes: usize) -> Option<RegionRoom> {
+        let mut state = self.state();
+        if bytes > REGION_BYTES_MAX || state.region_bytes + bytes > REGIONS_BYTES_MAX {
+            return None;
+        }
+        state.region_bytes += bytes;
+        drop(state);
+        Some(RegionRoom { home: self.clone(), bytes })
     }
 
     fn let_go(&self, room: Room, bytes: usize) {

@@ -26,7 +26,7 @@ pub(super) struct Slab {
 unsafe impl Send for Slab {}
 
 impl Slab {
-    fn new(domain: &Arc<Domain>, count: usize) -> io::Result<Slab> {
+    pub fn new(domain: &Arc<Domain>, count: usize, access: Access) -> io::Result<Slab> {
         let len = count * BUFFER_BYTES;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh private mapping.
@@ -37,7 +37,7 @@ impl Slab {
         let _ = unsafe { madvise(ptr, len, Advice::LinuxDontFork) };
         let ptr = NonNull::new(ptr.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let mut slab = Slab { ptr, count, registered: None, domain: domain.clone() };
-        slab.registered = Some(Registered::new(domain, ptr.as_ptr(), len, Access::Local)?);
+        slab.registered = Some(Registered::new(domain, ptr.as_ptr(), len, access)?);
         Ok(slab)
     }
 
@@ -50,6 +50,11 @@ impl Slab {
 
     pub fn key(&self) -> u32 {
         self.registered.as_ref().map_or(0, Registered::local_key)
+    }
+
+    /// The key for the peer's requests.
+    pub fn remote_key(&self) -> u32 {
+        self.registered.as_ref().map_or(0, Registered::remote_key)
     }
 
     /// Whether a number names a buffer.
@@ -88,7 +93,7 @@ impl Slabs {
 
     pub fn take(&self) -> io::Result<Slab> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        kept.map_or_else(|| Slab::new(&self.domain, self.count), Ok)
+        kept.map_or_else(|| Slab::new(&self.domain, self.count, Access::Local), Ok)
     }
 
     #[cfg(test)]

@@ -14,7 +14,7 @@ use super::alarm::Alarms;
 use super::engine::Opened;
 use super::fake::{Fake, VENDOR};
 use super::link::VerbsLink;
-use super::messenger::{RECEIVES, RESERVE, SENDS};
+use super::messenger::{Messenger, RECEIVES, RESERVE, SENDS};
 use super::registrations::{Found, Registrations, SLICE_BYTES, Use};
 use super::wire::{BODY_MAX, Header, Kind, Piece};
 use crate::error::{ErrorKind, LinkError};
@@ -25,20 +25,23 @@ use crate::link::{
 use crate::memory::{Allocator, HostPool, MemoryKind};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
+mod onesided;
+mod real;
+
 const OP: OpId = OpId { index: 3, generation: 1 };
 
 #[derive(Default)]
 struct Driver {
     parcels: usize,
     done: Vec<(OpId, Result<(), LinkError>)>,
-    /// Where the next payload that is not here yet goes.
-    landing: Option<Landing>,
+    /// Where the next payloads that are not here yet go.
+    landings: VecDeque<Landing>,
 }
 
 impl Sink for Driver {
     fn parcel(&mut self, arrival: Arrival<'_>) -> Disposition {
         self.parcels += 1;
-        match (arrival.inline, self.landing.take()) {
+        match (arrival.inline, self.landings.pop_front()) {
             (None, Some(to)) => Disposition::Land { to, op: OP, lasting: true },
             _ => Disposition::Discard,
         }
@@ -69,17 +72,22 @@ struct Setting {
     _bootstrap: UnixStream,
 }
 
-fn setting() -> Setting {
-    let fake = Fake::new();
+/// A link, what drives it, and what the peer holds.
+struct Made {
+    link: VerbsLink,
+    timers: Arc<Timers>,
+    host: Arc<HostLoop>,
+    bootstrap: UnixStream,
+}
+
+fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
     let host = HostLoop::new().expect("an event loop");
     let reactor = Reactor::Host(host.clone());
     let timers = Arc::new(Timers::new(&reactor).expect("timers"));
-    let mut messenger = fake.messenger();
     let source = |fd| reactor.source(Fd::new(fd), Interest::Read).expect("a source");
     let channel = source(messenger.queues().descriptor().try_clone_to_owned().expect("a number"));
-    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let (ours, bootstrap) = UnixStream::pair().expect("sockets");
     ours.set_nonblocking(true).expect("a setting");
-    let registrations = Registrations::new(fake.slabs.domain());
     let options = VerbsOptions {
         eager_max: 64 << 10,
         max_payload: 1 << 30,
@@ -96,9 +104,15 @@ fn setting() -> Setting {
         timers: timers.clone(),
         why: String::new(),
     };
-    let link = opened.into_link(source(ours.into()));
+    Made { link: opened.into_link(source(ours.into())), timers, host, bootstrap }
+}
+
+fn setting() -> Setting {
+    let fake = Fake::new();
+    let registrations = Registrations::new(fake.slabs.domain());
+    let Made { link, timers, host, bootstrap } = link_of(fake.messenger(), &registrations);
     let (driver, woken) = (Driver::default(), Arc::new(Count(AtomicUsize::new(0))));
-    Setting { fake, link, registrations, timers, driver, woken, host, _bootstrap: theirs }
+    Setting { fake, link, registrations, timers, driver, woken, host, _bootstrap: bootstrap }
 }
 
 fn segment(bytes: &[u8]) -> Segment<'_> {
@@ -253,6 +267,12 @@ fn credit_that_is_returned_flushes_nothing() {
     setting.fake.end_send(ffi::IBV_WC_SUCCESS);
     setting.settle();
     assert!(setting.link.flushed());
+    // Nor is it waited for.
+    assert_eq!(setting.post(b"next").expect("posted"), Post::Done);
+    assert!(!setting.link.flushed());
+    setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    setting.settle();
+    assert!(setting.link.flushed());
 }
 
 #[test]
@@ -305,7 +325,7 @@ fn what_is_landed_into_is_registered_in_slices_as_it_is_needed() {
     let mut setting = setting();
     let bytes = pattern(3 * SLICE_BYTES + 12_345);
     let mut to = vec![0; bytes.len()];
-    setting.driver.landing = Some(place(&mut to));
+    setting.driver.landings.push_back(place(&mut to));
     setting.offer(1, &bytes);
     assert_ne!(setting.poll().expect("alive"), Progress::Idle);
     assert!(setting.registered() <= SLICE_BYTES, "registered before it was needed");
@@ -331,11 +351,13 @@ fn one_slice_is_registered_a_turn() {
     let bytes = pattern(64 << 10);
     let mut places = [(); 3].map(|()| vec![0; bytes.len()]);
     for (id, to) in places.iter_mut().enumerate() {
-        setting.driver.landing = Some(place(to));
+        setting.driver.landings.push_back(place(to));
         setting.offer(id as u32, &bytes);
+    }
+    for _ in 0..3 {
         let before = setting.fake.state().registrations;
         setting.poll().expect("alive");
-        assert!(setting.fake.state().registrations - before <= 1);
+        assert_eq!(setting.fake.state().registrations - before, 1);
     }
     setting.settle();
     assert_eq!(setting.driver.done.len(), 3);
@@ -350,7 +372,7 @@ fn a_payload_that_cannot_be_registered_to_its_end_comes_in_chunks() {
         setting.driver.done.clear();
         let bytes = pattern(first + last);
         let mut to = vec![0; bytes.len()];
-        setting.driver.landing = Some(place(&mut to));
+        setting.driver.landings.push_back(place(&mut to));
         setting.offer(1, &bytes);
         if last > 0 {
             setting.poll().expect("alive");
@@ -386,11 +408,13 @@ fn a_payload_that_cannot_be_registered_to_its_end_comes_in_chunks() {
 #[test]
 fn memory_is_readable_by_the_peer_only_where_it_was_offered() {
     let mut setting = setting();
-    assert_eq!(setting.fake.state().access, [0, ffi::IBV_ACCESS_REMOTE_READ]);
+    let read = ffi::IBV_ACCESS_REMOTE_READ;
+    let reached = read | ffi::IBV_ACCESS_REMOTE_WRITE;
+    assert_eq!(setting.fake.state().access, [0, read, 0, reached]);
     let pool = HostPool::new(1 << 20);
     let mut memory = pool.allocate(64 << 10).expect("memory");
     let bytes = pattern(64 << 10);
-    setting.driver.landing = Some(place(&mut memory));
+    setting.driver.landings.push_back(place(&mut memory));
     setting.offer(1, &bytes);
     setting.settle();
     assert_eq!(setting.driver.done.len(), 1);
@@ -421,7 +445,7 @@ fn memory_of_other_devices_is_refused_before_anything_is_posted() {
     let mut to = vec![0; bytes.len()];
     let mut landing = place(&mut to);
     landing[0].kind = MemoryKind::Device;
-    setting.driver.landing = Some(landing);
+    setting.driver.landings.push_back(landing);
     setting.offer(1, &bytes);
     assert!(setting.poll().is_err(), "no way to write it");
     assert_eq!(setting.registered(), 0);
