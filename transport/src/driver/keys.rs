@@ -25,7 +25,7 @@ struct Users {
 }
 
 /// What a region is registered as, by the domain of links that did so.
-type Registrations = Vec<(usize, Weak<dyn Registration>)>;
+type Registrations = Vec<(usize, Weak<Shared>)>;
 
 /// One registered region.
 pub(crate) struct Entry {
@@ -72,22 +72,6 @@ impl Entry {
         None
     }
 
-    /// The region's registration in the domain of this link; made if there is none.
-    fn registration(&self, link: &mut dyn OneSided) -> Result<Arc<dyn Registration>, LinkError> {
-        let domain = link.domain();
-        let mut known = lock(&self.registrations);
-        let found = known.iter().find(|(of, _)| *of == domain);
-        if let Some(registration) = found.and_then(|(_, registration)| registration.upgrade()) {
-            return Ok(registration);
-        }
-        let memory = self.memory.write(self.memory.len);
-        let (read, write) = (self.access & ACCESS_READ != 0, self.access & ACCESS_WRITE != 0);
-        let registration = link.register(memory, read, write)?;
-        known.retain(|(_, registration)| registration.strong_count() > 0);
-        known.push((domain, Arc::downgrade(&registration)));
-        Ok(registration)
-    }
-
     /// The owner does not want the buffer back: it is dropped with the last user.
     pub fn forget(&self) {
         drop(self.revoke(None));
@@ -98,6 +82,29 @@ impl Entry {
 pub(crate) struct RegionUse(Arc<Entry>);
 
 impl RegionUse {
+    fn again(&self) -> RegionUse {
+        lock(&self.0.users).count += 1;
+        RegionUse(self.0.clone())
+    }
+
+    /// The region's registration in the domain of this link; made if there is none.
+    fn registration(&self, link: &mut dyn OneSided) -> Result<Arc<Shared>, LinkError> {
+        let entry = &self.0;
+        let domain = link.domain();
+        let mut known = lock(&entry.registrations);
+        let found = known.iter().find(|(of, _)| *of == domain);
+        if let Some(shared) = found.and_then(|(_, shared)| shared.upgrade()) {
+            return Ok(shared);
+        }
+        let memory = entry.memory.write(entry.memory.len);
+        let (read, write) = (entry.access & ACCESS_READ != 0, entry.access & ACCESS_WRITE != 0);
+        let registration = link.register(memory, read, write)?;
+        let shared = Arc::new(Shared { registration, used: ManuallyDrop::new(self.again()) });
+        known.retain(|(_, shared)| shared.strong_count() > 0);
+        known.push((domain, Arc::downgrade(&shared)));
+        Ok(shared)
+    }
+
     /// `len` bytes from `offset`; bounds were checked when the use began.
     pub fn range(&self, offset: u64, len: usize) -> RawSegment {
         let memory = self.0.memory;
@@ -170,36 +177,41 @@ impl Drop for Hold {
     }
 }
 
+/// A region's registration in one domain, shared by those to whom it is granted there.
+struct Shared {
+    registration: Arc<dyn Registration>,
+    used: ManuallyDrop<RegionUse>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if !self.registration.withdraw() {
+            tracing::error!("registered memory that a peer may still reach is left");
+            return;
+        }
+        // SAFETY: here and nowhere else.
+        unsafe { ManuallyDrop::drop(&mut self.used) };
+    }
+}
+
 /// Direct access to a region, granted to one peer: keeps buffer and registration. Dropped without
 /// any lock held.
 pub(crate) struct Granted {
     // In this order: the memory stays for as long as it can be reached.
-    registration: Arc<dyn Registration>,
-    hold: ManuallyDrop<Hold>,
+    shared: Arc<Shared>,
+    hold: Hold,
 }
 
 impl Granted {
     /// What the peer's end of the link is told.
     pub fn bytes(&self) -> &[u8] {
-        self.registration.grant()
+        self.shared.registration.grant()
     }
 
     /// Length and access of the region.
     pub fn extent(&self) -> (u64, u8) {
         let entry = &self.hold.used.0;
         (entry.memory.len as u64, entry.access)
-    }
-}
-
-impl Drop for Granted {
-    fn drop(&mut self) {
-        // Who shares it sees to its end.
-        if Arc::strong_count(&self.registration) == 1 && !self.registration.withdraw() {
-            tracing::error!("registered memory that a peer may still reach is left");
-            return;
-        }
-        // SAFETY: here and nowhere else.
-        unsafe { ManuallyDrop::drop(&mut self.hold) };
     }
 }
 
@@ -285,8 +297,8 @@ impl Keys {
         users.holders.push(notices.clone());
         drop(users);
         let hold = Hold { used: RegionUse(entry), notices: notices.clone() };
-        match hold.used.0.registration(link) {
-            Ok(registration) => Ok(Granted { registration, hold: ManuallyDrop::new(hold) }),
+        match hold.used.registration(link) {
+            Ok(shared) => Ok(Granted { shared, hold }),
             // Its drop may run the owner's code.
             Err(error) => Err((NotGranted::Link(error), Some(Box::new(hold)))),
         }

@@ -28,6 +28,7 @@ use crate::link::{
     LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
     Segment, SegmentMut, Sink,
 };
+use crate::memory::MemoryKind;
 use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
 
 /// Payloads of this many bytes or more are read, if that can be: below, registering and a round
@@ -372,8 +373,11 @@ impl VerbsLink {
         }
         // SAFETY: the caller's.
         let begun = unsafe { self.reaches.begin(op, puts, (ptr, len), region, offset) };
-        let posted = begun.map_err(protocol).and_then(|()| self.post_reaches());
-        self.settle(posted)?;
+        self.settle(begun.map_err(protocol))?;
+        // Accepted: a part may be under way, so that from here on only the end of the link ends it.
+        if let Err(error) = self.post_reaches() {
+            self.broken.get_or_insert(error);
+        }
         Ok(Post::Pending)
     }
 
@@ -879,7 +883,9 @@ impl VerbsLink {
         let sent = self.send_chunks(budget, sink)?;
         self.return_credit()?;
         moved |= received.is_some() || sent.is_some();
-        let registers = self.registers_next || self.reaches.registers_next();
+        // A link that is broken registers nothing more, and its end must not wait for that.
+        let registers =
+            self.broken.is_none() && (self.registers_next || self.reaches.registers_next());
         let more = received == Some(true) || sent == Some(true) || registers;
         Ok((moved, more))
     }
@@ -1137,7 +1143,8 @@ impl OneSided for VerbsLink {
         write: bool,
     ) -> Result<Arc<dyn Registration>, LinkError> {
         self.alive()?;
-        if !memory.kind.cpu_accessible() {
+        // Managed memory moves between processors, and a registration does not follow it.
+        if !memory.kind.cpu_accessible() || memory.kind == MemoryKind::Managed {
             let detail = format!("{} memory cannot be registered as it is", memory.kind);
             return Err(error(ErrorKind::Unsupported, detail));
         }

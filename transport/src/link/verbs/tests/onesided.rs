@@ -464,8 +464,11 @@ fn a_request_that_is_not_taken_is_told_by_what_broke_the_queue_pair() {
     let mut setting = super::setting();
     let target = setting.region(100, true, true);
     setting.fake.state().posting = libc::EINVAL;
-    assert!(setting.link.put(op(1), segment(b"x"), target.remote, 0).is_err());
+    assert_eq!(setting.put(1, b"x", &target, 0), Post::Pending, "a part might be under way");
     assert!(setting.poll().is_err());
+    assert_eq!(setting.over(), [], "nothing is told before the queue pair has gone");
+    assert_eq!(setting.kill(), Killed::Over);
+    assert_eq!(setting.over(), [(1, false)]);
 }
 
 #[test]
