@@ -70,17 +70,25 @@ async def test_put_and_get(link: str) -> None:
 
 @run
 async def test_a_cancelled_receive_loses_nothing(link: str) -> None:
-    count = 400
+    """Messages go on until enough receives were cancelled; an empty one ends them."""
     async with pair(transports=link) as (there, here):
+        enough = asyncio.Event()
 
-        async def produce() -> None:
-            for number in range(count):
+        async def produce() -> int:
+            number = 0
+            while number < 400 or not enough.is_set():
                 await there.send([number.to_bytes(4, "little"), bytes(number % 5 * 20_000)])
+                number += 1
                 if number % 7 == 0:
                     await asyncio.sleep(0)
+            await there.send([])
+            return number
 
-        async def receive() -> int:
-            head, body = await here.recv()
+        async def receive() -> int | None:
+            message = await here.recv()
+            if not message:
+                return None
+            head, body = message
             number = int.from_bytes(head, "little")
             assert len(body) == number % 5 * 20_000
             return number
@@ -88,7 +96,7 @@ async def test_a_cancelled_receive_loses_nothing(link: str) -> None:
         producer = asyncio.create_task(produce())
         dice = random.Random(3)
         expected = cancelled = 0
-        while expected < count:
+        while True:
             task = asyncio.create_task(receive())
             for _ in range(dice.randrange(4)):
                 await asyncio.sleep(0)
@@ -98,27 +106,35 @@ async def test_a_cancelled_receive_loses_nothing(link: str) -> None:
                 number = await task
             except asyncio.CancelledError:
                 cancelled += 1
+                if cancelled == 20:
+                    enough.set()
                 continue
+            if number is None:
+                break
             assert number == expected
             expected += 1
-        await producer
-        assert cancelled > 20
+        assert await producer == expected
 
 
 @run
 async def test_a_cancelled_tagged_receive_loses_nothing(link: str) -> None:
+    """As above, into buffers of ours."""
     async with pair(transports=link) as (there, here):
         dice = random.Random(5)
-        expected = cancelled = 0
-        count = 150
+        enough = asyncio.Event()
 
-        async def produce() -> None:
-            for number in range(count):
+        async def produce() -> int:
+            number = 0
+            while number < 150 or not enough.is_set():
                 data = number.to_bytes(4, "little") * (dice.choice([1, 2000, 100_000]))
                 await there.tag_send(7, data)
+                number += 1
+            await there.tag_send(7, b"")
+            return number
 
         producer = asyncio.create_task(produce())
-        while expected < count:
+        expected = cancelled = 0
+        while True:
             buffer = bytearray(400_000)
             task = asyncio.ensure_future(here.tag_recv(7, ALL, buffer))
             for _ in range(dice.randrange(5)):
@@ -131,11 +147,14 @@ async def test_a_cancelled_tagged_receive_loses_nothing(link: str) -> None:
                 cancelled += 1
                 # Nobody writes to it any more, so it can be resized.
                 buffer.extend(b"x")
+                if cancelled == 20:
+                    enough.set()
                 continue
+            if length == 0:
+                break
             assert buffer[:length] == expected.to_bytes(4, "little") * (length // 4)
             expected += 1
-        await producer
-        assert cancelled > 10
+        assert await producer == expected
 
 
 @run

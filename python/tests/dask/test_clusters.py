@@ -480,8 +480,13 @@ def test_spilling(tmp_path):
         ]
         sums = client.gather([client.submit(total, x, workers=a, pure=False) for x in copies])
         assert sums == [(i + 1) * size for i in range(40)]
-        spilled = [w.metrics["spilled_bytes"]["disk"] for w in cluster.scheduler.workers.values()]
-        assert sum(spilled) > 0
+
+        def spilled():
+            workers = cluster.scheduler.workers.values()
+            return sum(w.metrics["spilled_bytes"]["disk"] for w in workers)
+
+        # What a worker has spilled comes with its next heartbeat.
+        client.sync(until, lambda: spilled() > 0)
 
 
 # Many at once
