@@ -773,14 +773,14 @@ impl ShmLink {
 
     /// The landing for which the peer's help was asked.
     pub(super) fn asked_key(&self) -> Option<u64> {
-        self.asked.map(|asked| asked.key())
+        self.asked.map(|asked| asked.key)
     }
 
     /// Whether a payload is to come through the arena.
     pub(super) fn asks_for_chunks(&mut self) -> bool {
         self.asked_key().is_some_and(|key| {
             let incoming = self.incoming.get_mut(key);
-            incoming.and_then(|open| open.landing.as_ref()).is_some_and(|landing| landing.asked)
+            incoming.and_then(|open| open.landing.as_ref()).is_some_and(|landing| landing.by_chunks)
         })
     }
 
