@@ -89,6 +89,7 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
             "host_pool" => config.host_pool_bytes(value.extract()?),
             "loan_pool" => config.loan_pool_bytes(value.extract()?),
             "single_copy" => config.single_copy(value.extract()?),
+            "peer_write" => config.peer_write(value.extract()?),
             "ptracer_any" => config.ptracer_any(value.extract()?),
             "require_encryption" => config.require_encryption(value.extract()?),
             "allocator" => {

@@ -60,6 +60,7 @@ def test_settings_reach_the_node():
         spin="20us",
         host_pool="3MiB",
         single_copy=False,
+        peer_write="no",
         close_timeout="2s",
         max_message="5 GiB",
     ):
@@ -70,6 +71,7 @@ def test_settings_reach_the_node():
     assert arguments["spin_us"] == 20
     assert arguments["host_pool"] == 3 * MEBIBYTE
     assert arguments["single_copy"] is False
+    assert arguments["peer_write"] is False
     assert arguments["close_timeout"] == 2
     assert arguments["max_message"] == 5 << 30
 
@@ -84,6 +86,7 @@ def test_settings_reach_the_node():
         ("message_window", -5),
         ("host_pool", "1 ZB"),
         ("single_copy", "maybe"),
+        ("peer_write", "maybe"),
     ],
 )
 def test_a_setting_that_makes_no_sense(name, value):

@@ -224,6 +224,8 @@ pub(super) struct Parts {
     pub may_pull: bool,
     /// Whether the peer may read this side's.
     pub peer_may_pull: bool,
+    /// Whether both sides allow that long payloads are copied by both.
+    pub together: bool,
     pub ways: String,
 }
 
@@ -325,8 +327,8 @@ impl ShmLink {
             asked: None,
             last_number: 0,
             helping: None,
-            may_help: true,
-            together_min: TOGETHER_MIN_BYTES,
+            may_help: parts.together,
+            together_min: if parts.together { TOGETHER_MIN_BYTES } else { u64::MAX },
             lingering: None,
             chunks: VecDeque::new(),
             arena_empty: false,
