@@ -10,14 +10,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use thalweg::{
-    Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, MockSwitch, Node, Verdict,
+    CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, MockSwitch, Node,
+    Verdict,
 };
 use thalweg_tests::{
-    Way, check_pattern, pair, pattern, poll_times, run_once, skipped, until, within,
+    Way, check_pattern, connect, pair, pattern, poll_times, run_once, skipped, until, within,
 };
 
 const NOBODY: u32 = 65534;
 const BULK: usize = 3_000_000;
+const LIMIT: Duration = Duration::from_secs(20);
 
 fn am_root() -> bool {
     // SAFETY: has no preconditions.
@@ -760,12 +762,45 @@ fn reap(pid: libc::pid_t) -> i32 {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 }
 }
 
+/// What a forked child can do with a node of its own, on a thread and a runtime of its own.
+/// Libraries that its parent used stay unused, and the route says so.
+fn own_node_works(way: Way) -> bool {
+    let talk = async move {
+        let order = [way.link(), LinkKind::Tcp];
+        let node = || Node::new(way.config().transports(order)).expect("a node");
+        let (ours, theirs) = (node(), node());
+        let listener = theirs.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = connect(&ours, &listener).await;
+        let bytes = pattern(7, BULK);
+        let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&bytes)), b.recv());
+        sent.expect("sending");
+        check_pattern(7, &got.expect("receiving").to_vec().expect("bytes"));
+        let route = a.route();
+        let expected = if matches!(way.link(), LinkKind::Ucx | LinkKind::Verbs) {
+            let said = route.candidates.iter().any(|c| c.reason.contains("forked off"));
+            assert!(said, "{route}");
+            LinkKind::Tcp
+        } else {
+            way.link()
+        };
+        assert_eq!(route.link(), expected, "{route}");
+        drop((a, b, listener));
+        ours.close(CloseReason::default()).await;
+        theirs.close(CloseReason::default()).await;
+    };
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(within(LIMIT, "what the child does", talk));
+    };
+    std::thread::spawn(run).join().is_ok()
+}
+
 fn forking(name: &str, way: Way) {
     run_once(name, async {
         let pair = pair(way).await;
         pair.a.send(Message::copy_from_slice(b"before")).await.expect("sending");
         assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 6);
-        // SAFETY: the child only calls this library's fast refusals and `_exit`.
+        // SAFETY: the C library's locks are whole in the child, and it leaves by `_exit`.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             let refused = pair.a.try_send(Message::copy_from_slice(b"child")).err();
@@ -775,7 +810,8 @@ fn forking(name: &str, way: Way) {
             let other = received.map(|result| result.err().map(|error| error.kind()));
             let good = forked == Some(ErrorKind::Forked)
                 && other == Some(Some(ErrorKind::Forked))
-                && pair.node_a.progress().is_ok();
+                && pair.node_a.progress().is_ok()
+                && own_node_works(way);
             // SAFETY: ends the child without running destructors.
             unsafe { libc::_exit(if good { 0 } else { 1 }) };
         }
