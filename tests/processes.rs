@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use thalweg::{
-    CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, MockSwitch, Node,
-    Verdict,
+    Access, Cancel, CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan,
+    MockSwitch, Node, RemoteKey, Verdict,
 };
 use thalweg_tests::{
     Way, check_pattern, connect, pair, pattern, poll_times, run_once, skipped, until, within,
@@ -105,6 +105,7 @@ fn role() {
         "withdrawing" => run_once("role", withdraws_midway()),
         "scribble" => run_once("role", scribbles()),
         "flood" => run_once("role", floods()),
+        "offer" => run_once("role", offers()),
         other => panic!("no role {other}"),
     }
 }
@@ -290,6 +291,60 @@ fn stop(played: &Played) {
         libc::waitpid(played.child.id() as libc::pid_t, &raw mut status, libc::WUNTRACED)
     };
     assert!(waited > 0 && libc::WIFSTOPPED(status), "it has ended: {status}");
+}
+
+/// Registers memory, and tells the other side about it; then lives until that ends.
+async fn offers() {
+    let node = Node::new(Config::new().transports([way_of_child()])).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    let region = node.register(pattern(9, BULK), Access::Read).expect("a region");
+    endpoint.send(region.key().to_bytes().to_vec()).await.expect("sending");
+    let _ = endpoint.recv().await;
+}
+
+fn way_of_child() -> LinkKind {
+    LinkKind::from_name(&setting("TRANSPORT").expect("set")).expect("a link")
+}
+
+/// A get from a process that is stopped can be given up, and its memory is free at once; the answer
+/// comes in the end, and goes nowhere.
+#[test]
+fn a_get_from_a_process_that_is_stopped() {
+    run_once("a_get_from_a_process_that_is_stopped", async {
+        for link in [LinkKind::Tcp, LinkKind::Shm] {
+            let node = Node::new(Config::new().transports([link])).expect("a node");
+            let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let address = listener.address().to_string();
+            let settings = [("ADDRESS", address.as_str()), ("TRANSPORT", link.name())];
+            let offers = Played::start(play("offer", &settings)).expect("it runs");
+            let endpoint = listener.accept().await.expect("accepting");
+            let key = endpoint.recv().await.expect("receiving").to_vec().expect("bytes");
+            let key = RemoteKey::from_bytes(&key).expect("a key");
+            stop(&offers);
+            for (len, withdraws) in [(BULK, true), (8, true), (BULK, false)] {
+                let get = endpoint.get(vec![7; len], &key, 0);
+                let buffer = if withdraws {
+                    let mut get = get;
+                    poll_times(&mut get, 2).await;
+                    let cancelled = within(LIMIT, "cancelling a get", get.cancel()).await;
+                    let Cancel::Cancelled(buffer) = cancelled else { panic!("it had begun") };
+                    buffer
+                } else {
+                    let timed = get.timeout(Duration::from_millis(50));
+                    let failed = within(LIMIT, "a late get", timed).await.expect_err("stopped");
+                    assert_eq!(failed.error.kind(), ErrorKind::TimedOut);
+                    failed.buffer.expect("given back")
+                };
+                assert!(buffer == vec![7; len], "nothing had come");
+            }
+            signal(&offers, libc::SIGCONT);
+            // The answers to the others come before this one's.
+            let got = endpoint.get(vec![0; BULK], &key, 0).await.expect("a get");
+            check_pattern(9, &got);
+            endpoint.fence().await.expect("a fence");
+            assert_eq!(endpoint.stats().operations, 0);
+        }
+    });
 }
 
 /// A sender that is stopped where it writes the receiver's memory: nobody waits for it, and what it
