@@ -60,7 +60,8 @@ impl Hello {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(self.token);
         bytes.extend(self.probe_addr.to_ne_bytes());
-        bytes.push(u8::from(self.single_copy) * SINGLE_COPY | u8::from(self.together) * TOGETHER);
+        let flag = |set: bool, flag| if set { flag } else { 0 };
+        bytes.push(flag(self.single_copy, SINGLE_COPY) | flag(self.together, TOGETHER));
         bytes
     }
 
