@@ -15,9 +15,8 @@ use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
 use thalweg::{Access, Config, Endpoint, ErrorKind, LinkKind, Message, Node, RemoteKey};
 use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped, until, within};
 
-/// How long the adapter tries before it gives a connection up, and what a slow machine adds: a device
-/// that is removed was noticed after 10 to 25 s in the virtual machine, for reasons not known.
-const LOST_MAX: Duration = Duration::from_secs(60);
+/// How long the adapter tries before it gives a connection up, and what a slow machine adds.
+const LOST_MAX: Duration = Duration::from_secs(10);
 const LONG_BYTES: usize = 1 << 20;
 const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
 /// A user who may do nothing in particular.
