@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thalweg::{Access, Endpoint, ErrorKind, MockPlan, MockSwitch, Node, RemoteKey};
 use thalweg_tests::{
@@ -147,6 +147,42 @@ fn a_peer_that_is_stopped_holds_a_revocation_up_until_the_endpoint_ends() {
         assert!(buffer.iter().all(|byte| *byte == 0), "nothing has moved since");
         let failed = within(LIMIT, "the put", put).await.expect_err("broken");
         assert_eq!(failed.kind(), ErrorKind::ConnectionLost);
+    });
+}
+
+/// Nothing is ended for it: the endpoint goes on, and so does the peer when it comes back.
+#[test]
+fn from_a_peer_that_stays_silent_a_region_is_taken() {
+    run("a_peer_that_stays_silent", || async {
+        const PATIENCE: Duration = Duration::from_millis(300);
+        let switch = MockSwitch::new();
+        let plan = || MockPlan::new().direct(true).delay_polls(2).switch(&switch);
+        let with = |config: thalweg::Config| config.mock(plan()).close_timeout(PATIENCE);
+        let pair = pair_with(Way::Mock, with).await;
+        let [region, other] = [5_000, 6_000]
+            .map(|len| pair.node_b.register(vec![0u8; len], Access::ReadWrite).expect("region"));
+        let key = region.key();
+        use_until_direct(&pair.a, &key).await;
+        switch.pause(true);
+        let mut put = pair.a.put(vec![1u8; 5_000], &key, 0);
+        assert!(poll_times(&mut put, 3).await.is_none());
+        let since = Instant::now();
+        let buffer = within(LIMIT, "the memory", region.revoke()).await;
+        assert!(since.elapsed() >= PATIENCE, "the peer had no time to answer");
+        switch.pause(false);
+        let failed = within(LIMIT, "the put", put).await.expect_err("it was taken");
+        assert_eq!(failed.kind(), ErrorKind::ConnectionLost);
+        assert!(buffer.iter().all(|byte| *byte == 0), "written after it was handed back");
+        let refused = pair.a.put(vec![1u8; 8], &key, 0).await.expect_err("revoked");
+        assert_eq!(refused.kind(), ErrorKind::KeyRevoked);
+        let direct = pair.a.stats().direct_puts;
+        for round in 0..5 {
+            pair.a.put(pattern(round, 5_000), &other.key(), 10).await.expect("putting");
+        }
+        assert_eq!(pair.a.stats().direct_puts, direct, "the target serves from then on");
+        let (sent, got) = tokio::join!(pair.a.send(vec![2u8; 9]), pair.b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 9);
     });
 }
 

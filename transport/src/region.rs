@@ -153,18 +153,21 @@ impl<B: BufferMut> Registered<B> {
     /// on, new puts and gets are refused with [`ErrorKind::KeyRevoked`]; such as peers' links carry
     /// out themselves may begin until the peer has heard of it.
     ///
-    /// Waits for every peer that was granted such access to say that it has ended. One that does
-    /// not is waited for until its endpoint has ended, and then until its process, or its side of
-    /// the link, has: a stopped process on the same host holds this up for as long as it is
-    /// stopped.
+    /// Waits for transfers that this process carries out, for as long as they take, and for every
+    /// peer that was granted such access to say that it has ended. From one that
+    /// does not say so within [`crate::Config::close_timeout`] it is taken: what its link had under
+    /// way there ends with an error, and its later puts and gets are carried out by this process.
+    /// If its endpoint ends first, this waits until its process, or its side of the link, has
+    /// ended too: a stopped process on the same host may hold this up for as long as it is stopped.
     ///
     /// **Cancel safety.** Once polled the key is revoked; if the future is dropped, the memory is
     /// freed when the last transfer has ended.
     pub async fn revoke(mut self) -> B {
         self.node.keys.remove(self.key);
-        let buffer = poll_fn(|cx| match self.entry().revoke(Some(cx.waker())) {
-            Some(buffer) => Poll::Ready(buffer),
-            None => Poll::Pending,
+        let buffer = poll_fn(|cx| {
+            let (buffer, told) = self.entry().revoke(Some(cx.waker()));
+            self.node.cut_later(told);
+            buffer.map_or(Poll::Pending, Poll::Ready)
         })
         .await;
         self.entry = None;
@@ -174,10 +177,16 @@ impl<B: BufferMut> Registered<B> {
 
 impl<B> Drop for Registered<B> {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry.take() {
-            self.node.keys.remove(self.key);
-            entry.forget();
+        let Some(entry) = self.entry.take() else { return };
+        if self.node.fork.forked() {
+            // The memory is the parent's, and so may a lock of the region's be.
+            return std::mem::forget(entry);
         }
+        self.node.keys.remove(self.key);
+        // The buffer is not wanted back: it is dropped now, or with the last user.
+        let (buffer, told) = entry.revoke(None);
+        drop(buffer);
+        self.node.cut_later(told);
     }
 }
 

@@ -666,7 +666,7 @@ impl Core {
             self.state.message_stuck = false;
         }
         self.flush();
-        progress
+        if self.state.has_wanted() { Progress::More } else { progress }
     }
 
     /// Registers the waker with every lane. `Busy`: drive again.

@@ -251,6 +251,8 @@ struct Shared {
     wakers: [Option<Waker>; 2],
     /// Memory that each side has registered for the other, by number.
     regions: [HashMap<u32, Region>; 2],
+    /// Those that were taken from the peer while it may have used them.
+    cut: [HashSet<u32>; 2],
     next_region: u32,
     broken: Option<&'static str>,
     paused: bool,
@@ -390,6 +392,14 @@ struct Registered {
 impl Registration for Registered {
     fn grant(&self) -> &[u8] {
         &self.grant
+    }
+
+    fn cut(&self) -> bool {
+        let mut shared = self.pair.lock();
+        if shared.regions[self.side].remove(&self.number).is_some() {
+            shared.cut[self.side].insert(self.number);
+        }
+        true
     }
 }
 
@@ -538,6 +548,11 @@ impl MockLink {
     fn reach(&mut self) -> Result<bool, LinkError> {
         let mut any = false;
         while let Some(at) = self.next_direct() {
+            if self.is_cut(self.direct[at].region) {
+                // What had begun ends in the same way.
+                self.failing.extend(self.direct.drain(..).map(|direct| direct.op));
+                return Ok(true);
+            }
             // One that fails is reported by the end of the link.
             self.do_direct(&self.direct[at])?;
             let direct = self.direct.remove(at);
@@ -545,6 +560,11 @@ impl MockLink {
             any = true;
         }
         Ok(any)
+    }
+
+    /// Whether the peer has taken this region of its from this side.
+    fn is_cut(&self, region: u32) -> bool {
+        self.pair.lock().cut[1 - self.side].contains(&region)
     }
 
     /// Ends the puts and gets that are to fail.
@@ -611,7 +631,8 @@ impl MockLink {
         }
         self.posted += 1;
         self.directs += 1;
-        if self.plan.direct_max > 0 && self.directs > self.plan.direct_max {
+        let too_many = self.plan.direct_max > 0 && self.directs > self.plan.direct_max;
+        if too_many || self.is_cut(direct.region) {
             self.failing.push(direct.op);
             return Ok(Post::Pending);
         }

@@ -39,7 +39,8 @@ pub(super) const OPERATIONS_MAX: usize = 1024;
 /// Buffers for payloads; one more takes what is read of the beacon, which nobody looks at.
 const BUFFERS: usize = REACH_BUFFERS - 1;
 const BEACON_BYTES: u32 = 8;
-/// How long a registration that will not end is tried to.
+/// How long a registration that will not end is tried to; those after it only once each, until one
+/// does end: whoever drops a thousand of them is held up for no longer than that.
 const END_PATIENCE: Duration = Duration::from_millis(20);
 const END_STEP: Duration = Duration::from_millis(1);
 const GRANT_BYTES: usize = 32;
@@ -86,19 +87,22 @@ impl Grant {
 struct Region {
     registered: Mutex<Option<Registered>>,
     grant: [u8; GRANT_BYTES],
-    _room: RegionRoom,
+    room: RegionRoom,
 }
 
 impl Region {
-    fn end(registered: &mut Registered) -> io::Result<()> {
-        let until = Instant::now() + END_PATIENCE;
-        loop {
+    fn end(&self, registered: &mut Registered) -> io::Result<()> {
+        let patience = if self.room.last_has_ended() { END_PATIENCE } else { Duration::ZERO };
+        let until = Instant::now() + patience;
+        let ended = loop {
             match registered.end() {
-                Err(error) if registered.device().took_along(&error) => return Ok(()),
+                Err(error) if registered.device().took_along(&error) => break Ok(()),
                 Err(_) if Instant::now() < until => std::thread::sleep(END_STEP),
-                ended => return ended,
+                ended => break ended,
             }
-        }
+        };
+        self.room.has_ended(ended.is_ok());
+        ended
     }
 }
 
@@ -110,7 +114,7 @@ impl Registration for Region {
     fn withdraw(&self) -> bool {
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut ending) = registered.take() else { return true };
-        match Region::end(&mut ending) {
+        match self.end(&mut ending) {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(%error, "the registration of a region cannot be ended");
@@ -155,7 +159,7 @@ impl Reachable {
             beacon_key: beacon.remote_key(),
         };
         let (registered, grant) = (Mutex::new(Some(registered)), grant.encode());
-        Ok(Arc::new(Region { registered, grant, _room: room }))
+        Ok(Arc::new(Region { registered, grant, room }))
     }
 }
 

@@ -514,6 +514,28 @@ fn a_region_is_withdrawn_or_it_is_said_that_it_is_not() {
 }
 
 #[test]
+fn many_registrations_that_will_not_end_hold_nobody_up() {
+    let mut setting = setting();
+    let targets: Vec<_> = (0..100).map(|_| setting.region(100, true, true)).collect();
+    let withdraw = |target: &Target| target.registration.as_ref().expect("made").withdraw();
+    setting.fake.state().deregistering = libc::EBUSY;
+    let tries = |setting: &Setting| std::mem::take(&mut setting.fake.state().deregistrations);
+    assert!(!withdraw(&targets[0]));
+    assert!(tries(&setting) > 1, "it may end in a moment");
+    for target in &targets[1..] {
+        assert!(!withdraw(target));
+        assert_eq!(tries(&setting), 1, "waited for again");
+    }
+    setting.fake.state().deregistering = 0;
+    assert!(withdraw(&targets[1]));
+    tries(&setting);
+    setting.fake.state().deregistering = libc::EBUSY;
+    assert!(!withdraw(&targets[2]));
+    assert!(tries(&setting) > 1, "one has ended since");
+    setting.fake.state().deregistering = 0;
+}
+
+#[test]
 fn regions_are_limited_by_their_bytes() {
     let setting = setting();
     let rooms: Vec<_> = (0..4).map(|_| setting.registrations.region_room(1 << 30)).collect();
