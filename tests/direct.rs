@@ -133,7 +133,9 @@ fn a_peer_that_is_stopped_holds_a_revocation_up_until_the_endpoint_ends() {
     run("a_peer_that_is_stopped", || async {
         let switch = MockSwitch::new();
         let plan = || MockPlan::new().direct(true).delay_polls(2).switch(&switch);
-        let pair = pair_with(Way::Mock, |config| config.mock(plan())).await;
+        let patient = Duration::from_secs(3600);
+        let with = |config: thalweg::Config| config.mock(plan()).close_timeout(patient);
+        let pair = pair_with(Way::Mock, with).await;
         let region = pair.node_b.register(vec![0u8; 50_000], Access::ReadWrite).expect("region");
         let key = region.key();
         use_until_direct(&pair.a, &key).await;

@@ -16,7 +16,7 @@ use thalweg::{Access, Config, Endpoint, ErrorKind, LinkKind, Message, Node, Remo
 use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped, until, within};
 
 /// How long the adapter tries before it gives a connection up, and what a slow machine adds.
-const LOST_MAX: Duration = Duration::from_secs(10);
+const LOST_MAX: Duration = Duration::from_secs(20);
 const LONG_BYTES: usize = 1 << 20;
 const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
 /// A user who may do nothing in particular.

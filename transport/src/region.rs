@@ -159,6 +159,8 @@ impl<B: BufferMut> Registered<B> {
     /// way there ends with an error, and its later puts and gets are carried out by this process.
     /// If its endpoint ends first, this waits until its process, or its side of the link, has
     /// ended too: a stopped process on the same host may hold this up for as long as it is stopped.
+    /// Memory whose registration a device refuses to end is never given back: the log says so, and
+    /// this does not return.
     ///
     /// **Cancel safety.** Once polled the key is revoked; if the future is dropped, the memory is
     /// freed when the last transfer has ended.

@@ -548,23 +548,17 @@ impl MockLink {
     fn reach(&mut self) -> Result<bool, LinkError> {
         let mut any = false;
         while let Some(at) = self.next_direct() {
-            if self.is_cut(self.direct[at].region) {
+            // One that fails otherwise is reported by the end of the link.
+            if !self.do_direct(&self.direct[at])? {
                 // What had begun ends in the same way.
                 self.failing.extend(self.direct.drain(..).map(|direct| direct.op));
                 return Ok(true);
             }
-            // One that fails is reported by the end of the link.
-            self.do_direct(&self.direct[at])?;
             let direct = self.direct.remove(at);
             self.later(direct.op);
             any = true;
         }
         Ok(any)
-    }
-
-    /// Whether the peer has taken this region of its from this side.
-    fn is_cut(&self, region: u32) -> bool {
-        self.pair.lock().cut[1 - self.side].contains(&region)
     }
 
     /// Ends the puts and gets that are to fail.
@@ -586,9 +580,13 @@ impl MockLink {
         (due > 0).then_some(at)
     }
 
-    fn do_direct(&self, direct: &Direct) -> Result<(), LinkError> {
+    /// `false`: the peer has taken this region of its from this side.
+    fn do_direct(&self, direct: &Direct) -> Result<bool, LinkError> {
         let shared = self.pair.lock();
         self.check_alive(&shared)?;
+        if shared.cut[1 - self.side].contains(&direct.region) {
+            return Ok(false);
+        }
         let Some(region) = shared.regions[1 - self.side].get(&direct.region) else {
             return Err(breach("a region is reached that its owner has taken back"));
         };
@@ -613,7 +611,7 @@ impl MockLink {
             // SAFETY: as above.
             unsafe { racy_read(remote, to) };
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Does a put or get now, or later.
@@ -632,14 +630,17 @@ impl MockLink {
         self.posted += 1;
         self.directs += 1;
         let too_many = self.plan.direct_max > 0 && self.directs > self.plan.direct_max;
-        if too_many || self.is_cut(direct.region) {
+        if too_many {
             self.failing.push(direct.op);
             return Ok(Post::Pending);
         }
         let paused = self.pair.lock().paused;
         if self.plan.delay_polls == 0 && self.posted.is_multiple_of(2) && !paused {
-            self.do_direct(&direct)?;
-            return Ok(Post::Done);
+            if self.do_direct(&direct)? {
+                return Ok(Post::Done);
+            }
+            self.failing.push(direct.op);
+            return Ok(Post::Pending);
         }
         self.direct.push(direct);
         Ok(Post::Pending)

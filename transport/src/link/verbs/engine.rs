@@ -5,7 +5,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use thalweg_ffi::ibverbs as ffi;
@@ -56,6 +56,14 @@ struct Announced {
 struct After {
     wakers: Vec<Waker>,
     gone: Vec<Adapter>,
+}
+
+/// Adapters that go where they are woken, which nobody does with a lock held: to let go of their
+/// memory takes its time.
+struct Going(#[expect(dead_code, reason = "held until dropped")] Mutex<Vec<Adapter>>);
+
+impl Wake for Going {
+    fn wake(self: Arc<Self>) {}
 }
 
 impl After {
@@ -348,27 +356,35 @@ impl VerbsEngine {
 impl Engine for VerbsEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
         let mut after = After::default();
-        let progress = self.hear(&mut Look::Told(cx), &mut after);
+        let progress = self.hear(&mut self.adapters(), &mut Look::Told(cx), &mut after);
         after.run();
         progress
     }
 }
 
 impl VerbsEngine {
-    /// Hears what devices and the kernel say, whether or not the runtime has come to see it. Links
-    /// that are told: their wakers.
+    /// Hears what devices and the kernel say, whether or not the runtime has come to see it. What
+    /// is to be woken once no lock is held.
     pub(super) fn hear_now(&self) -> Vec<Waker> {
+        // Whoever has it sets up a link, or hears by itself.
+        let Ok(mut adapters) = self.adapters.try_lock() else { return Vec::new() };
         let mut after = After::default();
         // What is left is heard the next time.
-        self.hear(&mut Look::Now, &mut after);
-        // None of the application's code runs when an adapter goes.
-        drop(after.gone);
+        self.hear(&mut adapters, &mut Look::Now, &mut after);
+        drop(adapters);
+        if !after.gone.is_empty() {
+            after.wakers.push(Waker::from(Arc::new(Going(Mutex::new(after.gone)))));
+        }
         after.wakers
     }
 
     /// Hears what devices and the kernel say.
-    fn hear(&self, look: &mut Look<'_, '_>, after: &mut After) -> Progress {
-        let mut adapters = self.adapters();
+    fn hear(
+        &self,
+        adapters: &mut Adapters,
+        look: &mut Look<'_, '_>,
+        after: &mut After,
+    ) -> Progress {
         for which in 0..adapters.all.len() {
             let mut left = EVENTS_MAX;
             while left > 0
@@ -377,7 +393,7 @@ impl VerbsEngine {
                 left -= 1;
                 match look.read(events, |_| device.take_event()) {
                     Poll::Ready(Ok(Event::DeviceGone { why })) => {
-                        self.let_go(&mut adapters, which, why, after);
+                        self.let_go(adapters, which, why, after);
                     }
                     Poll::Ready(Ok(event)) => after.wakers.extend(self.alarms.hear(which, &event)),
                     // An error is the runtime's, which others report, or the device's, which has
@@ -389,7 +405,7 @@ impl VerbsEngine {
                 return Progress::More;
             }
         }
-        self.hear_removals(&mut adapters, look, after)
+        self.hear_removals(adapters, look, after)
     }
 }
 

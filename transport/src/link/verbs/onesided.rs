@@ -92,14 +92,16 @@ struct Region {
 
 impl Region {
     fn end(&self, registered: &mut Registered) -> io::Result<()> {
-        let patience = if self.room.last_has_ended() { END_PATIENCE } else { Duration::ZERO };
-        let until = Instant::now() + patience;
+        let (patient, began) = (self.room.last_has_ended(), Instant::now());
+        let mut again = patient;
         let ended = loop {
             match registered.end() {
                 Err(error) if registered.device().took_along(&error) => break Ok(()),
-                Err(_) if Instant::now() < until => std::thread::sleep(END_STEP),
+                Err(_) if again => std::thread::sleep(END_STEP),
                 ended => break ended,
             }
+            // Once more, however late it has become.
+            again = patient && began.elapsed() < END_PATIENCE;
         };
         self.room.has_ended(ended.is_ok());
         ended
