@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
 use super::{Buffer, BufferMut, Region, arenas};
 use crate::runtime::ForkGuard;
@@ -97,8 +97,8 @@ unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
     if CLASS_MIN << class >= ARENA_MIN {
         arenas::unmapping(ptr);
     }
-    // SAFETY: the caller's. It fails only for what was not mapped.
-    let _ = unsafe { munmap(ptr.as_ptr().cast(), CLASS_MIN << class) };
+    // SAFETY: the caller's.
+    unsafe { super::unmap(ptr, CLASS_MIN << class) };
 }
 
 /// The node's pool of host memory. Cloning shares it. It belongs to the process that made it: in a
