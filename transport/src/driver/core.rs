@@ -734,6 +734,7 @@ impl Core {
                 Killed::Keeps => self.lanes.push(link),
             }
         }
+        self.cut_overdue();
         self.state.deliveries.clear();
         self.state.outbox.clear();
         for reply in self.state.replies.drain(..) {

@@ -23,7 +23,7 @@ use smallvec::SmallVec;
 use super::core::{Control, Core, Life, State};
 use super::keys::{Granted, NotGranted, Notices};
 use super::table::{Slot, What};
-use crate::error::{Error, LinkError};
+use crate::error::{Error, ErrorKind, LinkError};
 use crate::link::{Class, Disposition, Link, OneSided, OpId, RemoteId};
 use crate::proto::keys::check_bounds;
 use crate::proto::wire::{GRANT_BYTES_MAX, Head};
@@ -32,9 +32,10 @@ use crate::proto::wire::{GRANT_BYTES_MAX, Head};
 /// goes beyond is served by the target.
 pub(super) const GRANTS_MAX: usize = 1024;
 
-/// Registrations for a peer that come to nothing (it gives them back unasked, or the link refuses
-/// them): after so many nothing more is registered for it. One that is honest gives back what it
-/// cannot open, and loses nothing: the target serves.
+/// Registrations for a peer that come to nothing (it gives them back unasked, or the link tries and
+/// fails): after so many nothing more is registered for it. One that is honest gives back what it
+/// cannot open, and loses nothing: the target serves. What a limit of this side's refuses has cost
+/// nothing, and may be due to others: it does not count.
 pub(super) const VAIN_MAX: usize = 64;
 
 /// What this side knows of a key of the peer's.
@@ -417,6 +418,16 @@ impl Core {
         Ok(())
     }
 
+    /// As [`Core::serve_direct`], of an endpoint that is dead and of which a lane is still there,
+    /// so that its peer may still reach what it was granted.
+    pub(super) fn cut_overdue(&mut self) {
+        let Some(direct) = &mut self.state.direct else { return };
+        if direct.notices.any() {
+            let (_, overdue) = direct.notices.take();
+            overdue.into_iter().for_each(|key| self.cut(key));
+        }
+    }
+
     /// Takes from the peer what it has not given back in time.
     fn cut(&mut self, key: u64) {
         let Some(direct) = &mut self.state.direct else { return };
@@ -456,7 +467,9 @@ impl Core {
             Err((NotGranted::Key, garbage)) => garbage,
             Err((NotGranted::Link(error), garbage)) => {
                 self.tell_why("a region cannot be registered for direct access", &error);
-                if let Some(direct) = &mut self.state.direct {
+                if let Some(direct) = &mut self.state.direct
+                    && error.kind != ErrorKind::LimitExceeded
+                {
                     direct.vain += 1;
                 }
                 garbage

@@ -9,7 +9,7 @@ use super::core::{Core, Limits, State};
 use super::direct::{GRANTS_MAX, VAIN_MAX};
 use super::keys::{Entry, Keys, Told};
 use super::view::Views;
-use crate::error::{ErrorKind, LinkError};
+use crate::error::{Error, ErrorKind, LinkError, Phase};
 use crate::link::{
     Armed, Budget, Caps, Class, How, Killed, Landing, Link, LinkCounters, LinkKind, OneSided, OpId,
     PayloadId, Post, Progress, Registration, RemoteId, Segment, SegmentMut, Sink,
@@ -25,8 +25,10 @@ struct Seen {
     registrations: usize,
     withdrawn: usize,
     cut: usize,
-    /// Nothing is registered.
-    refuses: bool,
+    /// Nothing is registered, for this reason.
+    refuses: Option<ErrorKind>,
+    /// Once killed it does not end.
+    lingers: bool,
 }
 
 type Shared = Arc<Mutex<Seen>>;
@@ -101,7 +103,7 @@ impl Link for Lane {
     fn release(&mut self, _: PayloadId) {}
 
     fn kill(&mut self, _: &LinkError, _: &mut dyn Sink) -> Killed {
-        Killed::Over
+        if lock(&self.seen).lingers { Killed::Lingers } else { Killed::Over }
     }
 
     fn flushed(&self) -> bool {
@@ -134,8 +136,8 @@ impl OneSided for Lane {
     ) -> Result<Arc<dyn Registration>, LinkError> {
         let mut seen = lock(&self.seen);
         seen.registrations += 1;
-        if seen.refuses {
-            return Err(LinkError::new(ErrorKind::Resources, LinkKind::Verbs, "no room"));
+        if let Some(kind) = seen.refuses {
+            return Err(LinkError::new(kind, LinkKind::Verbs, "refused"));
         }
         Ok(Arc::new(Made(self.seen.clone())))
     }
@@ -276,15 +278,20 @@ fn keys_that_are_given_back_unasked_are_not_registered_for_ever() {
 
 #[test]
 fn what_cannot_be_registered_is_not_tried_for_ever() {
-    let mut meeting = Meeting::new();
-    lock(&meeting.seen).refuses = true;
-    let (key, _entry) = meeting.region();
-    for _ in 0..3 * VAIN_MAX {
-        meeting.wanted(key);
-        while meeting.drive() {}
-        assert!(meeting.says(|head| matches!(head, Head::Refused { .. })));
+    // Nor is anybody made to pay for a limit of this side's, which others may have reached.
+    for (kind, tried) in
+        [(ErrorKind::Resources, VAIN_MAX), (ErrorKind::LimitExceeded, 3 * VAIN_MAX)]
+    {
+        let mut meeting = Meeting::new();
+        lock(&meeting.seen).refuses = Some(kind);
+        let (key, _entry) = meeting.region();
+        for _ in 0..3 * VAIN_MAX {
+            meeting.wanted(key);
+            while meeting.drive() {}
+            assert!(meeting.says(|head| matches!(head, Head::Refused { .. })));
+        }
+        assert_eq!(meeting.registrations(), tried, "{kind:?}");
     }
-    assert_eq!(meeting.registrations(), VAIN_MAX);
 }
 
 #[test]
@@ -320,6 +327,28 @@ fn a_region_that_is_not_given_back_in_time_is_taken() {
     // It may be about to say so.
     assert!(meeting.given_back(key));
     assert!(!meeting.given_back(key), "twice");
+}
+
+/// What a lane of it still is may let the peer in.
+#[test]
+fn a_region_is_taken_of_an_endpoint_that_is_dead_and_lingers() {
+    let mut meeting = Meeting::new();
+    let (key, entry) = meeting.region();
+    meeting.wanted(key);
+    meeting.drive();
+    lock(&meeting.seen).lingers = true;
+    meeting.core.fail(Error::new(ErrorKind::Closed, Phase::Close, "aborted"));
+    let told = revoke(&entry);
+    meeting.drive();
+    assert_eq!((meeting.granted(), meeting.ended()), (1, (0, 0)), "there is time yet");
+    told.cut();
+    meeting.drive();
+    assert!(!meeting.core.ended());
+    assert_eq!((meeting.granted(), meeting.ended()), (0, (1, 0)));
+    assert!(entry.revoke(Some(Waker::noop())).0.is_some(), "nothing reaches it any more");
+    lock(&meeting.seen).lingers = false;
+    meeting.drive();
+    assert!(meeting.core.ended());
 }
 
 #[test]

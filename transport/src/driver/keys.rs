@@ -35,10 +35,17 @@ pub(crate) struct Entry {
     access: u8,
     users: Mutex<Users>,
     registrations: Mutex<Registrations>,
+    /// Registrations that would not end, and for each the use that keeps the memory. As many as
+    /// there were domains of links at most, each of which may have got a new one since.
+    stubborn: Mutex<Vec<Stubborn>>,
     /// In a forked child a lock of the parent's may seem to be held, for ever. There the region and
     /// its uses are left as they are.
     fork: ForkGuard,
 }
+
+/// A registration that a device would not end. It keeps the memory: dropped by nobody but
+/// [`Entry::end_stubborn`], since the region would keep itself otherwise.
+type Stubborn = (Arc<dyn Registration>, RegionUse);
 
 /// Whose peers were told that a key is revoked.
 #[must_use]
@@ -97,6 +104,18 @@ impl Entry {
             notices.tell(&notices.revoked, self.key);
         }
         (None, told)
+    }
+
+    /// Tries once more to end the registrations that would not end. Called without a lock; takes
+    /// its time if the device still will not.
+    pub fn end_stubborn(&self) {
+        let mut tried = std::mem::take(&mut *lock(&self.stubborn));
+        let ended: Vec<_> =
+            tried.extract_if(.., |(registration, _)| registration.withdraw()).collect();
+        if !tried.is_empty() {
+            lock(&self.stubborn).append(&mut tried);
+        }
+        drop(ended);
     }
 }
 
@@ -229,12 +248,13 @@ impl Drop for Shared {
             true => self.registration.cut(),
             false => self.registration.withdraw(),
         };
-        if !ended {
-            tracing::error!("registered memory that a peer may still reach is left");
-            return;
-        }
         // SAFETY: here and nowhere else.
-        unsafe { ManuallyDrop::drop(&mut self.used) };
+        let used = unsafe { ManuallyDrop::take(&mut self.used) };
+        if !ended {
+            tracing::error!("memory that a device goes on reaching is kept");
+            let entry = used.0.clone();
+            lock(&entry.stubborn).push((self.registration.clone(), used));
+        }
     }
 }
 
@@ -301,8 +321,9 @@ impl Keys {
         };
         let users = Mutex::new(users);
         let registrations = Mutex::new(Registrations::new());
+        let stubborn = Mutex::default();
         let fork = ForkGuard::get();
-        let entry = Arc::new(Entry { key, memory, access, users, registrations, fork });
+        let entry = Arc::new(Entry { key, memory, access, users, registrations, stubborn, fork });
         keys.insert(key, entry.clone());
         Ok((key, entry))
     }
@@ -400,11 +421,11 @@ mod tests {
 
     /// A link whose registrations end, or do not.
     struct Registrar {
-        ends: bool,
+        ends: Arc<AtomicBool>,
     }
 
     struct Made {
-        ends: bool,
+        ends: Arc<AtomicBool>,
     }
 
     impl Registration for Made {
@@ -413,7 +434,7 @@ mod tests {
         }
 
         fn withdraw(&self) -> bool {
-            self.ends
+            self.ends.load(Ordering::Relaxed)
         }
     }
 
@@ -432,7 +453,7 @@ mod tests {
             _: bool,
             _: bool,
         ) -> Result<Arc<dyn Registration>, LinkError> {
-            Ok(Arc::new(Made { ends: self.ends }))
+            Ok(Arc::new(Made { ends: self.ends.clone() }))
         }
 
         fn open(&mut self, _: &[u8]) -> Result<RemoteId, LinkError> {
@@ -451,12 +472,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_stays_registered_is_never_handed_back() {
-        for ends in [true, false] {
+    fn memory_that_stays_registered_is_handed_back_when_that_ends() {
+        for at_once in [true, false] {
+            let ends = Arc::new(AtomicBool::new(at_once));
             let keys = Keys::default();
             let (key, entry) = region(&keys, 10, ACCESS_READ | ACCESS_WRITE);
             let notices = Notices::new(Waker::noop().clone());
-            let granted = keys.grant(key, &mut Registrar { ends }, &notices);
+            let granted = keys.grant(key, &mut Registrar { ends: ends.clone() }, &notices);
             let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
             let (buffer, told) = entry.revoke(Some(Waker::noop()));
             assert!(buffer.is_none() && !told.is_nobody(), "the peer may reach it");
@@ -466,7 +488,14 @@ mod tests {
             told.cut();
             assert_eq!(notices.take(), (vec![], vec![key]));
             drop(granted);
-            assert_eq!(entry.revoke(None).0.is_some(), ends);
+            if !at_once {
+                entry.end_stubborn();
+                let waker = Some(Waker::noop());
+                assert!(entry.revoke(waker).0.is_none(), "the device may still reach it");
+                ends.store(true, Ordering::Relaxed);
+                entry.end_stubborn();
+            }
+            assert!(entry.revoke(None).0.is_some());
         }
     }
 
@@ -475,7 +504,8 @@ mod tests {
         let keys = Keys::default();
         let (key, entry) = region(&keys, 10, ACCESS_READ);
         let notices = Notices::new(Waker::noop().clone());
-        let granted = keys.grant(key, &mut Registrar { ends: true }, &notices);
+        let granted =
+            keys.grant(key, &mut Registrar { ends: Arc::new(AtomicBool::new(true)) }, &notices);
         let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
         let used = keys.begin(key, 0, 10, false).expect("valid");
         // As if another thread held it.

@@ -182,6 +182,11 @@ impl NodeShared {
         self.gone.load(Ordering::Acquire)
     }
 
+    /// Whether the runtime has ended, and all endpoints with it.
+    pub fn has_wound_up(&self) -> bool {
+        self.is_gone() && lock(&self.endpoints).is_empty()
+    }
+
     /// Gives work to the resident task.
     pub fn spawn(&self, task: Task) {
         lock(&self.new_tasks).push(task);

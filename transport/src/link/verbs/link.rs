@@ -1170,7 +1170,11 @@ impl OneSided for VerbsLink {
         let Self { reachable, messenger, registrations, .. } = self;
         let access = Access::Reachable { read, write };
         let registered = reachable.register(messenger.reached(), registrations, memory, access);
-        registered.map_err(|error| io_error("registering a region", &error))
+        let registered = registered.map_err(|error| io_error("registering a region", &error))?;
+        registered.ok_or_else(|| {
+            let detail = "peers may reach as much memory as they can already";
+            error(ErrorKind::LimitExceeded, detail)
+        })
     }
 
     fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {

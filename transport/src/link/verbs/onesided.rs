@@ -135,16 +135,15 @@ pub(super) struct Reachable {
 }
 
 impl Reachable {
-    /// Registers a region in the domain that is the peer's.
+    /// Registers a region in the domain that is the peer's. `None`: there is no room for it.
     pub fn register(
         &mut self,
         domain: &Arc<Domain>,
         registrations: &Arc<Registrations>,
         memory: SegmentMut,
         access: Access,
-    ) -> io::Result<Arc<dyn Registration>> {
-        let refused = || io::Error::other("peers may reach as much memory as they can already");
-        let room = registrations.region_room(memory.len).ok_or_else(refused)?;
+    ) -> io::Result<Option<Arc<dyn Registration>>> {
+        let Some(room) = registrations.region_room(memory.len) else { return Ok(None) };
         let beacon = match &mut self.beacon {
             Some(beacon) => beacon,
             none => {
@@ -161,7 +160,7 @@ impl Reachable {
             beacon_key: beacon.remote_key(),
         };
         let (registered, grant) = (Mutex::new(Some(registered)), grant.encode());
-        Ok(Arc::new(Region { registered, grant, room }))
+        Ok(Some(Arc::new(Region { registered, grant, room })))
     }
 }
 
