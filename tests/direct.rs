@@ -194,19 +194,21 @@ fn a_peer_stops_in_the_middle_of_a_get(way: Way) {
     const PATIENCE: Duration = Duration::from_millis(300);
     const BYTES: usize = 64 << 20;
     let watch = Watch::new("a peer that stops in the middle of a get");
+    // What the peer does not copy nobody does.
+    let config = move || way.config().peer_write(false);
     let (there, here) = (runtime(1), runtime(1));
     let (tell, key) = std::sync::mpsc::channel::<RemoteKey>();
     let (ask, asked) = std::sync::mpsc::channel::<()>();
     let (go, gone) = std::sync::mpsc::channel::<()>();
     let (node_b, listener) = here.block_on(async {
-        let node = Node::new(way.config().close_timeout(PATIENCE)).expect("a node");
+        let node = Node::new(config().close_timeout(PATIENCE)).expect("a node");
         let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
         (node, listener)
     });
     let address = listener.address().to_string();
     let peer = std::thread::spawn(move || {
         let (node, a) = there.block_on(async {
-            let node = Node::new(way.config()).expect("a node");
+            let node = Node::new(config()).expect("a node");
             let a = node.connect(address.as_str()).await.expect("connecting");
             (node, a)
         });

@@ -263,7 +263,12 @@ fn what_cannot_be_registered_goes_by_buffers() {
     assert_eq!((counters.registrations, counters.registrations_refused), (0, 2));
     // Nothing can be registered for the peer either.
     let mut memory = vec![0; 100];
-    assert!(setting.link.register(place(&mut memory)[0], true, true).is_err());
+    let refused = setting.link.register(place(&mut memory)[0], true, true).err();
+    assert_eq!(refused.map(|error| error.kind), Some(ErrorKind::Resources));
+    // What is beyond this side's own limits is not even tried.
+    let beyond = SegmentMut { len: (1 << 30) + 1, ..place(&mut memory)[0] };
+    let refused = setting.link.register(beyond, true, true).err();
+    assert_eq!(refused.map(|error| error.kind), Some(ErrorKind::LimitExceeded));
     assert_eq!(setting.post(b"the link works").expect("posted"), Post::Done);
 }
 
