@@ -40,14 +40,17 @@ const OTHER_PACKAGES: [&str; 3] = ["pytest", "numpy", "distributed"];
 
 pub fn tests(root: &Path, install: bool) -> Summary {
     let mut summary = Summary::new();
-    let built = environment(root, install).and_then(|python| {
-        let file = wheel(root, &python, &python, &[], &mut summary)?;
-        pip_wheel(&python, &file)?;
-        Ok((python, file))
-    });
-    match built {
-        Err(why) => summary.add(Row::skipped("the Python package", why)),
-        Ok((python, file)) => {
+    let python = match environment(root, install) {
+        Ok(python) => python,
+        Err(why) => {
+            summary.add(Row::skipped("the Python package", why));
+            return summary;
+        }
+    };
+    let wheel = wheel(root, &python, &python, &[], &mut summary);
+    match wheel.and_then(|file| pip_wheel(&python, &file).map(|()| file)) {
+        Err(why) => summary.add(Row::failure("the Python package", why)),
+        Ok(file) => {
             lint(root, &python, &mut summary);
             for group in GROUPS {
                 summary.add(pytest(root, &python, "python", group));
@@ -75,19 +78,21 @@ fn others(root: &Path, install: bool, first: &Path, shared: &Path, summary: &mut
             summary.add(Row::skipped(name, format!("there is no python{version} here")));
             continue;
         };
+        let python = match other_environment(root, install, version, &interpreter) {
+            Ok(python) => python,
+            Err(why) => {
+                summary.add(Row::skipped(name, why));
+                continue;
+            }
+        };
         let file = if own_wheel {
             wheel(root, first, &interpreter, &["--no-default-features"], summary)
         } else {
             Ok(shared.to_owned())
         };
-        let python = file.and_then(|file| {
-            let python = other_environment(root, install, version, &interpreter)?;
-            pip_wheel(&python, &file)?;
-            Ok(python)
-        });
-        match python {
-            Ok(python) => ready.push((name, python)),
-            Err(why) => summary.add(Row::skipped(name, why)),
+        match file.and_then(|file| pip_wheel(&python, &file)) {
+            Ok(()) => ready.push((name, python)),
+            Err(why) => summary.add(Row::failure(name, why)),
         }
     }
     let run = |(name, python): &(String, PathBuf)| {

@@ -47,12 +47,16 @@ impl Row {
 
     /// Something that was left out.
     pub fn skipped(name: impl Into<String>, why: impl Into<String>) -> Row {
-        Row {
-            name: name.into(),
-            counts: Counts::SKIPPED,
-            notes: vec![why.into()],
-            took: Duration::ZERO,
-        }
+        Row::at_once(name.into(), Counts::SKIPPED, why.into())
+    }
+
+    /// Something that could not even be begun, and should have been.
+    pub fn failure(name: impl Into<String>, why: impl Into<String>) -> Row {
+        Row::at_once(name.into(), Counts::FAILED, why.into())
+    }
+
+    fn at_once(name: String, counts: Counts, why: String) -> Row {
+        Row { name, counts, notes: vec![why], took: Duration::ZERO }
     }
 
     /// `passed`, `FAILED` or `skipped`.
