@@ -299,7 +299,7 @@ async fn sizes_of_one_sided(way: Way) {
     }
     let stats = pair.a.stats();
     assert_eq!(stats.direct_puts > 20 && stats.direct_gets > 20, way.is_direct(), "{stats:?}");
-    assert_eq!(region.revoke().await.len(), largest + 10);
+    assert_eq!(region.revoke().await.expect("revoked").len(), largest + 10);
 }
 
 async fn message_without_frames(way: Way) {
@@ -747,7 +747,7 @@ async fn one_sided_bounds(way: Way) {
         let failed = pair.a.get(vec![1u8; len], &forged, 99).await.expect_err("outside");
         assert_eq!(failed.kind(), ErrorKind::OutOfBounds, "get of {len}");
     }
-    assert_eq!(region.revoke().await, vec![5u8; 100]);
+    assert_eq!(region.revoke().await.expect("revoked"), vec![5u8; 100]);
     // Neither messages nor the endpoint have suffered.
     pair.a.send(Message::copy_from_slice(b"alive")).await.expect("sending");
     assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 5);
@@ -763,8 +763,8 @@ async fn one_sided_access(way: Way) {
     assert_eq!(failed.kind(), ErrorKind::Unsupported);
     assert_eq!(pair.a.get(vec![9u8; 10], &readable.key(), 0).await.expect("getting"), [1; 10]);
     pair.a.put(vec![9u8; 10], &writable.key(), 0).await.expect("putting");
-    assert_eq!(readable.revoke().await, [1; 10]);
-    assert_eq!(writable.revoke().await, [9; 10]);
+    assert_eq!(readable.revoke().await.expect("revoked"), [1; 10]);
+    assert_eq!(writable.revoke().await.expect("revoked"), [9; 10]);
     // A key of another node.
     let own = pair.node_a.register(vec![0u8; 10], Access::ReadWrite).expect("region");
     let failed = pair.a.put(vec![1u8; 1], &own.key(), 0).await.expect_err("not the peer's");
@@ -810,6 +810,7 @@ async fn one_sided_revoked_midway(way: Way) {
             }
         };
         let (buffer, put, get) = tokio::join!(region.revoke(), finish_put, finish_get);
+        let buffer = buffer.expect("revoked");
         assert_eq!(buffer.len(), len);
         for kind in [put.err().map(|e| e.kind()), get.err().map(|e| e.kind())] {
             assert!(matches!(kind, None | Some(ErrorKind::KeyRevoked)), "{kind:?}");
@@ -836,7 +837,7 @@ async fn one_sided_dropped(way: Way) {
     }
     pair.a.fence().await.expect("a fence");
     pair.a.put(pattern(8, 300_000), &key, 0).await.expect("putting");
-    check_pattern(8, &region.revoke().await);
+    check_pattern(8, &region.revoke().await.expect("revoked"));
     until("everything to end", || pair.a.stats().operations == 0).await;
 }
 
@@ -892,8 +893,8 @@ async fn direct_is_used(way: Way) {
     for _ in 0..3 {
         assert_eq!(pair.b.get(vec![0; 10], &other.key(), 0).await.expect("getting"), [3; 10]);
     }
-    assert_eq!(other.revoke().await, [3; 10]);
-    assert_eq!(region.revoke().await.len(), 2_000_000);
+    assert_eq!(other.revoke().await.expect("revoked"), [3; 10]);
+    assert_eq!(region.revoke().await.expect("revoked").len(), 2_000_000);
     assert_eq!(pair.b.stats().granted_keys, 0);
     assert_eq!((pair.a.stats().operations, pair.b.stats().operations), (0, 0));
 }
@@ -923,8 +924,8 @@ async fn direct_bounds_and_access(way: Way) {
         pair.a.put(vec![1u8; len], &region.key(), 100 - len as u64).await.expect("putting");
     }
     assert_eq!(pair.a.stats().direct_gets > 0, way.is_direct());
-    assert_eq!(region.revoke().await, [1; 100]);
-    assert_eq!(readable.revoke().await, [6; 100]);
+    assert_eq!(region.revoke().await.expect("revoked"), [1; 100]);
+    assert_eq!(readable.revoke().await.expect("revoked"), [6; 100]);
 }
 
 /// What is handed back is nobody else's: no byte of it changes any more.
@@ -961,7 +962,7 @@ async fn direct_revoked_midway(way: Way) {
             }
         };
         let revoked = async {
-            let buffer = region.revoke().await;
+            let buffer = region.revoke().await.expect("revoked");
             let copy = buffer.clone();
             (buffer, copy)
         };
@@ -1015,7 +1016,7 @@ async fn direct_revoked_at_two_peers(way: Way) {
     for kind in [one.err().map(|f| f.kind()), two.err().map(|f| f.kind())] {
         assert!(matches!(kind, None | Some(ErrorKind::KeyRevoked)), "{kind:?}");
     }
-    assert_eq!(buffer.len(), 500_000);
+    assert_eq!(buffer.expect("revoked").len(), 500_000);
     assert_eq!((pair.b.stats().granted_keys, d.stats().granted_keys), (0, 0));
 }
 
@@ -1045,7 +1046,7 @@ async fn direct_dropped(way: Way) {
     }
     pair.a.fence().await.expect("a fence");
     pair.a.put(pattern(8, 600_000), &key, 0).await.expect("putting");
-    check_pattern(8, &region.revoke().await);
+    check_pattern(8, &region.revoke().await.expect("revoked"));
     until("everything to end", || pair.a.stats().operations == 0).await;
 }
 
@@ -1067,7 +1068,7 @@ async fn direct_on_many_keys(way: Way) {
     let direct = pair.a.stats().direct_puts;
     assert!(!way.is_direct() || direct >= LIMIT, "{direct}");
     for region in regions {
-        assert_eq!(region.revoke().await, [2; 4]);
+        assert_eq!(region.revoke().await.expect("revoked"), [2; 4]);
     }
     assert_eq!(pair.b.stats().granted_keys, 0);
     // There is room again.
@@ -1102,7 +1103,7 @@ async fn direct_and_the_end(way: Way) {
             pair.b.abort();
         }
         let revoked = async {
-            let buffer = region.revoke().await;
+            let buffer = region.revoke().await.expect("revoked");
             let copy = buffer.clone();
             (buffer, copy)
         };
@@ -1153,7 +1154,8 @@ async fn direct_and_goodbye(way: Way) {
         let limit = Duration::from_secs(10);
         let both = async { tokio::join!(region.revoke(), other.revoke()) };
         let (buffer, other) = within(limit, "revoking after the end", both).await;
-        assert_eq!((buffer.len(), other.len()), (len, len));
+        let lens = (buffer.expect("revoked").len(), other.expect("revoked").len());
+        assert_eq!(lens, (len, len));
         assert_eq!((pair.a.stats().granted_keys, pair.b.stats().granted_keys), (0, 0));
     }
 }

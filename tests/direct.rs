@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thalweg::{Access, Endpoint, ErrorKind, MockPlan, MockSwitch, Node, RemoteKey};
 use thalweg_tests::{
@@ -43,7 +43,7 @@ fn one_side_cannot() {
             let region = pair.node_b.register(vec![0u8; 6_000], Access::ReadWrite).expect("region");
             is_served(&pair.a, &region.key()).await;
             assert_eq!(pair.b.stats().granted_keys, 0);
-            assert_eq!(region.revoke().await.len(), 6_000);
+            assert_eq!(region.revoke().await.expect("revoked").len(), 6_000);
         }
     });
 }
@@ -89,7 +89,7 @@ fn an_older_minor_version_is_served(way: Way) {
         let region = node_b.register(vec![0u8; 6_000], Access::ReadWrite).expect("region");
         is_served(&a, &region.key()).await;
         assert_eq!(b.stats().granted_keys, 0);
-        assert_eq!(region.revoke().await.len(), 6_000);
+        assert_eq!(region.revoke().await.expect("revoked").len(), 6_000);
     });
 }
 
@@ -123,7 +123,7 @@ fn what_fails_is_told_and_the_target_serves_from_then_on() {
         assert_eq!(pair.a.stats().direct_puts, direct);
         assert_eq!(pair.b.stats().granted_keys, 1);
         pair.a.fence().await.expect("a fence");
-        let buffer = within(LIMIT, "the memory", region.revoke()).await;
+        let buffer = within(LIMIT, "the memory", region.revoke()).await.expect("revoked");
         (0..6).for_each(|i| check_pattern(i, &buffer[i as usize * 5_000..][..5_000]));
     });
 }
@@ -133,7 +133,9 @@ fn a_peer_that_is_stopped_holds_a_revocation_up_until_the_endpoint_ends() {
     run("a_peer_that_is_stopped", || async {
         let switch = MockSwitch::new();
         let plan = || MockPlan::new().direct(true).delay_polls(2).switch(&switch);
-        let pair = pair_with(Way::Mock, |config| config.mock(plan())).await;
+        let patient = Duration::from_secs(3600);
+        let with = |config: thalweg::Config| config.mock(plan()).close_timeout(patient);
+        let pair = pair_with(Way::Mock, with).await;
         let region = pair.node_b.register(vec![0u8; 50_000], Access::ReadWrite).expect("region");
         let key = region.key();
         use_until_direct(&pair.a, &key).await;
@@ -143,11 +145,144 @@ fn a_peer_that_is_stopped_holds_a_revocation_up_until_the_endpoint_ends() {
         let mut revoked = Box::pin(region.revoke());
         assert!(poll_times(&mut revoked, 200).await.is_none(), "the peer has not said so");
         switch.break_links();
-        let buffer = within(LIMIT, "the memory", revoked).await;
+        let buffer = within(LIMIT, "the memory", revoked).await.expect("revoked");
         assert!(buffer.iter().all(|byte| *byte == 0), "nothing has moved since");
         let failed = within(LIMIT, "the put", put).await.expect_err("broken");
         assert_eq!(failed.kind(), ErrorKind::ConnectionLost);
     });
+}
+
+/// Nothing is ended for it: the endpoint goes on, and so does the peer when it comes back.
+#[test]
+fn from_a_peer_that_stays_silent_a_region_is_taken() {
+    run("a_peer_that_stays_silent", || async {
+        const PATIENCE: Duration = Duration::from_millis(300);
+        let switch = MockSwitch::new();
+        let plan = || MockPlan::new().direct(true).delay_polls(2).switch(&switch);
+        let with = |config: thalweg::Config| config.mock(plan()).close_timeout(PATIENCE);
+        let pair = pair_with(Way::Mock, with).await;
+        let [region, other] = [5_000, 6_000]
+            .map(|len| pair.node_b.register(vec![0u8; len], Access::ReadWrite).expect("region"));
+        let key = region.key();
+        use_until_direct(&pair.a, &key).await;
+        switch.pause(true);
+        let mut put = pair.a.put(vec![1u8; 5_000], &key, 0);
+        assert!(poll_times(&mut put, 3).await.is_none());
+        let since = Instant::now();
+        let buffer = within(LIMIT, "the memory", region.revoke()).await.expect("revoked");
+        assert!(since.elapsed() >= PATIENCE, "the peer had no time to answer");
+        switch.pause(false);
+        let failed = within(LIMIT, "the put", put).await.expect_err("it was taken");
+        assert_eq!(failed.kind(), ErrorKind::ConnectionLost);
+        assert!(buffer.iter().all(|byte| *byte == 0), "written after it was handed back");
+        let refused = pair.a.put(vec![1u8; 8], &key, 0).await.expect_err("revoked");
+        assert_eq!(refused.kind(), ErrorKind::KeyRevoked);
+        let direct = pair.a.stats().direct_puts;
+        for round in 0..5 {
+            pair.a.put(pattern(round, 5_000), &other.key(), 10).await.expect("putting");
+        }
+        assert_eq!(pair.a.stats().direct_puts, direct, "the target serves from then on");
+        let (sent, got) = tokio::join!(pair.a.send(vec![2u8; 9]), pair.b.recv());
+        sent.expect("sending");
+        assert_eq!(got.expect("receiving").len_bytes(), 9);
+    });
+}
+
+/// What this process serves may last for as long as the peer likes: `revoke` does not, and can be
+/// asked again.
+fn a_peer_stops_in_the_middle_of_a_get(way: Way) {
+    const PATIENCE: Duration = Duration::from_millis(300);
+    const BYTES: usize = 64 << 20;
+    let watch = Watch::new("a peer that stops in the middle of a get");
+    // What the peer does not copy nobody does.
+    let config = move || way.config().peer_write(false);
+    let (there, here) = (runtime(1), runtime(1));
+    let (tell, key) = std::sync::mpsc::channel::<RemoteKey>();
+    let (ask, asked) = std::sync::mpsc::channel::<()>();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    let (node_b, listener) = here.block_on(async {
+        let node = Node::new(config().close_timeout(PATIENCE)).expect("a node");
+        let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        (node, listener)
+    });
+    let address = listener.address().to_string();
+    let peer = std::thread::spawn(move || {
+        let (node, a) = there.block_on(async {
+            let node = Node::new(config()).expect("a node");
+            let a = node.connect(address.as_str()).await.expect("connecting");
+            (node, a)
+        });
+        let key = key.recv().expect("a key");
+        let mut get = a.get(vec![0u8; BYTES], &key, 0);
+        assert!(there.block_on(poll_times(&mut get, 3)).is_none());
+        ask.send(()).expect("somebody waits");
+        // Still, until it is told to go on.
+        gone.recv().expect("somebody says so");
+        let got = there.block_on(within(LIMIT, "the get", get)).expect("getting");
+        assert!(got.iter().all(|byte| *byte == 7), "wrong bytes");
+        drop(node);
+    });
+    here.block_on(async {
+        let b = within(LIMIT, "accepting", listener.accept()).await.expect("accepting");
+        let mut region = node_b.register(vec![7u8; BYTES], Access::Read).expect("region");
+        tell.send(region.key()).expect("the peer's thread");
+        until("the peer to ask", || asked.try_recv().is_ok()).await;
+        until("the get", || b.stats().operations > 0).await;
+        for _ in 0..2 {
+            let since = Instant::now();
+            let failed = within(LIMIT, "an answer", region.revoke()).await.expect_err("in use");
+            assert!(since.elapsed() >= PATIENCE, "there was time left");
+            assert_eq!(failed.kind(), ErrorKind::InUse);
+            assert!(failed.error.is_retryable());
+            region = failed.region;
+            let mut last = [0];
+            region.read(BYTES - 1, &mut last).expect("within");
+            assert_eq!(last, [7]);
+        }
+        go.send(()).expect("the peer's thread");
+        let buffer = within(LIMIT, "the memory", async {
+            loop {
+                match region.revoke().await {
+                    Ok(buffer) => return buffer,
+                    Err(failed) => region = failed.region,
+                }
+            }
+        });
+        assert_eq!(buffer.await.len(), BYTES);
+        until("the peer to end", || peer.is_finished()).await;
+        peer.join().expect("no panic");
+    });
+    drop(watch);
+}
+
+#[test]
+fn a_peer_stops_in_the_middle_of_a_get_over_tcp() {
+    a_peer_stops_in_the_middle_of_a_get(Way::Tcp);
+}
+
+#[test]
+fn a_peer_stops_in_the_middle_of_a_get_over_shm() {
+    a_peer_stops_in_the_middle_of_a_get(Way::ShmAll);
+}
+
+/// Nobody is left who could tell how long it takes.
+#[test]
+fn revoking_when_the_runtime_has_ended() {
+    let watch = Watch::new("revoking when the runtime has ended");
+    for way in [Way::Tcp, Way::MockDirect] {
+        let ended = runtime(1);
+        let (pair, region) = ended.block_on(async {
+            let pair = pair_with(way, |config| config).await;
+            let region = pair.node_b.register(vec![3u8; 5_000], Access::Read).expect("region");
+            pair.a.get(vec![0u8; 10], &region.key(), 0).await.expect("getting");
+            (pair, region)
+        });
+        drop(ended);
+        let memory = runtime(1).block_on(within(LIMIT, "the memory", region.revoke()));
+        assert_eq!(memory.expect("revoked").len(), 5_000);
+        drop(pair);
+    }
+    drop(watch);
 }
 
 /// The other side's runtime moves only while it is driven: as long as it is not, what it was
@@ -198,7 +333,8 @@ fn memory_waits_for_the_peer(way: Way) {
         let early = tokio::time::timeout(Duration::from_millis(100), &mut revoked).await;
         assert!(early.is_err(), "handed back while the peer may still reach it");
         go.send(()).expect("the peer's thread");
-        assert_eq!(within(LIMIT, "the memory", revoked).await.len(), 5_000);
+        let memory = within(LIMIT, "the memory", revoked).await;
+        assert_eq!(memory.expect("revoked").len(), 5_000);
         until("the peer to end", || peer.is_finished()).await;
         peer.join().expect("no panic");
     });

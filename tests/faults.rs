@@ -693,7 +693,7 @@ fn a_link_may_break_anywhere() {
             let tags = async { while pair.b.tag_recv(0, 0, vec![0; 9_000]).await.is_ok() {} };
             let (worked, (), ()): (thalweg::Result<()>, _, _) = tokio::join!(work, receiving, tags);
             assert_eq!(worked.expect_err("it breaks").kind(), ErrorKind::ConnectionLost);
-            assert_eq!(region.revoke().await.len(), 100_000);
+            assert_eq!(region.revoke().await.expect("revoked").len(), 100_000);
             until("all to be gone", || {
                 pair.node_a.stats().endpoints == 0 && pair.node_b.stats().endpoints == 0
             })

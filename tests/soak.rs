@@ -543,7 +543,7 @@ impl Worker {
             self.shared.add(&self.shared.counts.one_sided, 2 * len);
             self.let_others().await;
         }
-        assert_eq!(region.revoke().await.len(), REGION_BYTES);
+        assert_eq!(region.revoke().await.expect("revoked").len(), REGION_BYTES);
     }
 }
 

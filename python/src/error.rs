@@ -27,6 +27,7 @@ fn kind(kind: ErrorKind) -> &'static str {
         ErrorKind::BufferTooSmall => "buffer-too-small",
         ErrorKind::OutOfBounds => "out-of-bounds",
         ErrorKind::KeyRevoked => "key-revoked",
+        ErrorKind::InUse => "in-use",
         ErrorKind::NoRoute => "no-route",
         ErrorKind::Resources => "resources",
         ErrorKind::Cancelled => "cancelled",

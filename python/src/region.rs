@@ -1,11 +1,11 @@
 //! Registered memory and its keys, for Python.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use thalweg::{Access, Registered, RemoteKey as Key};
+use thalweg::{Access, NotRevoked, Registered, RemoteKey as Key};
 
 use crate::buffer::{PyMemory, with_bytes};
 use crate::error;
@@ -52,12 +52,15 @@ impl RemoteKey {
     }
 }
 
+/// `None`: it was revoked, or is being revoked.
+type Held = Arc<Mutex<Option<Registered<PyMemory>>>>;
+
 /// Memory that peers can reach by its key, until it is revoked. The buffer stays exported for as
 /// long. Peers may write at any time: know by a message or a fence that a put has landed.
 #[pyclass(module = "thalweg", frozen, weakref)]
 pub struct Region {
     shared: Handle,
-    registered: Local<Mutex<Option<Registered<PyMemory>>>>,
+    registered: Local<Held>,
     key: Key,
 }
 
@@ -78,7 +81,7 @@ impl Region {
             .locking(py, || shared.node.register(memory, access))?
             .map_err(|error| error::raise(py, &error))?;
         let key = registered.key();
-        let registered = Local::new(Mutex::new(Some(registered)));
+        let registered = Local::new(Arc::new(Mutex::new(Some(registered))));
         Ok(Region { shared: shared.clone(), registered, key })
     }
 }
@@ -95,14 +98,22 @@ impl Region {
         RemoteKey(self.key).__len__()
     }
 
-    /// Revokes the key, and waits until no transfer uses the memory.
+    /// Revokes the key, and waits until no transfer uses the memory. Raises an error of kind
+    /// ``in-use`` if that takes longer than ``close_timeout`` allows: it can then be called again.
     fn revoke(&self) -> PyResult<Operation> {
         let mut slot = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         let registered =
             slot.take().ok_or_else(|| PyRuntimeError::new_err("this region was revoked before"))?;
         let terms = Terms::new("revoke", None, None)?;
+        let held = Arc::clone(&self.registered);
         Ok(Operation::new(&self.shared, terms, async move {
-            drop(registered.revoke().await);
+            match registered.revoke().await {
+                Ok(memory) => drop(memory),
+                Err(NotRevoked { error, region }) => {
+                    *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+                    return Err(error);
+                }
+            }
             Ok(Outcome::Nothing)
         }))
     }

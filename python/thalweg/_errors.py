@@ -92,6 +92,10 @@ class RemoteAccessError(Error, PermissionError):
     """A put or get outside its region, or with a key that is unknown or revoked."""
 
 
+class InUseError(Error, BufferError):
+    """Memory cannot be given back: a transfer uses it, or a device may still reach it."""
+
+
 class ResourcesError(Error, OSError):
     """Descriptors, memory or another resource of this process ran out."""
 
@@ -127,6 +131,7 @@ _CLASSES: dict[str, type[Error]] = {
     "buffer-too-small": BufferTooSmallError,
     "out-of-bounds": RemoteAccessError,
     "key-revoked": RemoteAccessError,
+    "in-use": InUseError,
     "no-route": NoRouteError,
     "resources": ResourcesError,
     "cancelled": Error,

@@ -238,7 +238,7 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
 
 /// As [`run`], on one thread only.
 pub fn run_once(name: &str, work: impl Future<Output = ()>) {
-    let watch = Watch::new(name);
+    let watch = Watch::over(name, patience());
     let result = runtime(1).block_on(async { tokio::time::timeout(patience(), work).await });
     assert!(result.is_ok(), "{name} hangs");
     drop(watch);
@@ -256,6 +256,9 @@ pub fn runtime(threads: usize) -> tokio::runtime::Runtime {
     builder.enable_all().build().expect("a runtime")
 }
 
+/// What a test may take to end in order once its patience is over.
+const GRACE: Duration = Duration::from_secs(20);
+
 /// Ends the process, naming the test, if a thread is stuck.
 pub struct Watch {
     over: Option<mpsc::Sender<()>>,
@@ -264,11 +267,15 @@ pub struct Watch {
 impl Watch {
     /// Watches from now on until dropped.
     pub fn new(name: &str) -> Watch {
+        Watch::over(name, patience() * 2)
+    }
+
+    fn over(name: &str, patience: Duration) -> Watch {
         let (over, wait) = mpsc::channel::<()>();
         let name = name.to_owned();
         std::thread::spawn(move || {
-            if wait.recv_timeout(patience() * 3) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("{name}: a thread is stuck");
+            if wait.recv_timeout(patience + GRACE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                say(&format!("{name}: a thread is stuck\n"));
                 std::process::exit(101);
             }
         });
@@ -316,7 +323,11 @@ pub async fn poll_times<F: Future + Unpin>(future: &mut F, times: usize) -> Opti
 /// Says that a test was left out, and why: past the harness's capture, so that it is seen. In the
 /// form that `cargo xtask` counts.
 pub fn skipped(name: &str, reason: &str) {
-    let line = format!("SKIPPED: {name}: {reason}\n");
+    say(&format!("SKIPPED: {name}: {reason}\n"));
+}
+
+/// Past the harness's capture, in one piece.
+fn say(line: &str) {
     // Nobody is left to tell if this fails.
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }

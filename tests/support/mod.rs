@@ -227,6 +227,12 @@ impl Peer {
         self.signal(libc::SIGKILL);
     }
 
+    /// Whether it has ended well, once it has. For those on whose thread it is waited for.
+    pub fn ended(&mut self) -> Option<bool> {
+        drop(self.stdin.take());
+        self.child.try_wait().expect("waiting for a peer").map(|status| status.success())
+    }
+
     /// Ends its standard input and waits for its end: whether it ended well.
     pub fn finish(mut self) -> bool {
         drop(self.stdin.take());

@@ -47,6 +47,8 @@ pub enum ErrorKind {
     OutOfBounds,
     /// The remote key is unknown or was revoked.
     KeyRevoked,
+    /// Memory cannot be given back: a transfer uses it, or a device may still reach it. It is kept.
+    InUse,
     /// No link that both sides have satisfies the configuration.
     NoRoute,
     /// Descriptors, memory or another resource of this process ran out.
@@ -82,6 +84,7 @@ impl ErrorKind {
             ErrorKind::BufferTooSmall => "receive buffer too small",
             ErrorKind::OutOfBounds => "access outside the region",
             ErrorKind::KeyRevoked => "remote key unknown or revoked",
+            ErrorKind::InUse => "memory in use",
             ErrorKind::NoRoute => "no usable link",
             ErrorKind::Resources => "out of resources",
             ErrorKind::Cancelled => "cancelled",
@@ -256,6 +259,7 @@ impl Error {
                 | ErrorKind::NameResolution
                 | ErrorKind::PeerGone
                 | ErrorKind::ConnectionLost
+                | ErrorKind::InUse
                 | ErrorKind::Resources
                 | ErrorKind::Cancelled
         )
@@ -307,6 +311,7 @@ impl From<Error> for io::Error {
                 io::ErrorKind::InvalidData
             }
             ErrorKind::PeerGone | ErrorKind::ConnectionLost => io::ErrorKind::ConnectionReset,
+            ErrorKind::InUse => io::ErrorKind::ResourceBusy,
             ErrorKind::Closed => io::ErrorKind::NotConnected,
             ErrorKind::Unsupported => io::ErrorKind::Unsupported,
             _ => io::ErrorKind::Other,

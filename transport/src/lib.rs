@@ -61,7 +61,7 @@ pub use memory::{Allocator, Buffer, BufferMut, HostPool, Loan, MemoryKind, PoolB
 pub use message::{Frame, INLINE_MAX, Message};
 pub use node::{HostTurn, Node, RecvAny};
 pub use peer::Peer;
-pub use region::{Access, Registered, RemoteKey};
+pub use region::{Access, NotRevoked, Registered, RemoteKey};
 pub use route::{Candidate, Capability, Family, Lane, Route, Verdict};
 pub use stats::{NodeStats, Stats};
 

@@ -1,13 +1,17 @@
 //! Registered memory and the keys by which peers reach it.
 
+use std::any::Any;
 use std::fmt;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use crate::driver::keys::Entry;
 use crate::driver::node::NodeShared;
+use crate::driver::op::forked;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::memory::{BufferMut, racy_read, racy_write};
 use crate::proto::keys::{
@@ -153,31 +157,125 @@ impl<B: BufferMut> Registered<B> {
     /// on, new puts and gets are refused with [`ErrorKind::KeyRevoked`]; such as peers' links carry
     /// out themselves may begin until the peer has heard of it.
     ///
-    /// Waits for every peer that was granted such access to say that it has ended. One that does
-    /// not is waited for until its endpoint has ended, and then until its process, or its side of
-    /// the link, has: a stopped process on the same host holds this up for as long as it is
-    /// stopped.
+    /// Waits for transfers that this process carries out, and for every peer that was granted such
+    /// access to say that it has ended. From one that does not say so within
+    /// [`crate::Config::close_timeout`] it is taken: what its link had under way there ends with an
+    /// error, and its later puts and gets are carried out by this process.
+    ///
+    /// # Errors
+    ///
+    /// The region, to be asked again whenever it suits, with the reason:
+    ///
+    /// - [`ErrorKind::InUse`] if after that time, or twice that time where a peer had to be waited
+    ///   for, the memory is still in use: this process serves a transfer to a peer that does not
+    ///   go on, or a device refuses to end a registration, which every call tries again to end. The
+    ///   memory is kept: also if the region is dropped, for as long as anything may reach it.
+    /// - [`ErrorKind::RuntimeGone`] if the node's runtime has ended, and the memory is in use still.
+    /// - [`ErrorKind::Forked`] in a forked child, whose parent has the region.
     ///
     /// **Cancel safety.** Once polled the key is revoked; if the future is dropped, the memory is
     /// freed when the last transfer has ended.
-    pub async fn revoke(mut self) -> B {
+    pub async fn revoke(mut self) -> Result<B, NotRevoked<B>> {
+        if self.node.fork.forked() {
+            return Err(NotRevoked { error: forked(), region: self });
+        }
         self.node.keys.remove(self.key);
-        let buffer = poll_fn(|cx| match self.entry().revoke(Some(cx.waker())) {
-            Some(buffer) => Poll::Ready(buffer),
-            None => Poll::Pending,
+        self.entry().end_stubborn();
+        match self.unused().await {
+            Ok(buffer) => {
+                self.entry = None;
+                Ok(*buffer.downcast::<B>().expect("registered with this type"))
+            }
+            Err(error) => Err(NotRevoked { error, region: self }),
+        }
+    }
+
+    /// The buffer, once nothing uses it any more.
+    async fn unused(&self) -> Result<Box<dyn Any + Send>> {
+        let (node, mut patience) = (&self.node, None);
+        poll_fn(|cx| {
+            let (buffer, told) = self.entry().revoke(Some(cx.waker()));
+            if let Some(buffer) = buffer {
+                return Poll::Ready(Ok(buffer));
+            }
+            // Peers have that time to give it back, and then it is taken.
+            let times = if told.is_nobody() { 1 } else { 2 };
+            node.cut_later(told);
+            let limit = node.config.close_timeout * times;
+            let sleep = || node.timers.sleep_until(Instant::now() + limit);
+            let patience = patience.get_or_insert_with(sleep);
+            // In this order: whoever sleeps is woken when the node's runtime has ended.
+            if Pin::new(patience).poll(cx).is_pending() && !node.has_wound_up() {
+                return Poll::Pending;
+            }
+            self.entry().end_stubborn();
+            let (buffer, _) = self.entry().revoke(Some(cx.waker()));
+            Poll::Ready(buffer.ok_or_else(|| self.still_in_use()))
         })
-        .await;
-        self.entry = None;
-        *buffer.downcast::<B>().expect("registered with this type")
+        .await
+    }
+
+    fn still_in_use(&self) -> Error {
+        let (kind, detail) = match self.node.is_gone() {
+            true => (ErrorKind::RuntimeGone, "a region is still in use, or a device reaches it"),
+            false => (ErrorKind::InUse, "a transfer or a device still uses the region"),
+        };
+        let error = Error::new(kind, Phase::Close, detail);
+        error.with_hint("end the endpoints of peers that do not go on, and revoke it again")
+    }
+}
+
+/// A region whose memory cannot be given back yet. Its key is revoked.
+///
+/// `?` turns it into a plain [`Error`] and drops the region; its memory is then freed when nothing
+/// uses it any more.
+pub struct NotRevoked<B> {
+    /// Why.
+    pub error: Error,
+    /// To be asked again.
+    pub region: Registered<B>,
+}
+
+impl<B> NotRevoked<B> {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        self.error.kind()
+    }
+}
+
+impl<B> fmt::Debug for NotRevoked<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NotRevoked({})", self.error)
+    }
+}
+
+impl<B> fmt::Display for NotRevoked<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<B> std::error::Error for NotRevoked<B> {}
+
+impl<B> From<NotRevoked<B>> for Error {
+    fn from(failed: NotRevoked<B>) -> Error {
+        failed.error
     }
 }
 
 impl<B> Drop for Registered<B> {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry.take() {
-            self.node.keys.remove(self.key);
-            entry.forget();
+        let Some(entry) = self.entry.take() else { return };
+        if self.node.fork.forked() {
+            // The memory is the parent's, and so may a lock of the region's be.
+            return std::mem::forget(entry);
         }
+        self.node.keys.remove(self.key);
+        entry.end_stubborn();
+        // The buffer is not wanted back: it is dropped now, or with the last user.
+        let (buffer, told) = entry.revoke(None);
+        drop(buffer);
+        self.node.cut_later(told);
     }
 }
 

@@ -3,14 +3,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::run;
 use crate::summary::{Row, Summary};
-use crate::{FEATURES, With, cargo, minutes};
+use crate::{FEATURES, With, cargo};
 
 const NAME: &str = "tests over verbs";
 /// Its status when the machine cannot be made here.
 const CANNOT: i32 = 77;
+/// What one test program may take in its machine, in seconds; and what it takes beyond that to make
+/// the machine, and to show what the program has said if it is ended.
+const PROGRAM_SECONDS: u64 = 240;
+const PROGRAM_SECONDS_LONG: u64 = 1200;
+const AROUND_SECONDS: u64 = 30;
 /// The machine is slow: after 5 s its pools still fill (93 to 143 MiB), after 15 s they do not.
 const SOAK_SECONDS: &str = "20";
 const SOAK_SECONDS_LONG: &str = "60";
@@ -89,12 +95,16 @@ pub fn tests(root: &Path, long: bool) -> Summary {
         if long {
             command.arg("--show-output").env("THALWEG_TEST_LONG", "1");
         }
-        let each = minutes(if long { 20 } else { 4 });
+        let each = Duration::from_secs(program_seconds(long) + AROUND_SECONDS);
         let mut rows = run::tests(command, each, 3 * each);
         rows.iter_mut().for_each(|row| row.name = format!("{} ({what})", row.name));
         summary.extend(rows);
     }
     summary
+}
+
+fn program_seconds(long: bool) -> u64 {
+    if long { PROGRAM_SECONDS_LONG } else { PROGRAM_SECONDS }
 }
 
 /// `cargo test` with the machine between it and the test programs, which has these files too.
@@ -105,7 +115,7 @@ fn tests_in(root: &Path, runner: &Path, long: bool, files: &[PathBuf]) -> Comman
     };
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
     let peer = target.join(if long { "release" } else { "debug" }).join("thalweg-test-peer");
-    let limit = if long { "1200" } else { "240" };
+    let limit = program_seconds(long);
     let mut runner = format!("{} -t {limit} -r", runner.display());
     for file in std::iter::once(&peer).chain(files) {
         runner = format!("{runner} -a {}", file.display());

@@ -35,7 +35,7 @@ async fn offer(node: &Node, to: &Endpoint) -> Result<()> {
     say(format_args!("told {:?}, found {:?}", text(&told), text(&start)));
 
     // From here on the key is worthless, and the memory is ours alone again.
-    let memory = region.revoke().await;
+    let memory = region.revoke().await?;
     say(format_args!("{} bytes back", memory.len()));
     to.send(Message::copy_from_slice(b"revoked")).await?;
     Ok(())

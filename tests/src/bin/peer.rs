@@ -190,7 +190,12 @@ async fn one_sided(node: &Node, endpoint: &Endpoint) -> Result<(), Failure> {
             buffer = endpoint.get(buffer, &key, 0).await?;
         }
     };
-    both(putting, getting).await
+    let over = both(putting, getting).await;
+    // What is left of the endpoint, if anything is.
+    if endpoint.send(Message::copy_from_slice(b"still here")).await.is_ok() {
+        let _ = endpoint.recv().await;
+    }
+    over
 }
 
 /// Forks a child that does nothing and lives on, for at most a minute. The child's number.

@@ -666,7 +666,7 @@ impl Core {
             self.state.message_stuck = false;
         }
         self.flush();
-        progress
+        if self.state.has_wanted() { Progress::More } else { progress }
     }
 
     /// Registers the waker with every lane. `Busy`: drive again.
@@ -734,6 +734,7 @@ impl Core {
                 Killed::Keeps => self.lanes.push(link),
             }
         }
+        self.cut_overdue();
         self.state.deliveries.clear();
         self.state.outbox.clear();
         for reply in self.state.replies.drain(..) {

@@ -5,13 +5,14 @@
 //! the answer is here the target's process serves, and it goes on serving if it refuses. A grant
 //! keeps the region's memory, and the link's registration of it, in the target's endpoint. It ends
 //! when the key is revoked: the target says so, the other side uses it no more, waits for what is
-//! under way, and says that ([`Head::Revoked`]). If the endpoint ends first, an orderly goodbye
+//! under way, and says that ([`Head::Revoked`]). From a peer that does not say so in time the key is
+//! taken: its registration ends, whatever it has under way. If the endpoint ends first, an orderly goodbye
 //! says the same for all keys; after any other end a [`Ward`] keeps the memory until the link
 //! knows that the peer cannot reach it any more.
 //!
 //! How the bytes get there is the link's affair ([`crate::link::OneSided`]).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use smallvec::SmallVec;
 use super::core::{Control, Core, Life, State};
 use super::keys::{Granted, NotGranted, Notices};
 use super::table::{Slot, What};
-use crate::error::{Error, LinkError};
+use crate::error::{Error, ErrorKind, LinkError};
 use crate::link::{Class, Disposition, Link, OneSided, OpId, RemoteId};
 use crate::proto::keys::check_bounds;
 use crate::proto::wire::{GRANT_BYTES_MAX, Head};
@@ -30,6 +31,12 @@ use crate::proto::wire::{GRANT_BYTES_MAX, Head};
 /// Keys that are granted to one peer at a time, and keys of a peer's that are remembered. What
 /// goes beyond is served by the target.
 pub(super) const GRANTS_MAX: usize = 1024;
+
+/// Registrations for a peer that come to nothing (it gives them back unasked, or the link tries and
+/// fails): after so many nothing more is registered for it. One that is honest gives back what it
+/// cannot open, and loses nothing: the target serves. What a limit of this side's refuses has cost
+/// nothing, and may be due to others: it does not count.
+pub(super) const VAIN_MAX: usize = 64;
 
 /// What this side knows of a key of the peer's.
 #[derive(Debug)]
@@ -82,8 +89,14 @@ pub(crate) struct Direct {
     // As the side that is reached.
     notices: Arc<Notices>,
     /// The peer asks for them.
-    wanted: Vec<u64>,
+    wanted: VecDeque<u64>,
     granted: HashMap<u64, Granted>,
+    /// Those among them that were asked back.
+    asked_back: HashSet<u64>,
+    /// Keys that were taken from the peer, which may still say that it gives them back.
+    cut: HashSet<u64>,
+    /// See [`VAIN_MAX`].
+    vain: usize,
     /// The peer has ended: nothing is granted any more, and all it had is given back.
     over: bool,
 }
@@ -100,8 +113,11 @@ impl Direct {
             broken: false,
             goodbye_due: false,
             notices: Notices::new(endpoint),
-            wanted: Vec::new(),
+            wanted: VecDeque::new(),
             granted: HashMap::new(),
+            asked_back: HashSet::new(),
+            cut: HashSet::new(),
+            vain: 0,
             over: false,
         }
     }
@@ -115,6 +131,11 @@ impl Direct {
     /// Keys that the peer holds.
     pub fn granted(&self) -> usize {
         self.granted.len()
+    }
+
+    /// Keys that the peer holds, asks for, or has yet to give back.
+    pub fn held(&self) -> usize {
+        self.granted.len() + self.wanted.len() + self.cut.len()
     }
 
     /// Keys of the peer's that are remembered.
@@ -178,10 +199,10 @@ impl State {
         if direct.granted.contains_key(&key) || direct.wanted.contains(&key) {
             return Err(State::protocol("direct access is asked for twice"));
         }
-        if !open || direct.over || direct.granted.len() + direct.wanted.len() >= GRANTS_MAX {
+        if !open || direct.over || direct.vain >= VAIN_MAX || direct.held() >= GRANTS_MAX {
             self.outbox.push_back(Control::Refused { key });
         } else {
-            direct.wanted.push(key);
+            direct.wanted.push_back(key);
             direct.busy = true;
         }
         Ok(())
@@ -235,11 +256,17 @@ impl State {
 
     pub(super) fn on_revoked(&mut self, key: u64) -> Result<(), Disposition> {
         self.check_direct()?;
-        let granted = self.direct.as_mut().and_then(|direct| direct.granted.remove(&key));
-        match granted {
-            Some(granted) => self.after.discard_any(Box::new(granted)),
+        let direct = self.direct.as_mut();
+        let direct = direct.ok_or_else(|| State::protocol("a key is given back that is none"))?;
+        match direct.granted.remove(&key) {
+            Some(granted) => {
+                if !direct.asked_back.remove(&key) {
+                    direct.vain += 1;
+                }
+                self.after.discard_any(Box::new(granted));
+            }
             // What it says for one key its goodbye has said for all.
-            None if self.direct.as_ref().is_some_and(|direct| direct.over) => {}
+            None if direct.cut.remove(&key) || direct.over => {}
             None => return Err(State::protocol("a key is given back that was not granted")),
         }
         Ok(())
@@ -264,6 +291,8 @@ impl State {
         let Some(direct) = &mut self.direct else { return Vec::new() };
         direct.over = true;
         direct.wanted.clear();
+        direct.asked_back.clear();
+        direct.cut.clear();
         direct.granted.drain().map(|(_, granted)| granted).collect()
     }
 
@@ -273,6 +302,12 @@ impl State {
             Some(direct) if direct.in_flight > 0 => direct.goodbye_due = true,
             _ => self.outbox.push_back(Control::CloseDone),
         }
+    }
+
+    /// Whether the next turn has to register a region for the peer.
+    pub(super) fn has_wanted(&self) -> bool {
+        let wanted = self.direct.as_ref().is_some_and(|direct| !direct.wanted.is_empty());
+        wanted && !matches!(self.life, Life::Dead(_))
     }
 
     /// Whether the peer's goodbye is still to be answered.
@@ -367,31 +402,54 @@ impl Core {
 
     /// Keys of this side that were revoked.
     fn tell_revoked(&mut self) -> Result<(), Error> {
-        let Some(direct) = &self.state.direct else { return Ok(()) };
+        let Some(direct) = &mut self.state.direct else { return Ok(()) };
         if !direct.notices.any() {
             return Ok(());
         }
-        let mut revoked = direct.notices.take();
+        let (mut revoked, overdue) = direct.notices.take();
         revoked.retain(|key| direct.granted.contains_key(key));
+        direct.asked_back.extend(&revoked);
         for key in revoked {
             self.control(&Head::Revoke { key })?;
+        }
+        for key in overdue {
+            self.cut(key);
         }
         Ok(())
     }
 
-    /// What the peer has asked for.
-    fn grant_wanted(&mut self) -> Result<(), Error> {
-        while let Some(direct) = &mut self.state.direct
-            && let Some(key) = direct.wanted.pop()
-        {
-            match self.grant(key) {
-                Some(Terms { key, len, access, bytes }) => {
-                    self.control(&Head::Granted { key, len, access, bytes: &bytes })?;
-                }
-                None => self.control(&Head::Refused { key })?,
-            }
+    /// As [`Core::serve_direct`], of an endpoint that is dead and of which a lane is still there,
+    /// so that its peer may still reach what it was granted.
+    pub(super) fn cut_overdue(&mut self) {
+        let Some(direct) = &mut self.state.direct else { return };
+        if direct.notices.any() {
+            let (_, overdue) = direct.notices.take();
+            overdue.into_iter().for_each(|key| self.cut(key));
         }
-        Ok(())
+    }
+
+    /// Takes from the peer what it has not given back in time.
+    fn cut(&mut self, key: u64) {
+        let Some(direct) = &mut self.state.direct else { return };
+        let Some(granted) = direct.granted.remove(&key) else { return };
+        direct.asked_back.remove(&key);
+        direct.cut.insert(key);
+        granted.cut();
+        tracing::warn!(peer = %self.state.peer, "a region is taken from a peer that keeps it");
+        self.state.after.discard_any(Box::new(granted));
+    }
+
+    /// What the peer has asked for: one region a turn, since registering takes its time.
+    fn grant_wanted(&mut self) -> Result<(), Error> {
+        let Some(direct) = &mut self.state.direct else { return Ok(()) };
+        let Some(key) = direct.wanted.pop_front() else { return Ok(()) };
+        direct.busy |= !direct.wanted.is_empty();
+        match self.grant(key) {
+            Some(Terms { key, len, access, bytes }) => {
+                self.control(&Head::Granted { key, len, access, bytes: &bytes })
+            }
+            None => self.control(&Head::Refused { key }),
+        }
     }
 
     /// Registers a region for the peer. `None`: that cannot be.
@@ -409,6 +467,11 @@ impl Core {
             Err((NotGranted::Key, garbage)) => garbage,
             Err((NotGranted::Link(error), garbage)) => {
                 self.tell_why("a region cannot be registered for direct access", &error);
+                if let Some(direct) = &mut self.state.direct
+                    && error.kind != ErrorKind::LimitExceeded
+                {
+                    direct.vain += 1;
+                }
                 garbage
             }
         };

@@ -680,7 +680,7 @@ impl Session {
             assert!(matches!(stage, Some(Stage::Posted)), "over, and its memory is still in use");
         }
         let direct = state.direct.as_ref().expect("the lane can");
-        assert!(direct.granted() <= GRANTS_MAX && direct.remembered() <= GRANTS_MAX);
+        assert!(direct.held() <= GRANTS_MAX && direct.remembered() <= GRANTS_MAX);
     }
 
     /// Ends the endpoint, unless the peer did; then nothing may be left of anything.

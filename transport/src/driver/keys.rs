@@ -13,6 +13,7 @@ use crate::error::LinkError;
 use crate::link::{OneSided, Registration};
 use crate::proto::keys::{ACCESS_READ, ACCESS_WRITE, check_bounds};
 use crate::proto::wire::Status;
+use crate::runtime::ForkGuard;
 
 struct Users {
     count: usize,
@@ -34,6 +35,36 @@ pub(crate) struct Entry {
     access: u8,
     users: Mutex<Users>,
     registrations: Mutex<Registrations>,
+    /// Registrations that would not end, and for each the use that keeps the memory. As many as
+    /// there were domains of links at most, each of which may have got a new one since.
+    stubborn: Mutex<Vec<Stubborn>>,
+    /// In a forked child a lock of the parent's may seem to be held, for ever. There the region and
+    /// its uses are left as they are.
+    fork: ForkGuard,
+}
+
+/// A registration that a device would not end. It keeps the memory: dropped by nobody but
+/// [`Entry::end_stubborn`], since the region would keep itself otherwise.
+type Stubborn = (Arc<dyn Registration>, RegionUse);
+
+/// Whose peers were told that a key is revoked.
+#[must_use]
+pub(crate) struct Told {
+    key: u64,
+    holders: Vec<Weak<Notices>>,
+}
+
+impl Told {
+    pub fn is_nobody(&self) -> bool {
+        self.holders.is_empty()
+    }
+
+    /// They have had time enough: what has not been given back is taken.
+    pub fn cut(&self) {
+        for notices in self.holders.iter().filter_map(Weak::upgrade) {
+            notices.tell(&notices.overdue, self.key);
+        }
+    }
 }
 
 // SAFETY: `memory` describes the buffer in `users`, which is freed only when no user is left.
@@ -54,27 +85,37 @@ impl Entry {
 
     /// Refuses new users, and has those told that were granted direct access. `Some`: no user is
     /// left, here is the buffer (once). Otherwise `waker` is called when the last user is gone.
+    /// Beside it: who was told, which happens once.
     ///
     /// Called without an endpoint's lock: endpoints are woken.
-    pub fn revoke(&self, waker: Option<&Waker>) -> Option<Box<dyn Any + Send>> {
+    pub fn revoke(&self, waker: Option<&Waker>) -> (Option<Box<dyn Any + Send>>, Told) {
         let mut users = lock(&self.users);
         users.revoked = true;
+        let mut told = Told { key: self.key, holders: Vec::new() };
         if users.count == 0 {
-            return users.buffer.take();
+            return (users.buffer.take(), told);
         }
         let old = std::mem::replace(&mut users.waiting, waker.cloned());
         let holders = std::mem::take(&mut users.holders);
         drop(users);
         drop(old);
-        for notices in holders {
-            notices.tell(self.key);
+        for notices in &holders {
+            told.holders.push(Arc::downgrade(notices));
+            notices.tell(&notices.revoked, self.key);
         }
-        None
+        (None, told)
     }
 
-    /// The owner does not want the buffer back: it is dropped with the last user.
-    pub fn forget(&self) {
-        drop(self.revoke(None));
+    /// Tries once more to end the registrations that would not end. Called without a lock; takes
+    /// its time if the device still will not.
+    pub fn end_stubborn(&self) {
+        let mut tried = std::mem::take(&mut *lock(&self.stubborn));
+        let ended: Vec<_> =
+            tried.extract_if(.., |(registration, _)| registration.withdraw()).collect();
+        if !tried.is_empty() {
+            lock(&self.stubborn).append(&mut tried);
+        }
+        drop(ended);
     }
 }
 
@@ -99,7 +140,8 @@ impl RegionUse {
         let memory = entry.memory.write(entry.memory.len);
         let (read, write) = (entry.access & ACCESS_READ != 0, entry.access & ACCESS_WRITE != 0);
         let registration = link.register(memory, read, write)?;
-        let shared = Arc::new(Shared { registration, used: ManuallyDrop::new(self.again()) });
+        let used = ManuallyDrop::new(self.again());
+        let shared = Arc::new(Shared { registration, is_cut: AtomicBool::new(false), used });
         known.retain(|(_, shared)| shared.strong_count() > 0);
         known.push((domain, Arc::downgrade(&shared)));
         Ok(shared)
@@ -116,6 +158,9 @@ impl RegionUse {
 
 impl Drop for RegionUse {
     fn drop(&mut self) {
+        if self.0.fork.forked() {
+            return;
+        }
         let mut users = lock(&self.0.users);
         users.count -= 1;
         if users.count > 0 || !users.revoked {
@@ -136,6 +181,8 @@ impl Drop for RegionUse {
 /// granted to it.
 pub(crate) struct Notices {
     revoked: Mutex<Vec<u64>>,
+    /// Those among them that the peer has had time enough to give back.
+    overdue: Mutex<Vec<u64>>,
     any: AtomicBool,
     endpoint: Waker,
 }
@@ -143,11 +190,12 @@ pub(crate) struct Notices {
 impl Notices {
     /// `endpoint` is woken when there is something to tell.
     pub fn new(endpoint: Waker) -> Arc<Self> {
-        Arc::new(Notices { revoked: Mutex::new(Vec::new()), any: AtomicBool::new(false), endpoint })
+        let (revoked, overdue, any) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        Arc::new(Notices { revoked, overdue, any, endpoint })
     }
 
-    fn tell(&self, key: u64) {
-        lock(&self.revoked).push(key);
+    fn tell(&self, list: &Mutex<Vec<u64>>, key: u64) {
+        lock(list).push(key);
         self.any.store(true, Ordering::Release);
         self.endpoint.wake_by_ref();
     }
@@ -156,9 +204,12 @@ impl Notices {
         self.any.load(Ordering::Acquire)
     }
 
-    pub fn take(&self) -> Vec<u64> {
+    /// What was revoked, and what is overdue.
+    pub fn take(&self) -> (Vec<u64>, Vec<u64>) {
         self.any.store(false, Ordering::Release);
-        std::mem::take(&mut *lock(&self.revoked))
+        let [revoked, overdue] =
+            [&self.revoked, &self.overdue].map(|list| std::mem::take(&mut *lock(list)));
+        (revoked, overdue)
     }
 }
 
@@ -170,6 +221,9 @@ struct Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
+        if self.used.0.fork.forked() {
+            return;
+        }
         let mut users = lock(&self.used.0.users);
         if let Some(at) = users.holders.iter().position(|held| Arc::ptr_eq(held, &self.notices)) {
             users.holders.swap_remove(at);
@@ -180,17 +234,27 @@ impl Drop for Hold {
 /// A region's registration in one domain, shared by those to whom it is granted there.
 struct Shared {
     registration: Arc<dyn Registration>,
+    /// A peer has not given it back.
+    is_cut: AtomicBool,
     used: ManuallyDrop<RegionUse>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if !self.registration.withdraw() {
-            tracing::error!("registered memory that a peer may still reach is left");
+        if self.used.0.fork.forked() {
             return;
         }
+        let ended = match self.is_cut.load(Ordering::Acquire) {
+            true => self.registration.cut(),
+            false => self.registration.withdraw(),
+        };
         // SAFETY: here and nowhere else.
-        unsafe { ManuallyDrop::drop(&mut self.used) };
+        let used = unsafe { ManuallyDrop::take(&mut self.used) };
+        if !ended {
+            tracing::error!("memory that a device goes on reaching is kept");
+            let entry = used.0.clone();
+            lock(&entry.stubborn).push((self.registration.clone(), used));
+        }
     }
 }
 
@@ -212,6 +276,12 @@ impl Granted {
     pub fn extent(&self) -> (u64, u8) {
         let entry = &self.hold.used.0;
         (entry.memory.len as u64, entry.access)
+    }
+
+    /// It is taken from a peer that has not given it back: when this is dropped, and all others
+    /// that share the registration, which are overdue as well.
+    pub fn cut(&self) {
+        self.shared.is_cut.store(true, Ordering::Release);
     }
 }
 
@@ -251,7 +321,9 @@ impl Keys {
         };
         let users = Mutex::new(users);
         let registrations = Mutex::new(Registrations::new());
-        let entry = Arc::new(Entry { key, memory, access, users, registrations });
+        let stubborn = Mutex::default();
+        let fork = ForkGuard::get();
+        let entry = Arc::new(Entry { key, memory, access, users, registrations, stubborn, fork });
         keys.insert(key, entry.clone());
         Ok((key, entry))
     }
@@ -340,19 +412,20 @@ mod tests {
         let keys = Keys::default();
         let (key, entry) = region(&keys, 8, ACCESS_WRITE);
         let used = keys.begin(key, 0, 8, true).expect("valid");
-        assert!(entry.revoke(Some(Waker::noop())).is_none(), "still in use");
+        let (buffer, told) = entry.revoke(Some(Waker::noop()));
+        assert!(buffer.is_none() && told.is_nobody(), "still in use");
         assert_eq!(keys.begin(key, 0, 8, true).err(), Some(Status::KeyUnknown));
         drop(used);
-        assert!(entry.revoke(None).is_some());
+        assert!(entry.revoke(None).0.is_some());
     }
 
     /// A link whose registrations end, or do not.
     struct Registrar {
-        ends: bool,
+        ends: Arc<AtomicBool>,
     }
 
     struct Made {
-        ends: bool,
+        ends: Arc<AtomicBool>,
     }
 
     impl Registration for Made {
@@ -361,7 +434,7 @@ mod tests {
         }
 
         fn withdraw(&self) -> bool {
-            self.ends
+            self.ends.load(Ordering::Relaxed)
         }
     }
 
@@ -380,7 +453,7 @@ mod tests {
             _: bool,
             _: bool,
         ) -> Result<Arc<dyn Registration>, LinkError> {
-            Ok(Arc::new(Made { ends: self.ends }))
+            Ok(Arc::new(Made { ends: self.ends.clone() }))
         }
 
         fn open(&mut self, _: &[u8]) -> Result<RemoteId, LinkError> {
@@ -399,17 +472,58 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_stays_registered_is_never_handed_back() {
-        for ends in [true, false] {
+    fn memory_that_stays_registered_is_handed_back_when_that_ends() {
+        for at_once in [true, false] {
+            let ends = Arc::new(AtomicBool::new(at_once));
             let keys = Keys::default();
             let (key, entry) = region(&keys, 10, ACCESS_READ | ACCESS_WRITE);
             let notices = Notices::new(Waker::noop().clone());
-            let granted = keys.grant(key, &mut Registrar { ends }, &notices);
+            let granted = keys.grant(key, &mut Registrar { ends: ends.clone() }, &notices);
             let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
-            assert!(entry.revoke(Some(Waker::noop())).is_none(), "the peer may reach it");
-            assert_eq!(notices.take(), [key]);
+            let (buffer, told) = entry.revoke(Some(Waker::noop()));
+            assert!(buffer.is_none() && !told.is_nobody(), "the peer may reach it");
+            assert_eq!(notices.take(), (vec![key], vec![]));
+            let again = entry.revoke(Some(Waker::noop()));
+            assert!(again.1.is_nobody(), "once is enough");
+            told.cut();
+            assert_eq!(notices.take(), (vec![], vec![key]));
             drop(granted);
-            assert_eq!(entry.revoke(None).is_some(), ends);
+            if !at_once {
+                entry.end_stubborn();
+                let waker = Some(Waker::noop());
+                assert!(entry.revoke(waker).0.is_none(), "the device may still reach it");
+                ends.store(true, Ordering::Relaxed);
+                entry.end_stubborn();
+            }
+            assert!(entry.revoke(None).0.is_some());
         }
+    }
+
+    #[test]
+    fn a_forked_child_waits_for_no_lock_of_a_regions() {
+        let keys = Keys::default();
+        let (key, entry) = region(&keys, 10, ACCESS_READ);
+        let notices = Notices::new(Waker::noop().clone());
+        let granted =
+            keys.grant(key, &mut Registrar { ends: Arc::new(AtomicBool::new(true)) }, &notices);
+        let granted = granted.unwrap_or_else(|_| panic!("it can be granted"));
+        let used = keys.begin(key, 0, 10, false).expect("valid");
+        // As if another thread held it.
+        let locked = lock(&entry.users);
+        // SAFETY: the child calls what a child may come to call, and ends without unwinding.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: takes no pointers. A child that hangs is ended.
+            unsafe { libc::alarm(20) };
+            drop((used, granted));
+            // SAFETY: as above.
+            unsafe { libc::_exit(0) };
+        }
+        drop(locked);
+        assert!(child > 0, "no child");
+        let mut status = -1;
+        // SAFETY: a child of ours, and a number to write.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "the child hangs");
     }
 }

@@ -20,6 +20,8 @@ pub(crate) mod bootstrap;
 pub(crate) mod core;
 pub(crate) mod direct;
 #[cfg(test)]
+mod direct_tests;
+#[cfg(test)]
 mod end_tests;
 pub(crate) mod endpoint;
 #[cfg(feature = "fuzzing")]

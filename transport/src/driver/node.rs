@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::board::{Board, EndpointId, Pulse};
 use super::direct::Ward;
 use super::endpoint::EndpointShared;
-use super::keys::Keys;
+use super::keys::{Keys, Told};
 use super::sync::{Mutex, lock};
 use super::waiters::{Place, Waiters};
 use crate::config::Config;
@@ -182,6 +182,11 @@ impl NodeShared {
         self.gone.load(Ordering::Acquire)
     }
 
+    /// Whether the runtime has ended, and all endpoints with it.
+    pub fn has_wound_up(&self) -> bool {
+        self.is_gone() && lock(&self.endpoints).is_empty()
+    }
+
     /// Gives work to the resident task.
     pub fn spawn(&self, task: Task) {
         lock(&self.new_tasks).push(task);
@@ -190,6 +195,19 @@ impl NodeShared {
 
     pub fn take_new_tasks(&self) -> Vec<Task> {
         std::mem::take(&mut *lock(&self.new_tasks))
+    }
+
+    /// Takes a region back from peers that have not given it back in time. One piece of work for
+    /// each region that was revoked in the last of these times and that a peer held.
+    pub fn cut_later(&self, told: Told) {
+        if told.is_nobody() {
+            return;
+        }
+        let sleep = self.timers.sleep_until(Instant::now() + self.config.close_timeout);
+        self.spawn(Box::pin(async move {
+            sleep.await;
+            told.cut();
+        }));
     }
 
     /// Has the resident task keep memory until no peer can reach it any more.

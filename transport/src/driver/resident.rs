@@ -258,6 +258,10 @@ impl Future for Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
+        if self.node.fork.forked() {
+            // The memory is the parent's, and so may the node's locks be.
+            return std::mem::forget(std::mem::take(&mut self.wards));
+        }
         for ward in std::mem::take(&mut self.wards) {
             self.node.keep(ward);
         }

@@ -3,6 +3,7 @@
 //! to hear of the peer's end.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll};
 
 use super::chunks::Filling;
@@ -111,10 +112,33 @@ pub(super) fn end_of_peer(
     cx: &mut Context<'_>,
     io_error: impl FnOnce(&str, &io::Error) -> LinkError,
 ) -> Option<LinkError> {
-    let looked = bootstrap.poll_read(cx, |fd| {
-        let mut byte = [0];
-        rustix::io::read(fd, &mut byte).map(Attempt::More).map_err(Into::into)
-    });
+    let looked = bootstrap.poll_read(cx, |fd| read_byte(fd).map(Attempt::More));
+    judge(kind, looked, io_error)
+}
+
+/// As [`end_of_peer`], at the connection itself: the runtime may not have come to look at it.
+pub(super) fn end_of_peer_now(
+    kind: LinkKind,
+    bootstrap: &Source,
+    io_error: impl FnOnce(&str, &io::Error) -> LinkError,
+) -> Option<LinkError> {
+    let looked = match read_byte(bootstrap.fd()) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+        read => Poll::Ready(read),
+    };
+    judge(kind, looked, io_error)
+}
+
+fn read_byte(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut byte = [0];
+    Ok(rustix::io::read(fd, &mut byte)?)
+}
+
+fn judge(
+    kind: LinkKind,
+    looked: Poll<io::Result<usize>>,
+    io_error: impl FnOnce(&str, &io::Error) -> LinkError,
+) -> Option<LinkError> {
     match looked {
         Poll::Pending => None,
         Poll::Ready(Ok(0)) => Some(LinkError::new(

@@ -251,6 +251,8 @@ struct Shared {
     wakers: [Option<Waker>; 2],
     /// Memory that each side has registered for the other, by number.
     regions: [HashMap<u32, Region>; 2],
+    /// Those that were taken from the peer while it may have used them.
+    cut: [HashSet<u32>; 2],
     next_region: u32,
     broken: Option<&'static str>,
     paused: bool,
@@ -390,6 +392,14 @@ struct Registered {
 impl Registration for Registered {
     fn grant(&self) -> &[u8] {
         &self.grant
+    }
+
+    fn cut(&self) -> bool {
+        let mut shared = self.pair.lock();
+        if shared.regions[self.side].remove(&self.number).is_some() {
+            shared.cut[self.side].insert(self.number);
+        }
+        true
     }
 }
 
@@ -538,8 +548,12 @@ impl MockLink {
     fn reach(&mut self) -> Result<bool, LinkError> {
         let mut any = false;
         while let Some(at) = self.next_direct() {
-            // One that fails is reported by the end of the link.
-            self.do_direct(&self.direct[at])?;
+            // One that fails otherwise is reported by the end of the link.
+            if !self.do_direct(&self.direct[at])? {
+                // What had begun ends in the same way.
+                self.failing.extend(self.direct.drain(..).map(|direct| direct.op));
+                return Ok(true);
+            }
             let direct = self.direct.remove(at);
             self.later(direct.op);
             any = true;
@@ -566,9 +580,13 @@ impl MockLink {
         (due > 0).then_some(at)
     }
 
-    fn do_direct(&self, direct: &Direct) -> Result<(), LinkError> {
+    /// `false`: the peer has taken this region of its from this side.
+    fn do_direct(&self, direct: &Direct) -> Result<bool, LinkError> {
         let shared = self.pair.lock();
         self.check_alive(&shared)?;
+        if shared.cut[1 - self.side].contains(&direct.region) {
+            return Ok(false);
+        }
         let Some(region) = shared.regions[1 - self.side].get(&direct.region) else {
             return Err(breach("a region is reached that its owner has taken back"));
         };
@@ -593,7 +611,7 @@ impl MockLink {
             // SAFETY: as above.
             unsafe { racy_read(remote, to) };
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Does a put or get now, or later.
@@ -611,14 +629,18 @@ impl MockLink {
         }
         self.posted += 1;
         self.directs += 1;
-        if self.plan.direct_max > 0 && self.directs > self.plan.direct_max {
+        let too_many = self.plan.direct_max > 0 && self.directs > self.plan.direct_max;
+        if too_many {
             self.failing.push(direct.op);
             return Ok(Post::Pending);
         }
         let paused = self.pair.lock().paused;
         if self.plan.delay_polls == 0 && self.posted.is_multiple_of(2) && !paused {
-            self.do_direct(&direct)?;
-            return Ok(Post::Done);
+            if self.do_direct(&direct)? {
+                return Ok(Post::Done);
+            }
+            self.failing.push(direct.op);
+            return Ok(Post::Pending);
         }
         self.direct.push(direct);
         Ok(Post::Pending)

@@ -392,12 +392,20 @@ pub(crate) trait Registration: Send + Sync {
     fn withdraw(&self) -> bool {
         true
     }
+
+    /// As [`withdraw`](Self::withdraw), though the peer has not said that it is finished with the
+    /// memory: what it has under way there, or begins, ends with an error at its side, which may
+    /// be the end of its direct access to anything ([`OneSided`]). The link lives on.
+    fn cut(&self) -> bool {
+        self.withdraw()
+    }
 }
 
 /// Direct put and get: an optional part of a [`Link`].
 ///
 /// The user checks keys, bounds and access; it keeps registered memory alive until the peer has
-/// said that it is finished with it, or [`Link::poll_unreachable`] is ready; and it closes a remote
+/// said that it is finished with it, or [`Link::poll_unreachable`] is ready, or the registration is
+/// [`cut`](Registration::cut); and it closes a remote
 /// region only when no operation on it is under way. [`Link::kill`] closes them all.
 ///
 /// An operation that ends with an error while the link lives says that nothing can be reached by

@@ -13,7 +13,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use super::{Attempt, Fd, Interest, Reactor, Source};
+use super::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
 
 #[derive(Default)]
 struct Table {
@@ -27,6 +27,8 @@ struct Table {
 pub(crate) struct Timers {
     source: Source,
     table: Mutex<Table>,
+    /// In a forked child the lock may seem to be held, for ever.
+    fork: ForkGuard,
 }
 
 impl Timers {
@@ -38,6 +40,7 @@ impl Timers {
         Ok(Timers {
             source: reactor.source(Fd::new(fd), Interest::Read)?,
             table: Mutex::new(Table::default()),
+            fork: ForkGuard::get(),
         })
     }
 
@@ -155,7 +158,9 @@ impl Sleep {
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        self.forget();
+        if !self.timers.fork.forked() {
+            self.forget();
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use thalweg_ffi::ibverbs as ffi;
@@ -15,6 +15,7 @@ use super::alarm::{Alarm, Alarms};
 use super::blob::{self, PORTS_MAX, Port, Terms};
 use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
+use super::lookout::{Look, Lookout};
 use super::messenger::{BUFFERS, Messenger};
 use super::queues::Side;
 use super::registrations::Registrations;
@@ -55,6 +56,14 @@ struct Announced {
 struct After {
     wakers: Vec<Waker>,
     gone: Vec<Adapter>,
+}
+
+/// Adapters that go where they are woken, which nobody does with a lock held: to let go of their
+/// memory takes its time.
+struct Going(#[expect(dead_code, reason = "held until dropped")] Mutex<Vec<Adapter>>);
+
+impl Wake for Going {
+    fn wake(self: Arc<Self>) {}
 }
 
 impl After {
@@ -202,12 +211,12 @@ impl VerbsEngine {
     fn hear_removals(
         &self,
         adapters: &mut Adapters,
-        cx: &mut Context<'_>,
+        look: &mut Look<'_, '_>,
         after: &mut After,
     ) -> Progress {
         let Some(removals) = &self.removals else { return Progress::Idle };
         for _ in 0..EVENTS_MAX {
-            let file_name = match removals.poll(cx) {
+            let file_name = match removals.poll(look) {
                 Poll::Ready(Ok(Some(file_name))) => file_name,
                 Poll::Ready(Ok(None)) => continue,
                 Poll::Ready(Err(_)) | Poll::Pending => return Progress::Idle,
@@ -289,7 +298,11 @@ impl VerbsEngine {
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
-    pub async fn open(&self, prepared: Prepared, terms: &[u8]) -> Result<Opened, Failure> {
+    pub async fn open(
+        self: &Arc<Self>,
+        prepared: Prepared,
+        terms: &[u8],
+    ) -> Result<Opened, Failure> {
         let Prepared { mut messenger, ports, to, registrations, alarm, why } = prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
@@ -325,32 +338,62 @@ impl VerbsEngine {
         .map_err(failure)?;
         let options = self.options.clone();
         let (timers, received) = (self.timers.clone(), seen.early);
-        Ok(Opened { messenger, channel, registrations, alarm, received, options, timers, why })
+        let lookout = Lookout::new(Arc::downgrade(self));
+        Ok(Opened {
+            messenger,
+            channel,
+            registrations,
+            alarm,
+            lookout,
+            received,
+            options,
+            timers,
+            why,
+        })
     }
 }
 
 impl Engine for VerbsEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
         let mut after = After::default();
-        let progress = self.hear(cx, &mut after);
+        let progress = self.hear(&mut self.adapters(), &mut Look::Told(cx), &mut after);
         after.run();
         progress
     }
 }
 
 impl VerbsEngine {
+    /// Hears what devices and the kernel say, whether or not the runtime has come to see it. What
+    /// is to be woken once no lock is held.
+    pub(super) fn hear_now(&self) -> Vec<Waker> {
+        // Whoever has it sets up a link, or hears by itself.
+        let Ok(mut adapters) = self.adapters.try_lock() else { return Vec::new() };
+        let mut after = After::default();
+        // What is left is heard the next time.
+        self.hear(&mut adapters, &mut Look::Now, &mut after);
+        drop(adapters);
+        if !after.gone.is_empty() {
+            after.wakers.push(Waker::from(Arc::new(Going(Mutex::new(after.gone)))));
+        }
+        after.wakers
+    }
+
     /// Hears what devices and the kernel say.
-    fn hear(&self, cx: &mut Context<'_>, after: &mut After) -> Progress {
-        let mut adapters = self.adapters();
+    fn hear(
+        &self,
+        adapters: &mut Adapters,
+        look: &mut Look<'_, '_>,
+        after: &mut After,
+    ) -> Progress {
         for which in 0..adapters.all.len() {
             let mut left = EVENTS_MAX;
             while left > 0
                 && let Some(Adapter { device, events, .. }) = &adapters.all[which]
             {
                 left -= 1;
-                match events.poll_read(cx, |_| device.take_event().map(Attempt::More)) {
+                match look.read(events, |_| device.take_event()) {
                     Poll::Ready(Ok(Event::DeviceGone { why })) => {
-                        self.let_go(&mut adapters, which, why, after);
+                        self.let_go(adapters, which, why, after);
                     }
                     Poll::Ready(Ok(event)) => after.wakers.extend(self.alarms.hear(which, &event)),
                     // An error is the runtime's, which others report, or the device's, which has
@@ -362,7 +405,7 @@ impl VerbsEngine {
                 return Progress::More;
             }
         }
-        self.hear_removals(&mut adapters, cx, after)
+        self.hear_removals(adapters, look, after)
     }
 }
 
@@ -458,6 +501,7 @@ pub(crate) struct Opened {
     pub(super) channel: Source,
     pub(super) registrations: Arc<Registrations>,
     pub(super) alarm: Arc<Alarm>,
+    pub(super) lookout: Lookout,
     pub(super) received: VecDeque<super::queues::Completion>,
     pub(super) options: VerbsOptions,
     pub(super) timers: Arc<Timers>,
@@ -472,14 +516,14 @@ impl Opened {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::task::Wake;
 
     use super::super::fake::Fake;
     use super::*;
     use crate::runtime::HostLoop;
 
-    fn engine(fakes: &[Fake]) -> Arc<VerbsEngine> {
+    pub(in super::super) fn engine(fakes: &[Fake]) -> Arc<VerbsEngine> {
         let reactor = Reactor::Host(HostLoop::new().expect("an event loop"));
         let adapter = |fake: &Fake| Adapter {
             device: fake.device.clone(),
@@ -505,6 +549,11 @@ mod tests {
         Arc::new(made)
     }
 
+    /// The alarm of a link over the first of its devices.
+    pub(in super::super) fn alarm(engine: &VerbsEngine) -> Arc<Alarm> {
+        engine.alarms.add(0, [0; 2])
+    }
+
     /// Asks the engine for something when it is woken.
     struct Asks(Arc<VerbsEngine>, Mutex<Option<String>>);
 
@@ -527,7 +576,7 @@ mod tests {
     fn a_device_that_goes_keeps_its_place_and_wakes_without_a_lock() {
         let fakes = [Fake::new(), Fake::new()];
         let engine = engine(&fakes);
-        let alarm = engine.alarms.add(0, [0; 2]);
+        let alarm = alarm(&engine);
         let asks = Arc::new(Asks(engine.clone(), Mutex::new(None)));
         assert!(!alarm.watch(&std::task::Waker::from(asks.clone())));
         let before = engine.own();

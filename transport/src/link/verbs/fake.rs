@@ -39,6 +39,8 @@ pub(super) struct State {
     domains: HashMap<u32, usize>,
     /// What the end of a registration answers.
     pub deregistering: c_int,
+    /// How often that was asked for.
+    pub deregistrations: usize,
     /// The queue pairs of the one link that there is.
     pairs: Vec<usize>,
     /// Requests of puts and gets that have not ended.
@@ -267,6 +269,7 @@ unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
     let (context, key) = unsafe { ((*mr).context, (*mr).lkey) };
     // SAFETY: a context of ours.
     let mut state = unsafe { state(context) };
+    state.deregistrations += 1;
     if state.deregistering == 0 {
         // SAFETY: made above, and given back once.
         drop(unsafe { Box::from_raw(mr) });

@@ -16,13 +16,14 @@ use super::alarm::Alarm;
 use super::bulk::{Incoming, Left, Next, Outgoing, Outgoings, Read};
 use super::device::{Access, is_removed};
 use super::engine::Opened;
+use super::lookout::Lookout;
 use super::messenger::{Ended, Messenger};
 use super::onesided::{Means, Outcome, Reachable, Reaches};
 use super::queues::{Completion, Side, What};
 use super::registrations::{Found, Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
-use crate::link::arrivals::{self, end_of_peer, filling, offered_len, sent_len};
+use crate::link::arrivals::{self, end_of_peer, end_of_peer_now, filling, offered_len, sent_len};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
     LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
@@ -112,6 +113,7 @@ pub(crate) struct VerbsLink {
     channel: Source,
     registrations: Arc<Registrations>,
     alarm: Arc<Alarm>,
+    lookout: Lookout,
     caps: Caps,
     max_payload: u64,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
@@ -150,8 +152,9 @@ pub(crate) struct VerbsLink {
 
 impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
-        let Opened { messenger, channel, registrations, alarm, received, options, timers, why } =
-            opened;
+        let Opened { messenger, channel, registrations, alarm, lookout, .. } = opened;
+        let (received, options, timers, why) =
+            (opened.received, opened.options, opened.timers, opened.why);
         let port = messenger.port().to_string();
         VerbsLink {
             messenger,
@@ -159,6 +162,7 @@ impl VerbsLink {
             channel,
             registrations,
             alarm,
+            lookout,
             caps: Caps {
                 eager_max: options.eager_max.min(EAGER_BYTES_MAX),
                 ways: format!(
@@ -204,14 +208,27 @@ impl VerbsLink {
 
     /// Whether the peer's process still holds its end of the bootstrap connection.
     fn look_at_bootstrap(&mut self, cx: &mut Context<'_>) {
-        if self.broken.is_some() {
-            return;
+        self.hear_alarm();
+        if self.broken.is_none() {
+            self.broken = end_of_peer(LinkKind::Verbs, &self.bootstrap, cx, io_error);
         }
-        if let Some(why) = self.alarm.raised() {
+    }
+
+    /// The same, and what devices say, at the descriptors themselves.
+    fn look_now(&mut self, sink: &mut dyn Sink) {
+        self.lookout.look(sink);
+        self.hear_alarm();
+        if self.broken.is_none() {
+            self.broken = end_of_peer_now(LinkKind::Verbs, &self.bootstrap, io_error);
+        }
+    }
+
+    fn hear_alarm(&mut self) {
+        if self.broken.is_none()
+            && let Some(why) = self.alarm.raised()
+        {
             self.broken = Some(error(ErrorKind::ConnectionLost, why));
-            return;
         }
-        self.broken = end_of_peer(LinkKind::Verbs, &self.bootstrap, cx, io_error);
     }
 
     /// Why a request failed.
@@ -993,20 +1010,22 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         // Before the queues are looked at: what the peer sent before it ended is there by then.
+        if self.lookout.is_due() {
+            self.look_now(sink);
+        }
         if !spinning {
             self.look_at_bootstrap(cx);
         }
         let turn = self.turn(budget, sink);
-        let (moved, more) = self.settle(turn)?;
-        if more {
-            return Ok(Progress::More);
-        }
-        if moved {
-            return Ok(Progress::Some);
-        }
+        let progress = match self.settle(turn)? {
+            (_, true) => Progress::More,
+            (true, false) => Progress::Some,
+            (false, false) => Progress::Idle,
+        };
+        self.lookout.polled(progress);
         match self.broken.clone() {
-            Some(error) => self.settle(Err(error)),
-            None => Ok(Progress::Idle),
+            Some(error) if progress == Progress::Idle => self.settle(Err(error)),
+            _ => Ok(progress),
         }
     }
 
@@ -1151,7 +1170,11 @@ impl OneSided for VerbsLink {
         let Self { reachable, messenger, registrations, .. } = self;
         let access = Access::Reachable { read, write };
         let registered = reachable.register(messenger.reached(), registrations, memory, access);
-        registered.map_err(|error| io_error("registering a region", &error))
+        let registered = registered.map_err(|error| io_error("registering a region", &error))?;
+        registered.ok_or_else(|| {
+            let detail = "peers may reach as much memory as they can already";
+            error(ErrorKind::LimitExceeded, detail)
+        })
     }
 
     fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {

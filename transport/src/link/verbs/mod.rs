@@ -20,6 +20,7 @@
 //! | `topology` | where a device lies in the host, and how fast its ports are |
 //! | `alarm` | what devices say by themselves |
 //! | `removal` | what the kernel says of devices that are taken away |
+//! | `lookout` | looking where a busy runtime does not get to look |
 //! | `engine` | devices of a node, set-up |
 //! | `link` | the link |
 //!
@@ -51,6 +52,7 @@ mod engine;
 #[cfg(test)]
 mod fake;
 mod link;
+mod lookout;
 mod messenger;
 mod onesided;
 mod queues;

@@ -39,7 +39,8 @@ pub(super) const OPERATIONS_MAX: usize = 1024;
 /// Buffers for payloads; one more takes what is read of the beacon, which nobody looks at.
 const BUFFERS: usize = REACH_BUFFERS - 1;
 const BEACON_BYTES: u32 = 8;
-/// How long a registration that will not end is tried to.
+/// How long a registration that will not end is tried to; those after it only once each, until one
+/// does end: whoever drops a thousand of them is held up for no longer than that.
 const END_PATIENCE: Duration = Duration::from_millis(20);
 const END_STEP: Duration = Duration::from_millis(1);
 const GRANT_BYTES: usize = 32;
@@ -86,19 +87,24 @@ impl Grant {
 struct Region {
     registered: Mutex<Option<Registered>>,
     grant: [u8; GRANT_BYTES],
-    _room: RegionRoom,
+    room: RegionRoom,
 }
 
 impl Region {
-    fn end(registered: &mut Registered) -> io::Result<()> {
-        let until = Instant::now() + END_PATIENCE;
-        loop {
+    fn end(&self, registered: &mut Registered) -> io::Result<()> {
+        let (patient, began) = (self.room.last_has_ended(), Instant::now());
+        let mut again = patient;
+        let ended = loop {
             match registered.end() {
-                Err(error) if registered.device().took_along(&error) => return Ok(()),
-                Err(_) if Instant::now() < until => std::thread::sleep(END_STEP),
-                ended => return ended,
+                Err(error) if registered.device().took_along(&error) => break Ok(()),
+                Err(_) if again => std::thread::sleep(END_STEP),
+                ended => break ended,
             }
-        }
+            // Once more, however late it has become.
+            again = patient && began.elapsed() < END_PATIENCE;
+        };
+        self.room.has_ended(ended.is_ok());
+        ended
     }
 }
 
@@ -110,7 +116,7 @@ impl Registration for Region {
     fn withdraw(&self) -> bool {
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut ending) = registered.take() else { return true };
-        match Region::end(&mut ending) {
+        match self.end(&mut ending) {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(%error, "the registration of a region cannot be ended");
@@ -129,16 +135,15 @@ pub(super) struct Reachable {
 }
 
 impl Reachable {
-    /// Registers a region in the domain that is the peer's.
+    /// Registers a region in the domain that is the peer's. `None`: there is no room for it.
     pub fn register(
         &mut self,
         domain: &Arc<Domain>,
         registrations: &Arc<Registrations>,
         memory: SegmentMut,
         access: Access,
-    ) -> io::Result<Arc<dyn Registration>> {
-        let refused = || io::Error::other("peers may reach as much memory as they can already");
-        let room = registrations.region_room(memory.len).ok_or_else(refused)?;
+    ) -> io::Result<Option<Arc<dyn Registration>>> {
+        let Some(room) = registrations.region_room(memory.len) else { return Ok(None) };
         let beacon = match &mut self.beacon {
             Some(beacon) => beacon,
             none => {
@@ -155,7 +160,7 @@ impl Reachable {
             beacon_key: beacon.remote_key(),
         };
         let (registered, grant) = (Mutex::new(Some(registered)), grant.encode());
-        Ok(Arc::new(Region { registered, grant, _room: room }))
+        Ok(Some(Arc::new(Region { registered, grant, room })))
     }
 }
 

@@ -18,6 +18,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::device::{Access, Domain, Registered};
@@ -96,6 +97,18 @@ pub(super) struct RegionRoom {
     bytes: usize,
 }
 
+impl RegionRoom {
+    /// Whether the registration of a region that was to end last over this device has ended.
+    pub fn last_has_ended(&self) -> bool {
+        !self.home.stubborn.load(Ordering::Relaxed)
+    }
+
+    /// One was to end.
+    pub fn has_ended(&self, ended: bool) {
+        self.home.stubborn.store(!ended, Ordering::Relaxed);
+    }
+}
+
 impl Drop for RegionRoom {
     fn drop(&mut self) {
         // As for [`Held`].
@@ -128,6 +141,8 @@ struct State {
 pub(super) struct Registrations {
     domain: Arc<Domain>,
     state: Mutex<State>,
+    /// The last registration of a region's that was to end has not.
+    stubborn: AtomicBool,
 }
 
 /// What came of asking for a registration.
@@ -185,7 +200,11 @@ fn span(arena: Arena, at: usize, bytes: usize, what: Use) -> (usize, usize) {
 
 impl Registrations {
     pub fn new(domain: &Arc<Domain>) -> Arc<Registrations> {
-        let made = Arc::new(Registrations { domain: domain.clone(), state: Mutex::default() });
+        let made = Arc::new(Registrations {
+            domain: domain.clone(),
+            state: Mutex::default(),
+            stubborn: AtomicBool::new(false),
+        });
         arenas::listen(Arc::downgrade(&made) as _);
         made
     }

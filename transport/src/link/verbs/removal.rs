@@ -6,11 +6,13 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::task::Poll;
 
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
 
-use crate::runtime::{Attempt, Fd, Interest, Reactor, Source};
+use super::lookout::Look;
+use crate::runtime::{Fd, Interest, Reactor, Source};
 
 /// The kernel's own announcements, as opposed to those of a device manager.
 const KERNEL_GROUP: u32 = 1;
@@ -34,18 +36,15 @@ impl Removals {
     }
 
     /// The next announcement: the file name of a device that is being removed, or `None` if it is
-    /// about something else. Pending: there are no more, and `cx`'s waker is registered.
-    pub fn poll(
-        &self,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<io::Result<Option<String>>> {
-        self.0.poll_read(cx, |fd| {
+    /// about something else. Pending: there are no more.
+    pub fn poll(&self, look: &mut Look<'_, '_>) -> Poll<io::Result<Option<String>>> {
+        look.read(&self.0, |fd| {
             let mut buffer = [const { MaybeUninit::<u8>::uninit() }; ANNOUNCEMENT_BYTES_MAX];
             let received = recv(fd, &mut buffer[..], RecvFlags::empty());
             match received {
-                Ok(((bytes, _), _)) => Ok(Attempt::More(removed(bytes).map(str::to_owned))),
+                Ok(((bytes, _), _)) => Ok(removed(bytes).map(str::to_owned)),
                 // Some were lost, which is no end of it.
-                Err(rustix::io::Errno::NOBUFS) => Ok(Attempt::More(None)),
+                Err(rustix::io::Errno::NOBUFS) => Ok(None),
                 Err(error) => Err(error.into()),
             }
         })

@@ -2,18 +2,19 @@
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thalweg_ffi::ibverbs as ffi;
 
 use super::VerbsOptions;
-use super::alarm::Alarms;
-use super::engine::Opened;
+use super::alarm::{Alarm, Alarms};
+use super::engine::{self, Opened};
 use super::fake::{Fake, VENDOR};
 use super::link::VerbsLink;
+use super::lookout::Lookout;
 use super::messenger::{Messenger, RECEIVES, RESERVE, SENDS};
 use super::registrations::{Found, Registrations, SLICE_BYTES, Use};
 use super::wire::{BODY_MAX, Header, Kind, Piece};
@@ -69,7 +70,7 @@ struct Setting {
     woken: Arc<Count>,
     host: Arc<HostLoop>,
     /// What the peer holds.
-    _bootstrap: UnixStream,
+    bootstrap: Option<UnixStream>,
 }
 
 /// A link, what drives it, and what the peer holds.
@@ -80,7 +81,17 @@ struct Made {
     bootstrap: UnixStream,
 }
 
-fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
+fn link_of(messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
+    let alarm = Alarms::default().add(0, [0; 2]);
+    link_with(messenger, registrations, alarm, Lookout::new(Weak::new()))
+}
+
+fn link_with(
+    mut messenger: Messenger,
+    registrations: &Arc<Registrations>,
+    alarm: Arc<Alarm>,
+    lookout: Lookout,
+) -> Made {
     let host = HostLoop::new().expect("an event loop");
     let reactor = Reactor::Host(host.clone());
     let timers = Arc::new(Timers::new(&reactor).expect("timers"));
@@ -95,7 +106,8 @@ fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made
         devices: Vec::new(),
     };
     let opened = Opened {
-        alarm: Alarms::default().add(0, messenger.queues().identities()),
+        alarm,
+        lookout,
         messenger,
         channel,
         registrations: registrations.clone(),
@@ -110,9 +122,15 @@ fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made
 fn setting() -> Setting {
     let fake = Fake::new();
     let registrations = Registrations::new(fake.slabs.domain());
-    let Made { link, timers, host, bootstrap } = link_of(fake.messenger(), &registrations);
+    let made = link_of(fake.messenger(), &registrations);
+    setting_of(fake, registrations, made)
+}
+
+fn setting_of(fake: Fake, registrations: Arc<Registrations>, made: Made) -> Setting {
+    let Made { link, timers, host, bootstrap } = made;
     let (driver, woken) = (Driver::default(), Arc::new(Count(AtomicUsize::new(0))));
-    Setting { fake, link, registrations, timers, driver, woken, host, _bootstrap: bootstrap }
+    let bootstrap = Some(bootstrap);
+    Setting { fake, link, registrations, timers, driver, woken, host, bootstrap }
 }
 
 fn segment(bytes: &[u8]) -> Segment<'_> {
@@ -151,6 +169,18 @@ impl Setting {
     /// Polls until nothing moves any more.
     fn settle(&mut self) {
         while self.poll().expect("the link works") != Progress::Idle {}
+    }
+
+    /// Polls as an operation does that never rests. Nobody asks the system meanwhile which
+    /// descriptors are readable.
+    fn end_while_busy(&mut self) -> LinkError {
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Err(error) = self.poll() {
+                return error;
+            }
+            assert!(Instant::now() < until, "a link that is kept busy does not see its end");
+        }
     }
 
     /// The peer offers these bytes, of memory that it says it has registered.
@@ -230,6 +260,28 @@ fn a_device_that_is_no_more_takes_its_queue_pairs_along() {
     assert_eq!(setting.kill(), Killed::Over);
     assert!(setting.fake.device.is_gone());
     assert_eq!(setting.fake.slabs.kept(), 0);
+}
+
+#[test]
+fn a_link_that_is_kept_busy_sees_its_peers_end() {
+    let mut setting = setting();
+    assert_eq!(setting.poll().expect("alive"), Progress::Idle);
+    setting.bootstrap = None;
+    assert_eq!(setting.end_while_busy().kind, ErrorKind::PeerGone);
+}
+
+#[test]
+fn a_link_that_is_kept_busy_hears_that_its_device_goes() {
+    let fakes = [Fake::new()];
+    let engine = engine::tests::engine(&fakes);
+    let [fake] = fakes;
+    let registrations = Registrations::new(fake.slabs.domain());
+    let (alarm, lookout) = (engine::tests::alarm(&engine), Lookout::new(Arc::downgrade(&engine)));
+    let made = link_with(fake.messenger(), &registrations, alarm, lookout);
+    let mut setting = setting_of(fake, registrations, made);
+    assert_eq!(setting.poll().expect("alive"), Progress::Idle);
+    setting.fake.say(ffi::IBV_EVENT_DEVICE_FATAL);
+    assert_eq!(setting.end_while_busy().kind, ErrorKind::ConnectionLost);
 }
 
 #[test]

@@ -263,7 +263,12 @@ fn what_cannot_be_registered_goes_by_buffers() {
     assert_eq!((counters.registrations, counters.registrations_refused), (0, 2));
     // Nothing can be registered for the peer either.
     let mut memory = vec![0; 100];
-    assert!(setting.link.register(place(&mut memory)[0], true, true).is_err());
+    let refused = setting.link.register(place(&mut memory)[0], true, true).err();
+    assert_eq!(refused.map(|error| error.kind), Some(ErrorKind::Resources));
+    // What is beyond this side's own limits is not even tried.
+    let beyond = SegmentMut { len: (1 << 30) + 1, ..place(&mut memory)[0] };
+    let refused = setting.link.register(beyond, true, true).err();
+    assert_eq!(refused.map(|error| error.kind), Some(ErrorKind::LimitExceeded));
     assert_eq!(setting.post(b"the link works").expect("posted"), Post::Done);
 }
 
@@ -511,6 +516,28 @@ fn a_region_is_withdrawn_or_it_is_said_that_it_is_not() {
     setting.fake.state().deregistering = libc::EIO;
     setting.fake.device.set_gone();
     assert!(registration.withdraw(), "a device that is gone writes nothing");
+}
+
+#[test]
+fn many_registrations_that_will_not_end_hold_nobody_up() {
+    let mut setting = setting();
+    let targets: Vec<_> = (0..100).map(|_| setting.region(100, true, true)).collect();
+    let withdraw = |target: &Target| target.registration.as_ref().expect("made").withdraw();
+    setting.fake.state().deregistering = libc::EBUSY;
+    let tries = |setting: &Setting| std::mem::take(&mut setting.fake.state().deregistrations);
+    assert!(!withdraw(&targets[0]));
+    assert!(tries(&setting) > 1, "it may end in a moment");
+    for target in &targets[1..] {
+        assert!(!withdraw(target));
+        assert_eq!(tries(&setting), 1, "waited for again");
+    }
+    setting.fake.state().deregistering = 0;
+    assert!(withdraw(&targets[1]));
+    tries(&setting);
+    setting.fake.state().deregistering = libc::EBUSY;
+    assert!(!withdraw(&targets[2]));
+    assert!(tries(&setting) > 1, "one has ended since");
+    setting.fake.state().deregistering = 0;
 }
 
 #[test]
