@@ -23,7 +23,8 @@ const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
 /// A user who may do nothing in particular.
 const NOBODY: u32 = 65_534;
 /// Those of the virtual machine, and of which interfaces they are made.
-const DEVICES: [(&str, &str); 3] = [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb")];
+const DEVICES: [(&str, &str); 5] =
+    [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb"), ("rxc", "vc"), ("rxd", "vd")];
 
 /// Whether this is the machine with a wire between `rxa` and `rxb`; says what is left out if not.
 fn in_the_machine(test: &str) -> bool {
@@ -344,6 +345,132 @@ fn verbs_wire_cut_mid_transfer() {
     for peer in peers {
         assert!(peer.finish(), "a peer failed");
     }
+}
+
+/// Of a message that goes by all rails.
+const STRIPED_BYTES: usize = 2 << 20;
+/// This side's devices for two rails, and the peer's.
+const RAILS: [[&str; 2]; 2] = [["rxb", "rxd"], ["rxa", "rxc"]];
+
+/// Another process that sends back what comes, and what is sent to it, by up to so many rails.
+async fn railed(rails: usize) -> (Peer, String, Node, Endpoint) {
+    let device = format!("device={}", RAILS[1].join("+"));
+    let mut peer = Peer::start(&["echo", "way=Verbs", &device].map(str::to_owned));
+    let config = Config::new().transports([LinkKind::Verbs]).verbs_devices(RAILS[0]);
+    let node = Node::new(config.verbs_rails(rails)).expect("a node");
+    let address = peer.said("LISTENING");
+    let endpoint = node.connect(address.as_str()).await.expect("connected");
+    (peer, address, node, endpoint)
+}
+
+/// Packets that have come to a device.
+fn packets_at(device: &str) -> u64 {
+    let file = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/rcvd_pkts");
+    std::fs::read_to_string(file).expect("counters").trim().parse().expect("a number")
+}
+
+/// Sends a message there and back, and compares it.
+async fn there_and_back(endpoint: &Endpoint, seed: u64) -> Result<(), thalweg::Error> {
+    let bytes = pattern(seed, STRIPED_BYTES);
+    let (sent, got) = tokio::join!(endpoint.send(bytes), endpoint.recv());
+    let got = got?.to_vec().expect("its bytes");
+    sent?;
+    check_pattern(seed, &got);
+    Ok(())
+}
+
+#[test]
+fn verbs_rails_share_long_messages() {
+    if !in_the_machine("verbs_rails_share_long_messages") {
+        return;
+    }
+    let _alone = serially();
+    run_once("two rails", async {
+        let rounds = short_or_long(3, 40);
+        let mut rates = Vec::new();
+        for rails in [1, 2] {
+            let (_peer, _, _node, endpoint) = railed(rails).await;
+            let route = endpoint.route().to_string();
+            assert_eq!(route.contains("also at rxd:1"), rails == 2, "{route}");
+            there_and_back(&endpoint, 0).await.expect("the first");
+            let packets = || RAILS[0].map(packets_at);
+            let counters = || endpoint.stats().link_counters;
+            let (before, already, began) = (packets(), counters(), Instant::now());
+            for _ in 0..rounds {
+                let (sent, got) =
+                    tokio::join!(endpoint.send(vec![1; STRIPED_BYTES]), endpoint.recv());
+                sent.expect("sent");
+                assert_eq!(got.expect("received").len_bytes(), STRIPED_BYTES);
+            }
+            let bytes = rounds * STRIPED_BYTES as u64;
+            let rate = 2.0 * bytes as f64 / began.elapsed().as_secs_f64();
+            measured("there and back, both ways", rate / 1e6, "MB/s");
+            rates.push(rate);
+            let came: Vec<u64> =
+                packets().iter().zip(before).map(|(now, then)| now - then).collect();
+            let counters = counters();
+            let read = |rail: usize| {
+                counters.rail_bytes_received[rail] - already.rail_bytes_received[rail]
+            };
+            assert_eq!((read(0) + read(1), read(2)), (bytes, 0));
+            // Of data there are at least as many as it has packets of the largest size.
+            let data = bytes / 4096;
+            if rails == 1 {
+                assert_eq!((read(1), came[1]), (0, 0));
+            } else {
+                assert!(read(0).min(read(1)) >= bytes / 4, "{counters:?}");
+                assert!(came[0].min(came[1]) >= data / 4, "{came:?} packets");
+            }
+            note(format_args!("SOAK: {rails} rails: {came:?} packets, {counters:?}"));
+        }
+        measured("bandwidth of two rails, of one", rates[1] / rates[0], "");
+    });
+}
+
+#[test]
+fn verbs_rail_cut_mid_transfer() {
+    if !in_the_machine("verbs_rail_cut_mid_transfer") {
+        return;
+    }
+    let _alone = serially();
+    run_once("a rail is cut", async {
+        let (mut peer, address, node, endpoint) = railed(2).await;
+        assert!(endpoint.route().to_string().contains("also at rxd:1"), "{}", endpoint.route());
+        let moving = {
+            let endpoint = endpoint.clone();
+            tokio::spawn(async move {
+                let mut seed = 0;
+                loop {
+                    if let Err(error) = there_and_back(&endpoint, seed).await {
+                        return error;
+                    }
+                    seed += 1;
+                }
+            })
+        };
+        until("some messages", || endpoint.stats().messages_received > 2).await;
+        let cut = Instant::now();
+        tool("IP", &["link", "set", "vc", "down"]);
+        let error = within(LOST_MAX, "the last operation", moving).await.expect("its end");
+        let ended = peer.said_by("ENDED", cut + LOST_MAX).expect("the peer still waits");
+        measured("one of two wires cut to the last error", cut.elapsed().as_secs_f64(), "s");
+        note(format_args!("verbs_rail_cut_mid_transfer: {error}; the peer: {ended}"));
+        assert!(matches!(error.kind(), ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
+        let names = |said: &str, port: &str| said.contains(&format!("reading at {port}"));
+        let named = names(&error.to_string(), "rxd:1") || names(&ended, "rxc:1");
+        assert!(named, "nobody says which port failed");
+        drop(endpoint);
+        // What is left carries the next connection.
+        let began = Instant::now();
+        let again = node.connect(address.as_str()).await.expect("connected");
+        measured("connecting where a rail is cut", began.elapsed().as_secs_f64(), "s");
+        let route = again.route().to_string();
+        assert!(route.contains("rxb:1") && !route.contains("also at"), "{route}");
+        there_and_back(&again, 99).await.expect("moved");
+    });
+    tool("IP", &["link", "set", "vc", "up"]);
+    tool("IP", &["route", "replace", "10.79.0.2", "dev", "vc", "table", "201"]);
+    wait_for_address("rxc");
 }
 
 /// What happens to the device of one of two nodes while both use it.

@@ -6,8 +6,10 @@
 # program comes along with the other files that its arguments name (by absolute paths), and with ip
 # and tc; all else is busybox. Programs come without what is only for debuggers. The variables
 # THALWEG_* and UCX_* come along. -a brings another file. With -r the machine has RDMA devices that
-# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1), and rxa
-# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb. The program's output comes to standard output, and its status is this script's.
+# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1); rxa
+# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb; and in the same way rxc
+# (10.79.0.1) and rxd (10.79.0.2), from vc to vd. The program's output comes to standard output, and
+# its status is this script's.
 #
 #   77    the machine cannot be made here; the last line on standard error says why
 #   124   the time is up

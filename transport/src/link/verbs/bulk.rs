@@ -1,11 +1,14 @@
 //! Long payloads, which wait at their sender until the receiver fetches them: by reading the
 //! sender's memory, or where one of the two sides has not registered its memory, in chunks that
-//! the sender copies into messages.
+//! the sender copies into messages. The reads of one payload may go by several rails at a time; it
+//! is there when all of them have ended.
 
 use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
+use super::blob::RAILS_MAX;
+use super::queues::Rdma;
 use super::registrations::Held;
 use super::wire::Piece;
 use crate::link::OpId;
@@ -14,7 +17,11 @@ use crate::link::chunks::{self, Filling};
 /// How much of a payload may be on its way in chunks, in bytes.
 const WINDOW_BYTES: usize = 256 << 10;
 /// The longest single read, in bytes.
-const READ_BYTES_MAX: usize = 256 << 10;
+pub(super) const READ_BYTES_MAX: usize = 256 << 10;
+/// Payloads of this many bytes or more are read by all rails. Registering memory with one more
+/// device takes about as long as a port of 400 Gb/s needs to read it, and happens once for what stays
+/// registered; a read takes some microseconds to begin with. Shorter ones would gain little.
+pub(super) const STRIPE_BYTES_MIN: usize = 1 << 20;
 
 /// A payload that the peer may fetch, with what it may read: registered until it lets go.
 pub(super) type Outgoing = chunks::Outgoing<SmallVec<[Held; 1]>>;
@@ -24,11 +31,20 @@ pub(super) type Outgoings = chunks::Outgoings<SmallVec<[Held; 1]>>;
 /// A read to be posted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Read {
+    pub rail: usize,
     pub to: *mut u8,
     pub local_key: u32,
     pub from: u64,
     pub remote_key: u32,
     pub bytes: u32,
+}
+
+impl Read {
+    pub fn rdma(&self) -> Rdma {
+        let Read { to, local_key, from, remote_key, bytes, .. } = *self;
+        let (writes, inline, local, remote) = (false, false, to, from);
+        Rdma { writes, local, local_key, bytes, remote, remote_key, inline }
+    }
 }
 
 /// What is to be done next for a payload that is read.
@@ -40,6 +56,8 @@ pub(super) enum Next {
         bytes: usize,
     },
     Read(Read),
+    /// Every rail that it may be read by has enough to do.
+    Wait,
     /// Nothing: all is posted, or what was posted has to end first.
     Nothing,
 }
@@ -55,18 +73,43 @@ pub(super) enum Left {
     All,
 }
 
+/// Registered memory that reads land in.
+pub(super) struct Ready {
+    /// By rail; none where it is not registered with the device of that one.
+    pub keys: [Option<u32>; RAILS_MAX],
+    /// What the keys are of.
+    pub held: SmallVec<[Held; 1]>,
+}
+
+impl Ready {
+    /// The rails whose devices know it.
+    fn rails(&self) -> u8 {
+        let known = |rail: &usize| self.keys[*rail].is_some();
+        (0..RAILS_MAX).filter(known).fold(0, |rails, rail| rails | 1 << rail)
+    }
+}
+
 /// A part of a segment of the landing that is registered.
 struct Slice {
-    held: Held,
+    ready: Ready,
     segment: usize,
     /// Within the segment.
     end: usize,
-    under_way: u32,
+    /// By rail: each one's reads end in the order in which they were posted.
+    under_way: [u32; RAILS_MAX],
+}
+
+impl Slice {
+    fn is_read(&self) -> bool {
+        self.under_way != [0; RAILS_MAX]
+    }
 }
 
 /// A payload that is being landed by reading the peer's memory.
 struct Reading {
     pieces: Vec<Piece>,
+    /// Those by which the peer's memory may be read.
+    rails: u8,
     /// The piece that the next read begins in, and how far into it.
     from: (usize, u64),
     /// Those with reads under way, and the one that the next read goes to.
@@ -78,7 +121,7 @@ struct Reading {
 impl Reading {
     /// Lets go of what has been filled.
     fn let_go(&mut self) {
-        while self.slices.len() > 1 && self.slices[0].under_way == 0 {
+        while self.slices.len() > 1 && !self.slices[0].is_read() {
             self.slices.pop_front();
         }
     }
@@ -102,14 +145,20 @@ impl Incoming {
         self.filling.segments()
     }
 
-    /// It is to be read: `pieces` come to its length.
-    pub fn read_from(&mut self, pieces: Vec<Piece>) {
+    /// It is to be read: `pieces` come to its length. `rails`: those that they have keys for.
+    pub fn read_from(&mut self, pieces: Vec<Piece>, rails: u8) {
         let (from, slices) = ((0, 0), VecDeque::new());
-        self.reading = Some(Reading { pieces, from, slices, refused: false });
+        self.reading = Some(Reading { pieces, rails, from, slices, refused: false });
     }
 
-    /// What is to be done next. A read that is named counts as posted.
-    pub fn next_read(&mut self) -> Next {
+    /// The rails that its memory at the peer may be read by.
+    pub fn rails(&self) -> u8 {
+        self.reading.as_ref().map_or(0, |reading| reading.rails)
+    }
+
+    /// What is to be done next. A read that is named counts as posted. `pick` says which of some
+    /// rails it goes by, if any.
+    pub fn next_read(&mut self, pick: impl FnOnce(u8) -> Option<usize>) -> Next {
         let (segment, offset) = self.filling.at();
         let Some(reading) = self.reading.as_mut().filter(|reading| !reading.refused) else {
             return Next::Nothing;
@@ -122,16 +171,20 @@ impl Incoming {
         let Some(slice) = reading.slices.back_mut().filter(goes_on) else {
             return Next::Register { ptr: to, bytes: room };
         };
+        let picked = pick(reading.rails & slice.ready.rails());
+        let keyed = picked.and_then(|rail| Some((rail, slice.ready.keys[rail]?)));
+        let Some((rail, local_key)) = keyed else { return Next::Wait };
         let there = usize::try_from(piece.len - reading.from.1).unwrap_or(usize::MAX);
         let bytes = there.min(slice.end - offset).min(READ_BYTES_MAX);
         let read = Read {
+            rail,
             to,
-            local_key: slice.held.local_key(),
+            local_key,
             from: piece.address + reading.from.1,
-            remote_key: piece.key,
+            remote_key: piece.keys[rail],
             bytes: bytes as u32,
         };
-        slice.under_way += 1;
+        slice.under_way[rail] += 1;
         self.filling.advance(bytes);
         reading.from.1 += bytes as u64;
         if reading.from.1 == piece.len {
@@ -141,10 +194,11 @@ impl Incoming {
     }
 
     /// What was to be registered is, as far as this.
-    pub fn registered(&mut self, held: Held, bytes: usize) {
+    pub fn registered(&mut self, ready: Ready, bytes: usize) {
         let (segment, offset) = self.filling.at();
         if let Some(reading) = &mut self.reading {
-            let slice = Slice { held, segment, end: offset + bytes, under_way: 0 };
+            let (end, under_way) = (offset + bytes, [0; RAILS_MAX]);
+            let slice = Slice { ready, segment, end, under_way };
             reading.slices.push_back(slice);
             reading.let_go();
         }
@@ -163,11 +217,11 @@ impl Incoming {
         self.reading.as_ref().is_some_and(|reading| !reading.refused) && !self.is_over()
     }
 
-    /// One of the reads has ended, the first that was posted.
-    pub fn read_ended(&mut self) -> Left {
+    /// One of the reads has ended: of those that went by this rail the first that was posted.
+    pub fn read_ended(&mut self, rail: usize) -> Left {
         if let Some(reading) = &mut self.reading {
-            if let Some(first) = reading.slices.iter_mut().find(|slice| slice.under_way > 0) {
-                first.under_way -= 1;
+            if let Some(first) = reading.slices.iter_mut().find(|slice| slice.under_way[rail] > 0) {
+                first.under_way[rail] -= 1;
             }
             reading.let_go();
         }
@@ -176,7 +230,7 @@ impl Incoming {
 
     fn left(&mut self) -> Left {
         let Some(reading) = &self.reading else { return Left::More };
-        match reading.slices.iter().any(|slice| slice.under_way > 0) {
+        match reading.slices.iter().any(Slice::is_read) {
             false if self.filling.is_full() => Left::Nothing,
             false if reading.refused => {
                 self.reading = None;

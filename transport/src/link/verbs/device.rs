@@ -435,7 +435,8 @@ impl Device {
             let mtu = attributes.active_mtu.clamp(1, 5) as u8;
             let rate = topology::rate(attributes.active_speed, attributes.active_width);
             let lid = attributes.lid;
-            let port = Port { fabric, mtu, lid, gid, rate, distance };
+            // The node numbers its ports.
+            let port = Port { fabric, mtu, lid, gid, rate, distance, whose: 0 };
             up.push(LocalPort { device: self.clone(), number, gid_index: index, port });
         }
     }

@@ -16,6 +16,8 @@ use thalweg_ffi::ibverbs::{
 use super::blob::{Fabric, Port, Terms};
 use super::device::{Device, Domain, LocalPort};
 use super::messenger::{BUFFERS, Messenger, RECEIVES};
+use super::queues::{Lane, Queues, Remote};
+use super::rails::Rail;
 use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header};
 
@@ -47,6 +49,12 @@ pub(super) struct State {
     pub holds_reaching: bool,
     /// One was refused: those behind it are flushed.
     refused: bool,
+    /// Reads for messages that have not ended.
+    pub reads: VecDeque<Reading>,
+    /// They end when the test says so, and not at once.
+    pub holds_reads: bool,
+    /// Nobody answers a request that asks for no bytes.
+    pub silent: bool,
     /// Requests of puts and gets that were posted.
     pub requests: usize,
     /// The queues that somebody wants to be told of.
@@ -125,6 +133,41 @@ impl State {
             unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
         }
         let queue = self.queues[1];
+        self.completions.entry(queue).or_default().push_back(completion(id, status, bytes));
+    }
+}
+
+/// A read for a message.
+#[derive(Clone, Copy)]
+pub(super) struct Reading {
+    id: u64,
+    queue: usize,
+    key: u32,
+    from: u64,
+    to: usize,
+    pub bytes: usize,
+}
+
+impl State {
+    fn is_writable(&self, key: u32, at: usize, bytes: usize) -> bool {
+        self.registered.iter().any(|(known, start, len, access)| {
+            *known == key
+                && *start <= at
+                && at + bytes <= start + len
+                && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
+        })
+    }
+
+    /// A read that was held ends.
+    fn end_read(&mut self, read: &Reading, status: ibv_wc_status) {
+        let Reading { id, queue, key, from, to, bytes } = *read;
+        if bytes > 0 {
+            assert!(self.is_writable(key, to, bytes), "memory of a read is registered no more");
+            if status == ffi::IBV_WC_SUCCESS {
+                // SAFETY: the test's peer is the test; what is read into is the reader's.
+                unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+            }
+        }
         self.completions.entry(queue).or_default().push_back(completion(id, status, bytes));
     }
 }
@@ -439,19 +482,18 @@ unsafe extern "C" fn post_send(
         state.sent.push_back((request.wr_id, message));
         return 0;
     }
-    let writable = state.registered.iter().any(|(key, start, len, access)| {
-        *key == piece.lkey
-            && (*start..*start + *len).contains(&at)
-            && at + bytes <= start + len
-            && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
-    });
-    assert!(writable, "a read into memory that is not registered for it");
+    let key = piece.lkey;
+    assert!(bytes == 0 || state.is_writable(key, at, bytes), "not registered to be read into");
+    assert_eq!(request.num_sge, c_int::from(bytes > 0));
     // SAFETY: a read: its part of the union is set.
     let from = unsafe { request.wr.rdma.remote_addr };
-    // SAFETY: the test's peer is the test; what is read into is the reader's.
-    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, at as *mut u8, bytes) };
-    let done = completion(request.wr_id, ffi::IBV_WC_SUCCESS, bytes);
-    state.completions.entry(pair.send_cq as usize).or_default().push_back(done);
+    let (id, queue) = (request.wr_id, pair.send_cq as usize);
+    let read = Reading { id, queue, key, from, to: at, bytes };
+    if state.holds_reads || bytes == 0 && state.silent {
+        state.reads.push_back(read);
+    } else {
+        state.end_read(&read, ffi::IBV_WC_SUCCESS);
+    }
     0
 }
 
@@ -494,6 +536,10 @@ fn library() -> &'static Verbs {
 impl Fake {
     /// A device with one port.
     pub fn new() -> Fake {
+        Fake::named("fake0")
+    }
+
+    pub fn named(name: &str) -> Fake {
         // SAFETY: zero is valid for every field.
         let mut raw: ibv_context = unsafe { std::mem::zeroed() };
         raw.cmd_fd = nonblocking_event().into_raw_fd();
@@ -504,7 +550,7 @@ impl Fake {
         raw.ops.post_recv = Some(post_recv);
         let context = &*Box::leak(Box::new(Context { raw, state: Mutex::default() }));
         let raw = (&raw const *context).cast_mut().cast();
-        let (name, file_name) = ("fake0".to_owned(), "uverbs9".to_owned());
+        let (name, file_name) = (name.to_owned(), "uverbs9".to_owned());
         // SAFETY: a context that is never freed.
         let device = unsafe { Device::of_context(library(), raw, name, file_name) };
         let device = Arc::new(device.expect("a device"));
@@ -520,7 +566,7 @@ impl Fake {
     pub fn port(&self) -> LocalPort {
         let gid = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
         let (rate, distance) = (1000, 10);
-        let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance };
+        let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance, whose: 0 };
         LocalPort { device: self.device.clone(), number: 1, gid_index: 0, port }
     }
 
@@ -529,9 +575,27 @@ impl Fake {
         let port = self.port();
         let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
         let (ports, queue_pairs, receives) = ((0, 0), [5, 6, 7, 8], RECEIVES as u16);
-        let terms = Terms { ports, queue_pairs, first_packet: 1, receives, reads: 8 };
+        let (first_packet, rails) = (1, Vec::new());
+        let terms = Terms { ports, queue_pairs, first_packet, receives, reads: 8, rails };
         messenger.connect(port.port, &terms).expect("connected");
         messenger
+    }
+
+    /// The queues of a further rail at a port of this device, connected to what the test plays.
+    pub fn rail_queues(&self, port: &LocalPort) -> Queues {
+        let mut queues = Rail::queues(self.slabs.domain(), port).expect("queues");
+        let remote = Remote { port: port.port, queue_pair: 9, first_packet: 1, reads: 8 };
+        queues.connect(Lane::Reads, 1, &remote).expect("connected");
+        queues
+    }
+
+    /// Of the reads that have not ended, the one that was posted before all others ends. How long it
+    /// was.
+    pub fn end_read(&self, status: ibv_wc_status) -> usize {
+        let mut state = self.state();
+        let read = state.reads.pop_front().expect("something is read");
+        state.end_read(&read, status);
+        read.bytes
     }
 
     /// A message of the peer's comes. It has to have a buffer.

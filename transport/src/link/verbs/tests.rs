@@ -11,10 +11,12 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::VerbsOptions;
 use super::alarm::Alarms;
+use super::blob::RAILS_MAX;
 use super::engine::Opened;
 use super::fake::{Fake, VENDOR};
 use super::link::VerbsLink;
 use super::messenger::{Messenger, RECEIVES, RESERVE, SENDS};
+use super::rails::Rail;
 use super::registrations::{Found, Registrations, SLICE_BYTES, Use};
 use super::wire::{BODY_MAX, Header, Kind, Piece};
 use crate::error::{ErrorKind, LinkError};
@@ -26,6 +28,7 @@ use crate::memory::{Allocator, HostPool, MemoryKind};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
 mod onesided;
+mod rails;
 mod real;
 
 const OP: OpId = OpId { index: 3, generation: 1 };
@@ -80,7 +83,15 @@ struct Made {
     bootstrap: UnixStream,
 }
 
-fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
+fn link_of(messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
+    link_with_rails(messenger, registrations, |_| Vec::new())
+}
+
+fn link_with_rails(
+    mut messenger: Messenger,
+    registrations: &Arc<Registrations>,
+    rails: impl FnOnce(&Reactor) -> Vec<Rail>,
+) -> Made {
     let host = HostLoop::new().expect("an event loop");
     let reactor = Reactor::Host(host.clone());
     let timers = Arc::new(Timers::new(&reactor).expect("timers"));
@@ -93,11 +104,13 @@ fn link_of(mut messenger: Messenger, registrations: &Arc<Registrations>) -> Made
         max_payload: 1 << 30,
         setup_timeout: Duration::from_secs(1),
         devices: Vec::new(),
+        rails: RAILS_MAX,
     };
     let opened = Opened {
         alarm: Alarms::default().add(0, messenger.queues().identities()),
         messenger,
         channel,
+        rails: rails(&reactor),
         registrations: registrations.clone(),
         received: VecDeque::new(),
         options,
@@ -155,10 +168,16 @@ impl Setting {
 
     /// The peer offers these bytes, of memory that it says it has registered.
     fn offer(&self, id: u32, bytes: &[u8]) {
+        self.offer_by(0, id, bytes);
+    }
+
+    /// The same, for these further rails as well.
+    fn offer_by(&self, rails: u8, id: u32, bytes: &[u8]) {
         let mut body = b"head".to_vec();
         let address = bytes.as_ptr() as u64;
-        Piece { address, len: bytes.len() as u64, key: 9 }.append(&mut body);
+        Piece { address, len: bytes.len() as u64, keys: [9; RAILS_MAX] }.append(rails, &mut body);
         let header = Header {
+            rails,
             class: Class::Message,
             head_len: 4,
             pieces: 1,
