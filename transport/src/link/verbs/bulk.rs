@@ -18,9 +18,8 @@ use crate::link::chunks::{self, Filling};
 const WINDOW_BYTES: usize = 256 << 10;
 /// The longest single read, in bytes.
 pub(super) const READ_BYTES_MAX: usize = 256 << 10;
-/// Payloads of this many bytes or more are read by all rails. Registering memory with one more
-/// device takes about as long as a port of 400 Gb/s needs to read it, and happens once for what stays
-/// registered; a read takes some microseconds to begin with. Shorter ones would gain little.
+/// Payloads of this many bytes or more may be read by all rails. A read takes some microseconds to
+/// begin with, and there are at most a few in shorter ones: they would gain little.
 pub(super) const STRIPE_BYTES_MIN: usize = 1 << 20;
 
 /// A payload that the peer may fetch, with what it may read: registered until it lets go.

@@ -183,6 +183,8 @@ pub(super) struct Fake {
     context: &'static Context,
     pub device: Arc<Device>,
     pub slabs: Arc<Slabs>,
+    /// Of its port, in units of 100 Mb/s.
+    pub rate: u16,
 }
 
 // SAFETY: the pointers within are to what is never freed and guarded by the mutex.
@@ -556,7 +558,7 @@ impl Fake {
         let device = Arc::new(device.expect("a device"));
         let domain = Domain::new(&device).expect("a domain");
         let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
-        Fake { context, device, slabs }
+        Fake { context, device, slabs, rate: 1000 }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -565,7 +567,7 @@ impl Fake {
 
     pub fn port(&self) -> LocalPort {
         let gid = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
-        let (rate, distance) = (1000, 10);
+        let (rate, distance) = (self.rate, 10);
         let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance, whose: 0 };
         LocalPort { device: self.device.clone(), number: 1, gid_index: 0, port }
     }

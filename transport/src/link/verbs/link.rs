@@ -606,7 +606,8 @@ impl VerbsLink {
             named.pieces.push(Piece { address: *ptr as u64, len: *len as u64, keys });
             named.held.push(held);
         }
-        if len >= STRIPE_BYTES_MIN {
+        let are_kept = named.held.iter().all(Held::is_kept);
+        if len >= STRIPE_BYTES_MIN && self.rails.gain(are_kept) {
             let Named { pieces, held, .. } = &mut named;
             named.rails = self.rails.offer(pieces, held, &mut self.counters);
         }

@@ -27,6 +27,17 @@ use super::wire::Piece;
 use crate::link::LinkCounters;
 use crate::runtime::{Attempt, Source};
 
+/// What registering memory takes, in picoseconds for each byte: 50 ns for a page.
+const REGISTER_PS: u64 = 12;
+/// What a port with a rate of 1 takes to read a byte, in picoseconds: that is 100 Mb/s.
+const READ_PS: u64 = 80_000;
+
+/// Whether reading by all rails saves more than registering memory takes, on both sides, with so many
+/// more devices, if it is for this one payload.
+fn gains_from_one_use(first_rate: u64, all_rates: u64, devices: usize) -> bool {
+    READ_PS / first_rate - READ_PS / all_rates > 2 * REGISTER_PS * devices as u64
+}
+
 /// A further rail: a queue pair by which each side reads what the other has offered.
 pub(super) struct Rail {
     queues: Queues,
@@ -144,6 +155,8 @@ pub(super) struct Rails {
     further: Vec<Further>,
     /// Those of further rails that are not the first one's.
     domains: Vec<Arc<Registrations>>,
+    /// See [`gains_from_one_use`].
+    gains_from_one_use: bool,
     /// What has ended at further rails and has not been dealt with, by rail.
     ended: VecDeque<(usize, Completion)>,
     taken: Vec<Completion>,
@@ -153,7 +166,7 @@ impl Rails {
     /// `port` and `registrations` are those of the first rail.
     pub fn new(port: &LocalPort, registrations: &Arc<Registrations>, rails: Vec<Rail>) -> Rails {
         let mut domains: Vec<Arc<Registrations>> = Vec::new();
-        let mut further = Vec::new();
+        let mut further: Vec<Further> = Vec::new();
         for rail in rails.into_iter().take(RAILS_MAX - 1) {
             let is_its = |known: &Arc<Registrations>| Arc::ptr_eq(known, &rail.registrations);
             let domain = match domains.iter().position(is_its) {
@@ -166,8 +179,16 @@ impl Rails {
             };
             further.push(Further { load: Load::new(rail.port()), rail, domain });
         }
-        let (ended, taken) = (VecDeque::new(), Vec::new());
-        Rails { first: Load::new(port), further, domains, ended, taken }
+        let first = Load::new(port);
+        let all = first.rate + further.iter().map(|further| further.load.rate).sum::<u64>();
+        Rails {
+            gains_from_one_use: gains_from_one_use(first.rate, all, domains.len()),
+            first,
+            further,
+            domains,
+            ended: VecDeque::new(),
+            taken: Vec::new(),
+        }
     }
 
     pub fn has_further(&self) -> bool {
@@ -177,6 +198,11 @@ impl Rails {
     /// Whether all of these are there.
     pub fn has_all(&self, rails: u8) -> bool {
         u32::from(rails) < 1 << (1 + self.further.len())
+    }
+
+    /// Whether memory is worth registering for further rails. `is_kept`: it stays registered.
+    pub fn gain(&self, is_kept: bool) -> bool {
+        self.has_further() && (is_kept || self.gains_from_one_use)
     }
 
     /// The ports of further rails, for people.
@@ -384,5 +410,22 @@ impl Rails {
             all = all.and(further.rail.queues.destroy());
         }
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_one_use_goes_by_rails_that_are_slow_enough() {
+        // In units of 100 Mb/s.
+        assert!(gains_from_one_use(1000, 2000, 1));
+        assert!(!gains_from_one_use(2000, 4000, 1));
+        assert!(!gains_from_one_use(1000, 4000, 3));
+        assert!(gains_from_one_use(250, 1000, 3));
+        assert!(gains_from_one_use(4000, 8000, 0), "two ports of one device");
+        assert!(gains_from_one_use(1, 2, 1), "not known");
+        assert!(!gains_from_one_use(1000, 1000, 0), "there is but one");
     }
 }

@@ -53,6 +53,11 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Whether the memory stays registered when this operation is over.
+    pub fn is_kept(&self) -> bool {
+        self.single.is_none()
+    }
+
     pub fn local_key(&self) -> u32 {
         self.registered.local_key()
     }

@@ -137,8 +137,9 @@ impl VerbsLink {
         };
         // With all devices in one turn: it is the first that makes the pages.
         let may_make = made || !self.has_registered;
+        let rails = if self.rails.gain(held.is_kept()) { incoming.rails() } else { 0 };
         let memory = (ptr, covered);
-        let landing = self.rails.land(incoming.rails(), held, memory, may_make, &mut self.counters);
+        let landing = self.rails.land(rails, held, memory, may_make, &mut self.counters);
         let Some((ready, covered)) = landing else { return Ok(false) };
         self.has_registered |= made || ready.held.len() > 1;
         incoming.registered(ready, covered);

@@ -36,20 +36,19 @@ fn rails_at(
     ports.iter().enumerate().map(rail).collect()
 }
 
-/// A device for each rail; the rates are of the further ones, where the first has 1000.
+/// A device for each rail, with these rates.
 fn over_with(alarms: &Alarms, rates: &[u16]) -> Railed {
-    let fake = Fake::new();
-    let names = (1..).map(|at| format!("fake{at}"));
-    let others: Vec<Fake> = names.take(rates.len()).map(|name| Fake::named(&name)).collect();
+    let named = |(at, rate): (usize, &u16)| {
+        let mut fake = Fake::named(&format!("fake{at}"));
+        fake.rate = *rate;
+        fake
+    };
+    let mut others: Vec<Fake> = rates.iter().enumerate().map(named).collect();
+    let fake = others.remove(0);
     let registrations = Registrations::new(fake.slabs.domain());
     let ports: Vec<_> = others
         .iter()
-        .zip(rates)
-        .map(|(fake, rate)| {
-            let mut port = fake.port();
-            port.port.rate = *rate;
-            (fake, port, Registrations::new(fake.slabs.domain()))
-        })
+        .map(|fake| (fake, fake.port(), Registrations::new(fake.slabs.domain())))
         .collect();
     let made = link_with_rails(fake.messenger(), &registrations, |reactor| {
         rails_at(reactor, alarms, &ports)
@@ -92,7 +91,7 @@ impl Railed {
 #[test]
 fn a_long_payload_is_there_when_every_rail_has_read_its_part() {
     for last in [0, 1] {
-        let mut rails = over(&[1000]);
+        let mut rails = over(&[1000; 2]);
         rails.hold();
         let bytes = pattern(STRIPE_BYTES_MIN + 300_000);
         let mut to = vec![0; bytes.len()];
@@ -128,7 +127,7 @@ fn a_long_payload_is_there_when_every_rail_has_read_its_part() {
 
 #[test]
 fn rails_read_in_proportion_to_their_rates() {
-    let mut rails = over(&[2000, 1000]);
+    let mut rails = over(&[1000, 2000, 1000]);
     rails.hold();
     let bytes = pattern(4 << 20);
     let mut to = vec![0; bytes.len()];
@@ -159,7 +158,7 @@ fn rails_read_in_proportion_to_their_rates() {
 
 #[test]
 fn what_is_not_offered_for_further_rails_goes_by_the_first() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     let bytes = pattern(3 << 20);
     let mut to = vec![0; bytes.len()];
     rails.setting.driver.landings.push_back(place(&mut to));
@@ -172,7 +171,7 @@ fn what_is_not_offered_for_further_rails_goes_by_the_first() {
 
 #[test]
 fn a_further_device_that_registers_nothing_does_not_help() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.others[0].state().registers_max = Some(1);
     let bytes = pattern(3 << 20);
     let mut to = vec![0; bytes.len()];
@@ -193,7 +192,7 @@ fn a_further_device_that_registers_nothing_does_not_help() {
 
 #[test]
 fn chunks_come_when_every_rail_has_ended_its_reads() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.hold();
     let bytes = pattern(SLICE_BYTES + (1 << 20));
     let mut to = vec![0; bytes.len()];
@@ -224,7 +223,7 @@ fn chunks_come_when_every_rail_has_ended_its_reads() {
 
 #[test]
 fn a_further_rail_that_fails_ends_the_link_and_is_named() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.hold();
     let bytes = pattern(2 << 20);
     let mut to = vec![0; bytes.len()];
@@ -259,7 +258,7 @@ fn a_further_rail_that_fails_ends_the_link_and_is_named() {
 
 #[test]
 fn a_failure_that_nobody_polls_for_is_found() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.hold();
     let bytes = pattern(2 << 20);
     let mut to = vec![0; bytes.len()];
@@ -276,7 +275,7 @@ fn a_failure_that_nobody_polls_for_is_found() {
 #[test]
 fn nothing_is_told_before_the_queue_pairs_of_every_rail_are_gone() {
     for stays in [0, 1] {
-        let mut rails = over(&[1000]);
+        let mut rails = over(&[1000; 2]);
         rails.hold();
         let bytes = pattern(2 << 20);
         let mut to = vec![0; bytes.len()];
@@ -303,7 +302,7 @@ fn nothing_is_told_before_the_queue_pairs_of_every_rail_are_gone() {
 #[test]
 fn a_further_device_that_is_gone_ends_the_link() {
     let alarms = Alarms::default();
-    let mut rails = over_with(&alarms, &[1000]);
+    let mut rails = over_with(&alarms, &[1000; 2]);
     assert_eq!(rails.setting.arm(), Armed::Yes);
     let why = || super::super::device::Event::DeviceGone { why: "fake1 is gone".to_owned() };
     let wakers = alarms.hear(1, &why());
@@ -321,7 +320,7 @@ fn a_further_device_that_is_gone_ends_the_link() {
 
 #[test]
 fn a_sleeping_link_hears_of_every_rail() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.hold();
     let bytes = pattern(2 << 20);
     let mut to = vec![0; bytes.len()];
@@ -339,7 +338,7 @@ fn a_sleeping_link_hears_of_every_rail() {
 
 #[test]
 fn what_is_sent_is_offered_to_all_rails_from_a_length_on() {
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     for (len, by) in [(STRIPE_BYTES_MIN - 1, 0), (STRIPE_BYTES_MIN, SECOND)] {
         let bytes = pattern(len);
         assert_eq!(rails.setting.post(&bytes).expect("posted"), Post::Pending);
@@ -357,6 +356,28 @@ fn what_is_sent_is_offered_to_all_rails_from_a_length_on() {
         rails.setting.fake.deliver(release, &[]);
         rails.setting.settle();
         assert_eq!((rails.setting.registered(), registered(&rails.others[0])), (0, 0));
+    }
+}
+
+#[test]
+fn memory_of_one_use_is_not_registered_for_fast_rails() {
+    let mut rails = over(&[4000; 2]);
+    let pool = HostPool::new(1 << 20);
+    let mut kept = pool.allocate(2 << 20).expect("memory");
+    let (bytes, mut single) = (pattern(2 << 20), vec![0; 2 << 20]);
+    for (id, to, is_kept) in [(1, &mut single[..], false), (2, &mut kept[..], true)] {
+        rails.setting.driver.landings.push_back(place(to));
+        rails.setting.offer_by(SECOND, id, &bytes);
+        rails.setting.settle();
+        assert!(rails.setting.driver.done.pop().is_some() && to == bytes);
+        let by_second = rails.setting.link.counters().rail_bytes_received[1];
+        assert_eq!(by_second > 0, is_kept);
+        rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    }
+    for (memory, by) in [(&single[..], 0), (&kept[..], SECOND)] {
+        assert_eq!(rails.setting.post(memory).expect("posted"), Post::Pending);
+        let (header, _) = rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+        assert_eq!(header.rails, by);
     }
 }
 
@@ -393,7 +414,7 @@ fn ports_of_one_device_share_registrations() {
 fn offers_for_rails_that_were_not_agreed_are_refused() {
     let bytes = pattern(2 << 20);
     for (further, by, pieces) in [(0, SECOND, 1), (1, 4, 1), (1, SECOND | 8, 1), (1, SECOND, 0)] {
-        let mut rails = over(&vec![1000; further]);
+        let mut rails = over(&vec![1000; 1 + further]);
         let mut body = b"head".to_vec();
         let address = bytes.as_ptr() as u64;
         for _ in 0..pieces {
@@ -408,13 +429,13 @@ fn offers_for_rails_that_were_not_agreed_are_refused() {
         assert_eq!(rails.setting.driver.parcels, 0);
     }
     for kind in [Kind::Eager, Kind::Chunk, Kind::Pull, Kind::Release, Kind::Credit] {
-        let mut rails = over(&[1000]);
+        let mut rails = over(&[1000; 2]);
         let header = Header { rails: SECOND, ..Header::about(kind, 0, 0) };
         rails.setting.fake.deliver(header, &[]);
         let error = rails.setting.poll().expect_err("only memory is for rails");
         assert_eq!(error.kind, ErrorKind::Protocol, "{kind:?}: {error:?}");
     }
-    let mut rails = over(&[1000]);
+    let mut rails = over(&[1000; 2]);
     rails.setting.fake.deliver(Header::about(Kind::Rails, 0, 2), &[]);
     assert_eq!(rails.setting.poll().expect_err("too late").kind, ErrorKind::Protocol);
 }
