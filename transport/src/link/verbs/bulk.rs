@@ -118,11 +118,13 @@ struct Reading {
 }
 
 impl Reading {
-    /// Lets go of what has been filled.
+    /// Lets go of what has been filled, also behind what a slow rail is still at. The last one stays.
     fn let_go(&mut self) {
-        while self.slices.len() > 1 && !self.slices[0].is_read() {
-            self.slices.pop_front();
-        }
+        let mut behind = self.slices.len();
+        self.slices.retain(|slice| {
+            behind -= 1;
+            behind == 0 || slice.is_read()
+        });
     }
 }
 

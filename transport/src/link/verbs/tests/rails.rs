@@ -126,6 +126,28 @@ fn a_long_payload_is_there_when_every_rail_has_read_its_part() {
 }
 
 #[test]
+fn a_rail_that_stalls_keeps_no_more_registered_than_it_is_at() {
+    let mut rails = over(&[1000; 2]);
+    rails.others[0].state().holds_reads = true;
+    let bytes = pattern(6 * SLICE_BYTES);
+    let mut to = vec![0; bytes.len()];
+    rails.setting.driver.landings.push_back(place(&mut to));
+    rails.setting.offer_by(SECOND, 1, &bytes);
+    let mut most = 0;
+    while rails.setting.poll().expect("alive") != Progress::Idle {
+        most = most.max(registered(&rails.others[0]));
+    }
+    assert!(most <= 4 * SLICE_BYTES, "what is filled stays registered: {most}");
+    assert!(rails.setting.driver.done.is_empty());
+    while !rails.others[0].state().reads.is_empty() {
+        rails.others[0].end_read(ffi::IBV_WC_SUCCESS);
+    }
+    rails.setting.settle();
+    assert!(rails.setting.driver.done.len() == 1 && to == bytes);
+    assert_eq!((rails.setting.registered(), registered(&rails.others[0])), (0, 0));
+}
+
+#[test]
 fn rails_read_in_proportion_to_their_rates() {
     let mut rails = over(&[1000, 2000, 1000]);
     rails.hold();
