@@ -10,14 +10,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use thalweg::{
-    Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan, MockSwitch, Node, Verdict,
+    Access, Cancel, CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan,
+    MockSwitch, Node, RemoteKey, Verdict,
 };
 use thalweg_tests::{
-    Way, check_pattern, pair, pattern, poll_times, run_once, skipped, until, within,
+    Way, check_pattern, connect, pair, pattern, poll_times, run_once, skipped, until, within,
 };
 
 const NOBODY: u32 = 65534;
 const BULK: usize = 3_000_000;
+const LIMIT: Duration = Duration::from_secs(20);
 
 fn am_root() -> bool {
     // SAFETY: has no preconditions.
@@ -103,6 +105,7 @@ fn role() {
         "withdrawing" => run_once("role", withdraws_midway()),
         "scribble" => run_once("role", scribbles()),
         "flood" => run_once("role", floods()),
+        "offer" => run_once("role", offers()),
         other => panic!("no role {other}"),
     }
 }
@@ -288,6 +291,60 @@ fn stop(played: &Played) {
         libc::waitpid(played.child.id() as libc::pid_t, &raw mut status, libc::WUNTRACED)
     };
     assert!(waited > 0 && libc::WIFSTOPPED(status), "it has ended: {status}");
+}
+
+/// Registers memory, and tells the other side about it; then lives until that ends.
+async fn offers() {
+    let node = Node::new(Config::new().transports([way_of_child()])).expect("a node");
+    let endpoint = endpoint_at(&node).await;
+    let region = node.register(pattern(9, BULK), Access::Read).expect("a region");
+    endpoint.send(region.key().to_bytes().to_vec()).await.expect("sending");
+    let _ = endpoint.recv().await;
+}
+
+fn way_of_child() -> LinkKind {
+    LinkKind::from_name(&setting("TRANSPORT").expect("set")).expect("a link")
+}
+
+/// A get from a process that is stopped can be given up, and its memory is free at once; the answer
+/// comes in the end, and goes nowhere.
+#[test]
+fn a_get_from_a_process_that_is_stopped() {
+    run_once("a_get_from_a_process_that_is_stopped", async {
+        for link in [LinkKind::Tcp, LinkKind::Shm] {
+            let node = Node::new(Config::new().transports([link])).expect("a node");
+            let listener = node.listen("thalweg://127.0.0.1:0").await.expect("listening");
+            let address = listener.address().to_string();
+            let settings = [("ADDRESS", address.as_str()), ("TRANSPORT", link.name())];
+            let offers = Played::start(play("offer", &settings)).expect("it runs");
+            let endpoint = listener.accept().await.expect("accepting");
+            let key = endpoint.recv().await.expect("receiving").to_vec().expect("bytes");
+            let key = RemoteKey::from_bytes(&key).expect("a key");
+            stop(&offers);
+            for (len, withdraws) in [(BULK, true), (8, true), (BULK, false)] {
+                let get = endpoint.get(vec![7; len], &key, 0);
+                let buffer = if withdraws {
+                    let mut get = get;
+                    poll_times(&mut get, 2).await;
+                    let cancelled = within(LIMIT, "cancelling a get", get.cancel()).await;
+                    let Cancel::Cancelled(buffer) = cancelled else { panic!("it had begun") };
+                    buffer
+                } else {
+                    let timed = get.timeout(Duration::from_millis(50));
+                    let failed = within(LIMIT, "a late get", timed).await.expect_err("stopped");
+                    assert_eq!(failed.error.kind(), ErrorKind::TimedOut);
+                    failed.buffer.expect("given back")
+                };
+                assert!(buffer == vec![7; len], "nothing had come");
+            }
+            signal(&offers, libc::SIGCONT);
+            // The answers to the others come before this one's.
+            let got = endpoint.get(vec![0; BULK], &key, 0).await.expect("a get");
+            check_pattern(9, &got);
+            endpoint.fence().await.expect("a fence");
+            assert_eq!(endpoint.stats().operations, 0);
+        }
+    });
 }
 
 /// A sender that is stopped where it writes the receiver's memory: nobody waits for it, and what it
@@ -760,12 +817,45 @@ fn reap(pid: libc::pid_t) -> i32 {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 }
 }
 
+/// What a forked child can do with a node of its own, on a thread and a runtime of its own.
+/// Libraries that its parent used stay unused, and the route says so.
+fn own_node_works(way: Way) -> bool {
+    let talk = async move {
+        let order = [way.link(), LinkKind::Tcp];
+        let node = || Node::new(way.config().transports(order)).expect("a node");
+        let (ours, theirs) = (node(), node());
+        let listener = theirs.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, b) = connect(&ours, &listener).await;
+        let bytes = pattern(7, BULK);
+        let (sent, got) = tokio::join!(a.send(Message::copy_from_slice(&bytes)), b.recv());
+        sent.expect("sending");
+        check_pattern(7, &got.expect("receiving").to_vec().expect("bytes"));
+        let route = a.route();
+        let expected = if matches!(way.link(), LinkKind::Ucx | LinkKind::Verbs) {
+            let said = route.candidates.iter().any(|c| c.reason.contains("forked off"));
+            assert!(said, "{route}");
+            LinkKind::Tcp
+        } else {
+            way.link()
+        };
+        assert_eq!(route.link(), expected, "{route}");
+        drop((a, b, listener));
+        ours.close(CloseReason::default()).await;
+        theirs.close(CloseReason::default()).await;
+    };
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(within(LIMIT, "what the child does", talk));
+    };
+    std::thread::spawn(run).join().is_ok()
+}
+
 fn forking(name: &str, way: Way) {
     run_once(name, async {
         let pair = pair(way).await;
         pair.a.send(Message::copy_from_slice(b"before")).await.expect("sending");
         assert_eq!(pair.b.recv().await.expect("receiving").len_bytes(), 6);
-        // SAFETY: the child only calls this library's fast refusals and `_exit`.
+        // SAFETY: the C library's locks are whole in the child, and it leaves by `_exit`.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             let refused = pair.a.try_send(Message::copy_from_slice(b"child")).err();
@@ -775,7 +865,8 @@ fn forking(name: &str, way: Way) {
             let other = received.map(|result| result.err().map(|error| error.kind()));
             let good = forked == Some(ErrorKind::Forked)
                 && other == Some(Some(ErrorKind::Forked))
-                && pair.node_a.progress().is_ok();
+                && pair.node_a.progress().is_ok()
+                && own_node_works(way);
             // SAFETY: ends the child without running destructors.
             unsafe { libc::_exit(if good { 0 } else { 1 }) };
         }

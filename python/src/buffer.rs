@@ -9,7 +9,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
@@ -17,6 +17,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use thalweg::{Buffer, BufferMut, Frame, Region};
 
+use crate::list::List;
 use crate::node::Shared;
 use crate::operation::Wakeup;
 
@@ -134,20 +135,12 @@ impl Lent {
 
 /// Buffers that thalweg has let go of, to be given back to Python. Of all nodes: whoever is in
 /// Python, with no lock in hand, gives them all back.
-static RETURNS: Mutex<Vec<(View, Option<Arc<Lent>>)>> = Mutex::new(Vec::new());
-
-fn returns() -> MutexGuard<'static, Vec<(View, Option<Arc<Lent>>)>> {
-    RETURNS.lock().unwrap_or_else(PoisonError::into_inner)
-}
+static RETURNS: List<(View, Option<Arc<Lent>>)> = List::new();
 
 /// Gives back what there is. With no lock in hand: releasing runs Python code.
 pub fn give_back(py: Python<'_>) {
-    loop {
-        let views = std::mem::take(&mut *returns());
-        if views.is_empty() {
-            return;
-        }
-        for (view, lent) in views {
+    while !RETURNS.is_empty() {
+        for (view, lent) in RETURNS.take() {
             view.release(py);
             if let Some(lent) = lent {
                 lent.returned();
@@ -228,8 +221,7 @@ impl Drop for PyMemory {
     fn drop(&mut self) {
         // SAFETY: taken once, here.
         let view = unsafe { ManuallyDrop::take(&mut self.view) };
-        let entry = (view, self.lent.take());
-        returns().push(entry);
+        RETURNS.push((view, self.lent.take()));
         if let Some(shared) = self.shared.upgrade() {
             shared.look_soon();
         }

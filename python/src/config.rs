@@ -12,6 +12,7 @@ use thalweg::{Allocator, Config, HostPool, LinkKind, PoolBuf, Wake};
 use crate::buffer::PyMemory;
 use crate::error;
 use crate::local;
+use crate::log;
 use crate::node::Shared;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -89,6 +90,7 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
             "host_pool" => config.host_pool_bytes(value.extract()?),
             "loan_pool" => config.loan_pool_bytes(value.extract()?),
             "single_copy" => config.single_copy(value.extract()?),
+            "peer_write" => config.peer_write(value.extract()?),
             "ptracer_any" => config.ptracer_any(value.extract()?),
             "require_encryption" => config.require_encryption(value.extract()?),
             "allocator" => {
@@ -105,9 +107,11 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
 /// at least that length.
 ///
 /// It is called with an endpoint's lock in hand, on the loop's thread only: nobody who holds the GIL
-/// waits for that lock there. What it calls of this package refuses (`Shared::check`), and what
-/// Python's garbage collector drops meanwhile is dropped later (`local::release`). Elsewhere (Python's garbage collector may drop a receive in any
-/// thread, and then what has arrived for it is kept) memory comes from a pool.
+/// waits for that lock there. What it calls of this package refuses (`Shared::check`); that a task
+/// is cancelled meanwhile (a signal's handler does that), and what Python's garbage collector drops,
+/// is carried out later (`Shared::settle`, `local::release`). Elsewhere (Python's garbage collector
+/// may drop a receive in any thread, and then what has arrived for it is kept) memory comes from a
+/// pool.
 pub struct PyAllocator {
     /// Until the node ends: it may hold the node.
     callable: Mutex<Option<Py<PyAny>>>,
@@ -141,7 +145,9 @@ impl PyAllocator {
 
     /// The node has ended: nothing is received any more.
     pub fn end(&self) {
-        drop(lock(&self.callable).take());
+        let callable = lock(&self.callable).take();
+        // Without the lock: its end may be Python code.
+        drop(callable);
     }
 
     fn ask(&self, py: Python<'_>, shared: &Arc<Shared>, len: usize) -> PyResult<PoolBuf> {
@@ -171,9 +177,14 @@ impl Allocator for PyAllocator {
             Python::attach(|py| match self.ask(py, &shared, len_bytes) {
                 Ok(memory) => Some(memory),
                 Err(error) => {
-                    *lock(&self.refusal) = Some(format!("the allocator raised {error}"));
-                    // The traceback, which no text carries.
-                    error.write_unraisable(py, None);
+                    let text = log::line(&format!("the allocator raised {error}"));
+                    *lock(&self.refusal) = Some(text);
+                    if error::ends_program(py, &error) {
+                        shared.interrupt(error);
+                    } else {
+                        // The traceback, which no text carries.
+                        error.write_unraisable(py, None);
+                    }
                     None
                 }
             })

@@ -9,7 +9,7 @@ use thalweg::{CloseReason, Error, Failed, Frame, Message, RemoteKey as Key};
 use crate::buffer::{self, PyMemory};
 use crate::error;
 use crate::local::Local;
-use crate::node::{Shared, with_block};
+use crate::node::{Handle, with_block};
 use crate::operation::{Heavy, Operation, Outcome, Terms, Watch};
 use crate::region::RemoteKey;
 use crate::report;
@@ -23,7 +23,7 @@ const COPIED_MAX: usize = 4096;
 /// A connection between two nodes.
 #[pyclass(module = "thalweg", frozen, weakref)]
 pub struct Endpoint {
-    shared: Arc<Shared>,
+    shared: Handle,
     endpoint: Local<thalweg::Endpoint>,
     sends: Arc<Heavy>,
     receives: Arc<Heavy>,
@@ -32,7 +32,7 @@ pub struct Endpoint {
 impl Endpoint {
     pub fn make(
         py: Python<'_>,
-        shared: &Arc<Shared>,
+        shared: &Handle,
         endpoint: thalweg::Endpoint,
     ) -> PyResult<Py<PyAny>> {
         let this = Endpoint {
@@ -106,7 +106,7 @@ impl Endpoint {
     /// The next message: its frames, as writable memoryviews of memory of this process.
     #[pyo3(signature = (*, timeout=None))]
     fn recv(&self, timeout: Option<f64>) -> PyResult<Operation> {
-        let terms = self.terms("recv", timeout)?.sharing(&self.receives);
+        let terms = self.terms("recv", timeout)?.sharing(&self.receives).taking();
         let endpoint = (*self.endpoint).clone();
         Ok(Operation::new(&self.shared, terms, async move {
             endpoint.recv().await.map(Outcome::Message)
@@ -139,7 +139,7 @@ impl Endpoint {
         buffer: &Bound<'_, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Operation> {
-        let terms = self.terms("tag_recv", timeout)?.sharing(&self.receives);
+        let terms = self.terms("tag_recv", timeout)?.sharing(&self.receives).taking();
         let endpoint = (*self.endpoint).clone();
         let lend = |lent: &_| PyMemory::writing(&self.shared, buffer, Some(lent));
         Operation::lending(&self.shared, terms, lend, |memory| {
@@ -235,7 +235,7 @@ impl Endpoint {
         let work = Box::pin(async move { Ok(Outcome::Ended(closed.await)) });
         let slf = PyWeakrefReference::new(slf)?;
         let call = with_block(slf.as_any(), "close_callback")?.call1((callback,))?;
-        Watch::begin(py, &this.shared, work, call.unbind())
+        Watch::begin(py, &this.shared, work, Some(call.unbind()))
     }
 
     /// Which way this endpoint's traffic goes, and why.

@@ -1,6 +1,8 @@
 //! thalweg's errors as Python's exceptions. The classes are written in Python
 //! (`thalweg/_errors.py`): they have several bases, which only Python can say.
 
+use pyo3::PyTypeInfo;
+use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
@@ -90,4 +92,25 @@ pub fn timed_out(py: Python<'_>, what: &str, peer: Option<&str>, seconds: f64) -
     let with = peer.map(|peer| format!(" (peer {peer})")).unwrap_or_default();
     let text = format!("{what} took longer than {seconds} s{with}");
     own(py, text, ("timed-out", "transfer"), peer, true)
+}
+
+/// Whether this is raised to end the program, or at least the loop's run, rather than to tell of a
+/// failure: `KeyboardInterrupt`, `SystemExit` and the like.
+pub fn ends_program(py: Python<'_>, error: &PyErr) -> bool {
+    !error.is_instance_of::<PyException>(py)
+}
+
+/// A warning from where nothing can be raised.
+pub fn warn<K: PyTypeInfo>(text: String) {
+    Python::try_attach(|py| {
+        // Something may be dropped while an exception is on its way.
+        let raised = PyErr::take(py);
+        let text = std::ffi::CString::new(text).unwrap_or_default();
+        if let Err(error) = PyErr::warn(py, &py.get_type::<K>(), &text, 1) {
+            error.write_unraisable(py, None);
+        }
+        if let Some(raised) = raised {
+            raised.restore(py);
+        }
+    });
 }

@@ -15,6 +15,7 @@ mod config;
 mod endpoint;
 mod error;
 mod frame;
+mod list;
 mod listener;
 mod local;
 mod log;

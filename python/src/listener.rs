@@ -7,13 +7,13 @@ use pyo3::prelude::*;
 
 use crate::local::Local;
 use crate::log;
-use crate::node::{Shared, with_block};
+use crate::node::{Handle, with_block};
 use crate::operation::{Operation, Outcome, Terms};
 
 /// Accepts connections at an address.
 #[pyclass(module = "thalweg", frozen, weakref)]
 pub struct Listener {
-    shared: Arc<Shared>,
+    shared: Handle,
     listener: Arc<Local<thalweg::Listener>>,
     is_closed: AtomicBool,
     address: String,
@@ -22,7 +22,7 @@ pub struct Listener {
 impl Listener {
     pub fn make(
         py: Python<'_>,
-        shared: &Arc<Shared>,
+        shared: &Handle,
         listener: thalweg::Listener,
     ) -> PyResult<Py<PyAny>> {
         let this = Listener {
@@ -46,7 +46,7 @@ impl Listener {
     /// The next endpoint. Fails with `ClosedError` once the listener is closed.
     #[pyo3(signature = (*, timeout=None))]
     fn accept(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Operation> {
-        log::ask(py);
+        log::ask(py)?;
         let listener = self.listener.clone();
         let terms = Terms::new("accept", Some(&self.address), timeout)?;
         Ok(Operation::new(&self.shared, terms, async move {

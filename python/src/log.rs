@@ -4,6 +4,7 @@
 //! So an event is made a text and put on a list, and nothing else; whoever is next in Python with no
 //! lock in hand hands the list to `logging` (`Shared::settle`, as for buffers that are given back).
 //! The list's own lock is never waited for, and nobody who holds it waits for anything.
+//! What a handler raises is nobody's affair, unless it is to end the program (`KeyboardInterrupt`).
 //!
 //! Warnings and errors are always taken; what is said for information where the logger wants that,
 //! which it is asked when a node is made, and when it listens, accepts or connects. Nothing below:
@@ -20,6 +21,8 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::{Interest, Subscriber};
 use tracing::{Event, Level, Metadata, level_filters::LevelFilter};
+
+use crate::error;
 
 /// What waits to be handed over; more is counted and left out.
 const WAITING_MAX: usize = 1024;
@@ -57,33 +60,46 @@ fn logger(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     LOGGER.get_or_try_init(py, make).map(|logger| logger.bind(py))
 }
 
-/// Asks the logger what it wants to hear.
-pub fn ask(py: Python<'_>) {
+/// Asks the logger what it wants to hear. Fails with what is to end the program only.
+pub fn ask(py: Python<'_>) -> PyResult<()> {
     let wants = logger(py)
         .and_then(|logger| logger.call_method1("isEnabledFor", (INFO,)))
         .and_then(|wants| wants.is_truthy());
-    WANTS_INFO.store(wants.unwrap_or(false), Ordering::Relaxed);
+    let wants = match wants {
+        Err(error) if error::ends_program(py, &error) => return Err(error),
+        wants => wants.unwrap_or(false),
+    };
+    WANTS_INFO.store(wants, Ordering::Relaxed);
+    Ok(())
 }
 
-/// Hands over what there is. With no lock in hand: handlers are Python code.
-pub fn hand_over(py: Python<'_>) {
+/// Hands over what there is. With no lock in hand: handlers are Python code. Gives what one of them
+/// raised to end the program.
+pub fn hand_over(py: Python<'_>) -> Option<PyErr> {
     if COUNT.load(Ordering::Relaxed) == 0 {
-        return;
+        return None;
     }
     // Held by another thread, or by one that a fork has left behind: the next time will do.
-    let Ok(mut waiting) = WAITING.try_lock() else { return };
+    let Ok(mut waiting) = WAITING.try_lock() else { return None };
+    // Before `LEFT_OUT` is read: what is counted there later raises it again.
+    COUNT.swap(0, Ordering::AcqRel);
     let said = std::mem::take(&mut *waiting);
-    COUNT.store(0, Ordering::Relaxed);
     drop(waiting);
+    let mut last_words = None;
     let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
     let note = (left_out > 0)
         .then(|| Said { level: WARNING, text: format!("{left_out} messages were left out") });
     for Said { level, text } in said.into_iter().chain(note) {
         let told = logger(py).and_then(|logger| logger.call_method1("log", (level, "%s", text)));
-        if let Err(error) = told {
-            error.write_unraisable(py, None);
+        match told {
+            Err(error) if error::ends_program(py, &error) => {
+                last_words.get_or_insert(error);
+            }
+            Err(error) => error.write_unraisable(py, None),
+            Ok(_) => {}
         }
     }
+    last_words
 }
 
 fn put(level: u8, text: String) {
@@ -94,6 +110,8 @@ fn put(level: u8, text: String) {
         }
         _ => {
             LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+            // That something was left out is to be told, even where nothing else is.
+            COUNT.fetch_max(1, Ordering::Release);
         }
     }
 }
@@ -170,6 +188,14 @@ impl Visit for Text {
             name => write!(self.fields, "{}{name} {value:?}", self.fields.separator()),
         };
     }
+}
+
+/// A text as one line of bounded length, as in the log.
+pub fn line(text: &str) -> String {
+    let mut line = Line::default();
+    // Writing into a line does not fail.
+    let _ = line.write_str(text);
+    line.0
 }
 
 /// Of bounded length, and without what would make another line of it or move a cursor.

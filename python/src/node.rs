@@ -2,25 +2,30 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyResourceWarning, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefMethods, PyWeakrefReference};
 use thalweg::{CloseReason, HostTurn};
 
 use crate::buffer::{self, PyMemory};
+use crate::list::List;
 use crate::local::{self, Local};
-use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch};
+use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch, Wish};
 use crate::region::Region;
 use crate::{config, error, log, report};
 
 /// A closed node is through with everything in one or two turns.
 const WIND_UP_TURNS: u32 = 8;
+/// How long operations that need not wait go on one after the other before the loop's other tasks
+/// run. To go by way of the loop takes some 0.02 ms.
+const AT_ONCE_MICROS: u64 = 1000;
 
 thread_local! {
     /// The node that this thread is inside of: what becomes ready is looked at when it leaves.
@@ -39,12 +44,23 @@ pub struct Shared {
     is_closed: AtomicBool,
     /// The loop does not watch it any more: nobody who waits will go on.
     ended: AtomicBool,
-    ready: Mutex<Vec<Arc<Wakeup>>>,
+    /// How tasks go on that become ready in the reader callback.
+    resume: Resume,
+    /// Nobody in Python holds anything of it any more.
+    abandoned: AtomicBool,
+    ready: List<Arc<Wakeup>>,
+    wishes: List<Wish>,
+    interrupts: List<PyErr>,
     watches: Mutex<HashMap<u64, Watch>>,
     next_watch: AtomicU64,
     heavy: Heavy,
     /// As `heavy`, for what is done at the end of a turn.
     resting: Heavy,
+    made: Instant,
+    /// Since when, in microseconds after `made`, operations have not had to wait. 0: they had to.
+    at_once_since: AtomicU64,
+    /// That has been for so long that it is the other tasks' turn.
+    others_turn: AtomicBool,
     allocator: Option<Arc<config::PyAllocator>>,
 }
 
@@ -78,8 +94,32 @@ impl Shared {
     /// Something is ready: it is looked at when this thread leaves the node, or, from elsewhere,
     /// by the loop.
     pub fn ready(&self, wakeup: Arc<Wakeup>) {
-        lock(&self.ready).push(wakeup);
+        self.ready.push(wakeup);
         self.look_soon();
+    }
+
+    /// Somebody is to be cancelled when no allocator of the user's runs any more.
+    pub fn wish(&self, wish: Wish) {
+        self.wishes.push(wish);
+        self.look_soon();
+    }
+
+    /// An allocator has raised this to end the program: the loop is told when the node is left.
+    pub fn interrupt(&self, error: PyErr) {
+        self.interrupts.push(error);
+        self.look_soon();
+    }
+
+    /// Raises this where the loop sees it.
+    pub fn raise_soon(&self, py: Python<'_>, error: PyErr) {
+        let raise = || {
+            let raise = Bound::new(py, Raise(Mutex::new(Some(error.clone_ref(py)))))?;
+            self.event_loop(py)?.call_method1("call_soon", (raise,))
+        };
+        if let Err(other) = raise() {
+            error.write_unraisable(py, None);
+            other.write_unraisable(py, None);
+        }
     }
 
     /// Sees to it that [`Shared::settle`] is called.
@@ -97,9 +137,15 @@ impl Shared {
             local::drop_postponed(py);
             buffer::give_back(py);
         }
-        log::hand_over(py);
-        let ready = std::mem::take(&mut *lock(&self.ready));
-        for wakeup in ready {
+        // One is enough: another would come in the middle of the clearing up.
+        if let Some(error) = log::hand_over(py).into_iter().chain(self.interrupts.take()).next() {
+            self.raise_soon(py, error);
+        }
+        // Before what is ready goes on.
+        for wish in self.wishes.take() {
+            result = result.and(wish.carry_out(py));
+        }
+        for wakeup in self.ready.take() {
             result = result.and(wakeup.resume(py, self, how));
         }
         result
@@ -109,7 +155,7 @@ impl Shared {
     pub fn finish(self: &Arc<Self>, py: Python<'_>, turn: HostTurn<'_>) -> PyResult<()> {
         {
             let _inside = self.enter();
-            self.resting.run(py, || turn.finish());
+            self.resting.run(py, |_| turn.finish());
         }
         self.settle(py, Resume::Soon)
     }
@@ -119,6 +165,9 @@ impl Shared {
     }
 
     pub fn keep_watch(&self, id: u64, watch: Watch) {
+        if self.has_ended() {
+            return local::release(watch);
+        }
         lock(&self.watches).insert(id, watch);
     }
 
@@ -126,16 +175,43 @@ impl Shared {
         lock(&self.watches).remove(&id)
     }
 
-    fn is_home(&self) -> bool {
+    /// An operation has begun that need not wait. Whether those have gone on for so long that it is
+    /// the other tasks' turn.
+    pub fn answered_at_once(&self, began: Instant) -> bool {
+        let now = began.duration_since(self.made).as_micros().max(1) as u64;
+        match self.at_once_since.load(Ordering::Relaxed) {
+            0 => self.at_once_since.store(now, Ordering::Relaxed),
+            since if now.saturating_sub(since) < AT_ONCE_MICROS => {}
+            _ => self.others_turn.store(true, Ordering::Relaxed),
+        }
+        self.is_others_turn()
+    }
+
+    pub fn is_others_turn(&self) -> bool {
+        self.others_turn.load(Ordering::Relaxed)
+    }
+
+    /// The loop has its turn, or just had it.
+    pub fn had_a_turn(&self) {
+        self.at_once_since.store(0, Ordering::Relaxed);
+        self.others_turn.store(false, Ordering::Relaxed);
+    }
+
+    pub fn is_home(&self) -> bool {
         std::thread::current().id() == self.thread
     }
 
-    /// Refuses other threads than the node's own, and what an allocator calls. (That a task of another loop does not wait here
-    /// is seen to by the task, which asks the waiter for its loop.)
+    /// Refuses other threads than the node's own, and what an allocator calls. (That a task of
+    /// another loop does not wait here is seen to by the task, which asks the waiter for its loop.)
     pub fn check(&self) -> PyResult<()> {
         if local::is_allocating() {
             return Err(PyRuntimeError::new_err("an allocator must not use thalweg"));
         }
+        self.check_thread()
+    }
+
+    /// Refuses other threads than the node's own.
+    pub fn check_thread(&self) -> PyResult<()> {
         if self.is_home() {
             return Ok(());
         }
@@ -223,6 +299,43 @@ impl Shared {
         self.event_loop(py)?.call_method1("remove_reader", (self.descriptor,)).map(drop)
     }
 
+    /// The loop goes on in another thread than the node's own: nothing can be done there, and what
+    /// waits is told. With the descriptor left to it, the loop would call for nothing for ever.
+    fn lose_home(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        if !self.watching.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.is_closed.store(true, Ordering::Release);
+        let event_loop = self.event_loop(py)?;
+        let mut result = event_loop.call_method1("remove_reader", (self.descriptor,)).map(drop);
+        py.detach(|| self.node.host_ended());
+        self.end_allocator();
+        buffer::give_back(py);
+        for wakeup in self.ready.take() {
+            result = result.and(wakeup.resume(py, self, Resume::Soon));
+        }
+        // Nothing is left that could become ready; what does all the same is forgotten.
+        self.ended.store(true, Ordering::Release);
+        for wakeup in self.ready.take() {
+            result = result.and(wakeup.resume(py, self, Resume::Soon));
+        }
+        result?;
+        Err(PyRuntimeError::new_err(
+            "the event loop goes on in another thread than that in which it made this node: the \
+             node has ended; make one from within the loop, in the thread in which it runs",
+        ))
+    }
+
+    /// Nobody can use it any more: it closes by itself, and lets what was sent go out.
+    fn close_abandoned(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        let node = (*self.node).clone();
+        let work = Box::pin(async move {
+            node.close(CloseReason::new(0, "")).await;
+            Ok(Outcome::NodeClosed)
+        });
+        Watch::begin(py, self, work, None)
+    }
+
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
@@ -232,8 +345,47 @@ impl Shared {
     }
 }
 
-/// What the loop calls when the node's descriptor is readable. It keeps the node alive for as long
-/// as the loop watches it.
+/// What keeps a node going: held by every object of Python's that belongs to it, and not by the loop
+/// that watches it. When the last one goes, the node closes.
+pub struct Keep(Arc<Shared>);
+
+pub type Handle = Arc<Keep>;
+
+impl Deref for Keep {
+    type Target = Arc<Shared>;
+
+    fn deref(&self) -> &Arc<Shared> {
+        &self.0
+    }
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        let shared = &self.0;
+        if shared.is_closed() || !shared.watching.load(Ordering::Acquire) {
+            return;
+        }
+        shared.abandoned.store(true, Ordering::Release);
+        // Here, nothing may be done: it may be any thread, and an allocator may be running.
+        shared.node.wake_host();
+        error::warn::<PyResourceWarning>("thalweg: unclosed node".to_owned());
+    }
+}
+
+/// Raises, once, what was raised where nobody could be told. It does not keep that: its traceback
+/// may hold what holds this.
+#[pyclass(module = "thalweg", frozen)]
+struct Raise(Mutex<Option<PyErr>>);
+
+#[pymethods]
+impl Raise {
+    fn __call__(&self) -> PyResult<()> {
+        lock(&self.0).take().map_or(Ok(()), Err)
+    }
+}
+
+/// What the loop calls when the node's descriptor is readable. It keeps the node's memory for as
+/// long as the loop watches it.
 #[pyclass(module = "thalweg", frozen)]
 struct Reader(Arc<Shared>);
 
@@ -248,10 +400,13 @@ impl Drop for Reader {
         shared.ended.store(true, Ordering::Release);
         shared.end_allocator();
         // What waits holds objects that hold the node.
-        for wakeup in std::mem::take(&mut *lock(&shared.ready)) {
+        // And what ends then may use thalweg: no lock is held.
+        for wakeup in shared.ready.take() {
             wakeup.forget();
         }
-        local::release(std::mem::take(&mut *lock(&shared.watches)));
+        drop(shared.wishes.take());
+        let watches = std::mem::take(&mut *lock(&shared.watches));
+        local::release(watches);
         local::release(Ending(shared.clone()));
     }
 }
@@ -269,30 +424,41 @@ impl Drop for Ending {
 impl Reader {
     fn __call__(&self, py: Python<'_>) -> PyResult<()> {
         let shared = &self.0;
+        if !shared.is_home() {
+            return shared.lose_home(py);
+        }
         shared.check()?;
+        shared.had_a_turn();
         let turn = shared.node.host_turn();
         let progress = {
             let _inside = shared.enter();
-            shared.heavy.run(py, || shared.node.progress())
+            shared.heavy.run(py, |_| shared.node.progress())
         };
         let unwatched = match progress.is_err() || shared.node.is_wound_up() {
             true => shared.unwatch(py),
             false => Ok(()),
         };
         // A task may have been told to end the program; the turn ends all the same.
-        let settled = shared.settle(py, Resume::Now);
+        let settled = shared.settle(py, shared.resume);
         let finished = shared.finish(py, turn);
+        let closing = match shared.abandoned.swap(false, Ordering::AcqRel) {
+            true => shared.close_abandoned(py),
+            false => Ok(()),
+        };
         settled?;
         finished?;
+        closing?;
         unwatched?;
         progress.map_err(|error| error::raise(py, &error))
     }
 }
 
 /// A process's context on the running event loop, one a loop.
+///
+/// It is to be closed. One that nobody holds any more, nor anything of it, closes by itself.
 #[pyclass(module = "thalweg", frozen, weakref)]
 pub struct Node {
-    pub shared: Arc<Shared>,
+    shared: Handle,
 }
 
 impl Node {
@@ -315,7 +481,7 @@ impl Node {
         let event_loop = running_loop(py)
             .map_err(|_| PyRuntimeError::new_err("a node is made inside a running event loop"))?;
         let config::Settings { config: settings, spin, allocator } = config::read(py, settings)?;
-        log::ask(py);
+        log::ask(py)?;
         let settings = match &allocator {
             Some(allocator) => settings.allocator(allocator.clone()),
             None => settings,
@@ -324,6 +490,10 @@ impl Node {
         let descriptor = node.host_fd().map(|fd| fd.as_raw_fd()).ok_or_else(|| {
             PyRuntimeError::new_err("a node without a descriptor cannot be watched")
         })?;
+        // Where the package nest_asyncio lets tasks run the loop that runs them, none of them may go
+        // on inside of the reader callback: the loop could not call that again meanwhile.
+        let nests = event_loop.hasattr("_nest_patched")?;
+        let resume = if nests { Resume::Soon } else { Resume::Now };
         let shared = Arc::new(Shared {
             node: Local::new(node),
             spin,
@@ -333,11 +503,18 @@ impl Node {
             watching: AtomicBool::new(true),
             is_closed: AtomicBool::new(false),
             ended: AtomicBool::new(false),
-            ready: Mutex::default(),
+            resume,
+            abandoned: AtomicBool::new(false),
+            ready: List::new(),
+            wishes: List::new(),
+            interrupts: List::new(),
             watches: Mutex::default(),
             next_watch: AtomicU64::new(0),
             heavy: Heavy::default(),
             resting: Heavy::default(),
+            made: Instant::now(),
+            at_once_since: AtomicU64::new(0),
+            others_turn: AtomicBool::new(false),
             allocator,
         });
         if let Some(allocator) = &shared.allocator {
@@ -345,13 +522,14 @@ impl Node {
         }
         let reader = Bound::new(py, Reader(shared.clone()))?;
         event_loop.call_method1("add_reader", (descriptor, reader))?;
-        log::hand_over(py);
-        Ok(Node { shared })
+        let node = Node { shared: Arc::new(Keep(shared)) };
+        node.shared.settle(py, Resume::Soon)?;
+        Ok(node)
     }
 
     /// Listens at exactly this address (``thalweg://host:port``; port 0 lets the system choose).
     fn listen(&self, py: Python<'_>, address: String) -> PyResult<Operation> {
-        log::ask(py);
+        log::ask(py)?;
         let node = (*self.shared.node).clone();
         let work = async move { node.listen(address).await.map(Outcome::Listener) };
         self.operation("listen", None, None, work)
@@ -365,7 +543,7 @@ impl Node {
         address: String,
         timeout: Option<f64>,
     ) -> PyResult<Operation> {
-        log::ask(py);
+        log::ask(py)?;
         let node = (*self.shared.node).clone();
         let peer = address.clone();
         let work = async move { node.connect(address).await.map(Outcome::Endpoint) };

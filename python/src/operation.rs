@@ -9,7 +9,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use pyo3::types::{PyDict, PyTuple};
 use thalweg::{Error, Message};
 
 use crate::buffer::Lent;
-use crate::node::Shared;
+use crate::node::{Handle, Shared};
 use crate::{buffer, endpoint, error, frame, listener, local};
 
 /// What an operation came to, before it is made a Python object.
@@ -45,7 +45,28 @@ pub type Work = Pin<Box<dyn Future<Output = Result<Outcome, Error>> + Send>>;
 /// To let go of the GIL costs little by itself, but where threads of Python's compute, getting it
 /// back takes up to their switch interval (5 ms): short messages do not pay that.
 #[derive(Default)]
-pub struct Heavy(AtomicBool);
+pub struct Heavy {
+    is_heavy: AtomicBool,
+    /// How many operations have let others go first, and have not begun yet.
+    queue: AtomicUsize,
+}
+
+/// The place of an operation that has let others go first. Those that come after it line up, so that
+/// they begin in the order in which they were awaited.
+struct Place(Arc<Heavy>);
+
+impl Place {
+    fn new(heavy: &Arc<Heavy>) -> Self {
+        heavy.queue.fetch_add(1, Ordering::Relaxed);
+        Place(heavy.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.queue.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// A poll that takes longer than this is one that copies.
 const HEAVY: Duration = Duration::from_micros(30);
@@ -56,17 +77,17 @@ const COPIES_FOR: Duration = Duration::from_millis(1);
 
 impl Heavy {
     pub fn set(&self, heavy: bool) {
-        self.0.store(heavy, Ordering::Relaxed);
+        self.is_heavy.store(heavy, Ordering::Relaxed);
     }
 
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.is_heavy.load(Ordering::Relaxed)
     }
 
-    /// Runs something that never waits, with the GIL or without it.
-    pub fn run<R: Send>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send) -> R {
+    /// Runs something that never waits, with the GIL or without it. It is told when it began.
+    pub fn run<R: Send>(&self, py: Python<'_>, work: impl FnOnce(Instant) -> R + Send) -> R {
         let began = Instant::now();
-        let result = if self.is_set() { py.detach(work) } else { work() };
+        let result = if self.is_set() { py.detach(|| work(began)) } else { work(began) };
         self.set(began.elapsed() > HEAVY);
         result
     }
@@ -206,6 +227,7 @@ struct Inner {
     state: State,
     expired: bool,
     timer: Option<Py<PyAny>>,
+    place: Option<Place>,
 }
 
 /// How an operation is described and how long it may take.
@@ -214,6 +236,9 @@ pub struct Terms {
     pub peer: Option<String>,
     pub timeout: Option<f64>,
     pub heavy: Arc<Heavy>,
+    /// It takes what has arrived: once it has begun, it must not wait before it says so, since
+    /// whoever is cancelled meanwhile would lose that.
+    pub takes: bool,
 }
 
 impl Terms {
@@ -222,11 +247,16 @@ impl Terms {
             return Err(PyValueError::new_err("timeout: a number of seconds, or None"));
         }
         let peer = peer.map(str::to_owned);
-        Ok(Terms { what, peer, timeout, heavy: Arc::default() })
+        Ok(Terms { what, peer, timeout, heavy: Arc::default(), takes: false })
     }
 
     pub fn sharing(mut self, heavy: &Arc<Heavy>) -> Self {
         self.heavy = heavy.clone();
+        self
+    }
+
+    pub fn taking(mut self) -> Self {
+        self.takes = true;
         self
     }
 }
@@ -237,7 +267,7 @@ impl Terms {
 /// the caller's any more. What had arrived for a receive by then is there for the next receive.
 #[pyclass(module = "thalweg", frozen)]
 pub struct Operation {
-    shared: Arc<Shared>,
+    shared: Handle,
     inner: Mutex<Inner>,
     wakeup: Arc<Wakeup>,
     waker: Waker,
@@ -248,7 +278,7 @@ pub struct Operation {
 impl Operation {
     /// An operation that owns nothing of the caller's that is written to.
     pub fn new(
-        shared: &Arc<Shared>,
+        shared: &Handle,
         terms: Terms,
         work: impl Future<Output = Result<Outcome, Error>> + Send + 'static,
     ) -> Self {
@@ -258,7 +288,7 @@ impl Operation {
 
     /// An operation that writes to memory of the caller's.
     pub fn lending<B>(
-        shared: &Arc<Shared>,
+        shared: &Handle,
         terms: Terms,
         lend: impl FnOnce(&Arc<Lent>) -> PyResult<B>,
         work: impl FnOnce(B) -> Work,
@@ -270,14 +300,14 @@ impl Operation {
     }
 
     fn with(
-        shared: &Arc<Shared>,
+        shared: &Handle,
         terms: Terms,
         wakeup: Arc<Wakeup>,
         lent: Option<Arc<Lent>>,
         work: Work,
     ) -> Self {
         let waker = Waker::from(wakeup.clone());
-        let inner = Inner { state: State::New(work), expired: false, timer: None };
+        let inner = Inner { state: State::New(work), expired: false, timer: None, place: None };
         let inner = Mutex::new(inner);
         Operation { shared: shared.clone(), inner, wakeup, waker, lent, terms }
     }
@@ -295,8 +325,12 @@ impl Operation {
     }
 
     /// Polls, and again while there is more to do at once, for this long.
-    fn poll_while_woken(&self, work: &mut Work, limit: Duration) -> Poll<Result<Outcome, Error>> {
-        let began = Instant::now();
+    fn poll_while_woken(
+        &self,
+        work: &mut Work,
+        began: Instant,
+        limit: Duration,
+    ) -> Poll<Result<Outcome, Error>> {
         loop {
             self.wakeup.woken.store(false, Ordering::SeqCst);
             let polled = work.as_mut().poll(&mut Context::from_waker(&self.waker));
@@ -307,23 +341,26 @@ impl Operation {
         }
     }
 
-    /// Polls until the future is ready, pending, or has spun for long enough.
-    fn poll(&self, py: Python<'_>, work: &mut Work) -> Poll<Result<Outcome, Error>> {
+    /// Polls until the future is ready, pending, or has spun for long enough. And when that began.
+    fn poll(&self, py: Python<'_>, work: &mut Work) -> (Poll<Result<Outcome, Error>>, Instant) {
         let spin = self.shared.spin;
-        let mut since = None;
+        let mut first = None;
         self.wakeup.polling.store(true, Ordering::SeqCst);
         let polled = loop {
-            let polled = {
+            let (polled, began) = {
                 let _inside = self.shared.enter();
                 let copies_for =
                     if self.terms.heavy.is_set() { COPIES_FOR } else { Duration::ZERO };
-                self.terms.heavy.run(py, || self.poll_while_woken(work, copies_for))
+                self.terms
+                    .heavy
+                    .run(py, |began| (self.poll_while_woken(work, began, copies_for), began))
             };
+            let began = *first.get_or_insert(began);
             if polled.is_ready() || spin.is_zero() || !self.wakeup.woken.load(Ordering::SeqCst) {
-                break polled;
+                break (polled, began);
             }
-            if since.get_or_insert_with(Instant::now).elapsed() >= spin {
-                break polled;
+            if began.elapsed() >= spin {
+                break (polled, began);
             }
         };
         self.wakeup.polling.store(false, Ordering::SeqCst);
@@ -338,15 +375,33 @@ impl Operation {
             let timer = event_loop.call_method1("call_later", (seconds, expire))?;
             inner.timer = Some(timer.unbind());
         }
-        let mut work = match std::mem::replace(&mut inner.state, State::Over) {
+        inner.place = None;
+        let (mut work, is_new) = match std::mem::replace(&mut inner.state, State::Over) {
             State::Over => {
                 return Err(PyRuntimeError::new_err("an operation can be awaited only once"));
             }
-            State::Settling(result) => return Ok(self.settled(py, inner, result)),
-            State::New(work) | State::Running(work) => work,
+            State::Settling(result) => {
+                self.shared.had_a_turn();
+                return Ok(self.settled(py, inner, result));
+            }
+            State::New(work) if self.lets_others_go_first() => {
+                inner.state = State::Running(work);
+                inner.place = Some(Place::new(&self.terms.heavy));
+                // It need not wait for anything else.
+                self.wakeup.woken.store(true, Ordering::SeqCst);
+                return Ok(None);
+            }
+            State::New(work) => (work, true),
+            State::Running(work) => {
+                self.shared.had_a_turn();
+                (work, false)
+            }
         };
-        let result = match self.poll(py, &mut work) {
+        let (polled, began) = self.poll(py, &mut work);
+        let mut others_turn = false;
+        let result = match polled {
             Poll::Ready(result) => {
+                others_turn = is_new && self.shared.answered_at_once(began);
                 local::release(work);
                 result.map_err(|error| error::raise(py, &error))
             }
@@ -357,6 +412,7 @@ impl Operation {
                 Err(error::timed_out(py, what, peer, seconds))
             }
             Poll::Pending => {
+                self.shared.had_a_turn();
                 inner.state = State::Running(work);
                 return Ok(None);
             }
@@ -366,7 +422,19 @@ impl Operation {
             let _inside = self.shared.enter();
             buffer::give_back(py);
         }
+        // What takes nothing may as well end a turn later.
+        if others_turn && matches!(result, Ok(Outcome::Nothing)) {
+            inner.state = State::Settling(result);
+            self.wakeup.woken.store(true, Ordering::SeqCst);
+            return Ok(None);
+        }
         Ok(self.settled(py, inner, result))
+    }
+
+    /// Whether it begins in the loop's next turn only, since others have gone without for long.
+    fn lets_others_go_first(&self) -> bool {
+        let queue = &self.terms.heavy.queue;
+        self.terms.takes && (self.shared.is_others_turn() || queue.load(Ordering::Relaxed) > 0)
     }
 
     fn settled(
@@ -396,9 +464,20 @@ impl Operation {
         local::release(work);
     }
 
+    /// Cancels it, as its task has asked for.
+    fn cancel(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
+        self.stop(py, error)?;
+        if self.nothing_lent() {
+            let _inside = self.shared.enter();
+            self.wakeup.wake_up();
+        }
+        self.shared.settle(py, Resume::Soon)
+    }
+
     /// Withdraws it; it ends with `error` once nothing writes to the caller's memory.
     fn stop(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
         let mut inner = self.inner()?;
+        inner.place = None;
         match std::mem::replace(&mut inner.state, State::Over) {
             State::New(work) | State::Running(work) => {
                 self.withdraw(work);
@@ -419,7 +498,10 @@ impl Operation {
         let settled = this.shared.settle(py, Resume::Soon);
         if let Err(error) = settled.and(this.shared.finish(py, turn)) {
             // Not this operation's affair, whose outcome must not be lost.
-            error.write_unraisable(py, None);
+            match error::ends_program(py, &error) {
+                true => this.shared.raise_soon(py, error),
+                false => error.write_unraisable(py, None),
+            }
         }
         match ended? {
             Some(result) => {
@@ -510,6 +592,7 @@ impl Operation {
         let Ok(mut inner) = self.inner() else { return };
         let state = std::mem::replace(&mut inner.state, State::Over);
         let timer = inner.timer.take();
+        inner.place = None;
         drop(inner);
         if let State::New(work) | State::Running(work) = state {
             self.withdraw(work);
@@ -543,19 +626,9 @@ impl Drop for Operation {
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         let state = std::mem::replace(&mut inner.state, State::Over);
         if matches!(state, State::New(_)) {
-            Python::try_attach(|py| {
-                // It may be dropped while an exception is on its way.
-                let raised = PyErr::take(py);
-                let text = format!("thalweg: operation {:?} was never awaited", self.terms.what);
-                let text = std::ffi::CString::new(text).unwrap_or_default();
-                let kind = py.get_type::<PyRuntimeWarning>();
-                if let Err(error) = PyErr::warn(py, &kind, &text, 1) {
-                    error.write_unraisable(py, None);
-                }
-                if let Some(raised) = raised {
-                    raised.restore(py);
-                }
-            });
+            let what = self.terms.what;
+            let text = format!("thalweg: operation {what:?} was never awaited");
+            error::warn::<PyRuntimeWarning>(text);
         }
         if let State::New(work) | State::Running(work) = state {
             local::release(work);
@@ -608,14 +681,13 @@ impl Waiter {
     }
 
     fn remove_done_callback(&self, call: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let mut removed = Vec::new();
-        self.operation.get().wakeup.callbacks().retain_mut(|known| {
-            let same = known.call.bind(call.py()).is(call);
-            if same {
-                removed.push(known.call.clone_ref(call.py()));
-            }
-            !same
-        });
+        let mut callbacks = self.operation.get().wakeup.callbacks();
+        let is_other = |known: &Callback| !known.call.is(call);
+        let (kept, removed) = std::mem::take(&mut *callbacks).into_iter().partition(is_other);
+        *callbacks = kept;
+        drop(callbacks);
+        // Without the lock: their end may be Python code.
+        let removed: Vec<Callback> = removed;
         Ok(removed.len())
     }
 
@@ -636,7 +708,7 @@ impl Waiter {
     #[pyo3(signature = (msg=None))]
     fn cancel(&self, py: Python<'_>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
         let operation = self.operation.get();
-        operation.shared.check()?;
+        operation.shared.check_thread()?;
         if operation.wakeup.woken.load(Ordering::SeqCst) {
             operation.wakeup.resume(py, &operation.shared, Resume::Soon)?;
             return Ok(false);
@@ -646,13 +718,27 @@ impl Waiter {
             Some(msg) if !msg.is_none(py) => class.call1((msg,))?,
             _ => class.call0()?,
         };
-        operation.stop(py, PyErr::from_value(error))?;
-        if operation.nothing_lent() {
-            let _inside = operation.shared.enter();
-            operation.wakeup.wake_up();
+        let error = PyErr::from_value(error);
+        if local::is_allocating() {
+            // A signal's handler, as likely as not. Nothing of thalweg's may be touched here.
+            let operation = self.operation.clone_ref(py);
+            self.operation.get().shared.wish(Wish { operation, error });
+        } else {
+            operation.cancel(py, error)?;
         }
-        operation.shared.settle(py, Resume::Soon)?;
         Ok(true)
+    }
+}
+
+/// A cancellation that waits until it can be carried out.
+pub struct Wish {
+    operation: Py<Operation>,
+    error: PyErr,
+}
+
+impl Wish {
+    pub fn carry_out(self, py: Python<'_>) -> PyResult<()> {
+        self.operation.get().cancel(py, self.error)
     }
 }
 
@@ -661,16 +747,17 @@ pub struct Watch {
     waker: Waker,
     wakeup: Arc<Wakeup>,
     work: Work,
-    callback: Py<PyAny>,
+    callback: Option<Py<PyAny>>,
 }
 
 impl Watch {
-    /// Begins to watch: `callback(outcome)` is called once, in a turn of the loop of its own.
+    /// Begins to watch: `callback(outcome)`, if there is one, is called once, in a turn of the loop
+    /// of its own.
     pub fn begin(
         py: Python<'_>,
         shared: &Arc<Shared>,
         work: Work,
-        callback: Py<PyAny>,
+        callback: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let id = shared.new_watch_id();
         let wakeup = Wakeup::new(shared, Some(id));
@@ -683,7 +770,9 @@ impl Watch {
         self.wakeup.woken.store(false, Ordering::SeqCst);
         let polled = {
             let _inside = shared.enter();
-            self.work.as_mut().poll(&mut Context::from_waker(&self.waker))
+            let mut poll = || self.work.as_mut().poll(&mut Context::from_waker(&self.waker));
+            // As everywhere, other threads take no lock with the GIL in hand.
+            if shared.is_home() { poll() } else { py.detach(poll) }
         };
         let outcome = match polled {
             Poll::Pending => {
@@ -695,6 +784,10 @@ impl Watch {
         };
         let Watch { work, callback, .. } = self;
         local::release(work);
+        if let Ok(Outcome::NodeClosed) = outcome {
+            shared.wind_up(py)?;
+        }
+        let Some(callback) = callback else { return Ok(()) };
         let object = match outcome {
             Ok(Outcome::Ended(error)) | Err(error) => error::to_object(py, &error)?.unbind(),
             Ok(_) => py.None(),

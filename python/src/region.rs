@@ -1,6 +1,6 @@
 //! Registered memory and its keys, for Python.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -10,7 +10,7 @@ use thalweg::{Access, Registered, RemoteKey as Key};
 use crate::buffer::{PyMemory, with_bytes};
 use crate::error;
 use crate::local::Local;
-use crate::node::Shared;
+use crate::node::Handle;
 use crate::operation::{Operation, Outcome, Terms};
 
 /// What a peer needs to reach a region. ``bytes(key)`` travels in a message.
@@ -56,7 +56,7 @@ impl RemoteKey {
 /// long. Peers may write at any time: know by a message or a fence that a put has landed.
 #[pyclass(module = "thalweg", frozen, weakref)]
 pub struct Region {
-    shared: Arc<Shared>,
+    shared: Handle,
     registered: Local<Mutex<Option<Registered<PyMemory>>>>,
     key: Key,
 }
@@ -64,7 +64,7 @@ pub struct Region {
 impl Region {
     pub fn register(
         py: Python<'_>,
-        shared: &Arc<Shared>,
+        shared: &Handle,
         memory: PyMemory,
         access: &str,
     ) -> PyResult<Self> {

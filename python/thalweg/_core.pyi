@@ -49,6 +49,7 @@ class Node:
         host_pool: int | None = None,
         loan_pool: int | None = None,
         single_copy: bool | None = None,
+        peer_write: bool | None = None,
         ptracer_any: bool | None = None,
         require_encryption: bool | None = None,
         allocator: Callable[[int], Buffer] | None = None,

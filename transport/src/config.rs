@@ -94,6 +94,7 @@ pub struct Config {
     pub(crate) eager_max_bytes: usize,
     pub(crate) tcp_buffer_bytes: usize,
     pub(crate) single_copy: bool,
+    pub(crate) peer_write: bool,
     pub(crate) loans: bool,
     pub(crate) ptracer_any: bool,
     pub(crate) loan_pool_bytes: usize,
@@ -128,6 +129,7 @@ impl Default for Config {
             eager_max_bytes: 64 << 10,
             tcp_buffer_bytes: 256 << 10,
             single_copy: true,
+            peer_write: true,
             loans: true,
             ptracer_any: false,
             loan_pool_bytes: 1 << 30,
@@ -246,9 +248,13 @@ impl Config {
         /// `THALWEG_TCP_BUFFER`. Default: 256 KiB (on loopback 1.3 times the kernel's choice).
         tcp_buffer_bytes: usize;
         /// Whether payloads may be copied straight out of the peer's memory
-        /// (`process_vm_readv`), and those of long messages in part into it
-        /// (`process_vm_writev`). `THALWEG_SINGLE_COPY`, 0 or 1. Default: yes, where it works.
+        /// (`process_vm_readv`). `THALWEG_SINGLE_COPY`, 0 or 1. Default: yes, where it works.
         single_copy: bool;
+        /// Whether both sides may copy a long message at once: while the receiver reads it out of
+        /// the sender's memory, the sender writes a part of it into the receiver's
+        /// (`process_vm_writev`). Both sides must allow it, and single copy.
+        /// `THALWEG_PEER_WRITE`, 0 or 1. Default: yes, where it works.
+        peer_write: bool;
         /// Whether loans are handed over by reference. `THALWEG_LOANS`, 0 or 1. Default: yes.
         loans: bool;
         /// Whether any process of this user may read and write this one's memory
@@ -339,6 +345,7 @@ impl Config {
                 "EAGER_MAX" => config.eager_max_bytes = usize_of(size()?)?,
                 "TCP_BUFFER" => config.tcp_buffer_bytes = usize_of(size()?)?,
                 "SINGLE_COPY" => config.single_copy = flag()?,
+                "PEER_WRITE" => config.peer_write = flag()?,
                 "LOANS" => config.loans = flag()?,
                 "PTRACER_ANY" => config.ptracer_any = flag()?,
                 "LOAN_POOL" => config.loan_pool_bytes = usize_of(size()?)?,

@@ -21,7 +21,7 @@ from distributed.comm.core import FatalCommClosedError
 from distributed.protocol import to_serialize
 from thalweg.dask import ThalwegBackend, config, errors
 from thalweg.dask import comm as comm_module
-from thalweg.dask.node import _nodes, node_here
+from thalweg.dask.node import _nodes, begin, node_here
 
 MEBIBYTE = 1 << 20
 
@@ -60,6 +60,7 @@ def test_settings_reach_the_node():
         spin="20us",
         host_pool="3MiB",
         single_copy=False,
+        peer_write="no",
         close_timeout="2s",
         max_message="5 GiB",
     ):
@@ -70,6 +71,7 @@ def test_settings_reach_the_node():
     assert arguments["spin_us"] == 20
     assert arguments["host_pool"] == 3 * MEBIBYTE
     assert arguments["single_copy"] is False
+    assert arguments["peer_write"] is False
     assert arguments["close_timeout"] == 2
     assert arguments["max_message"] == 5 << 30
 
@@ -84,6 +86,7 @@ def test_settings_reach_the_node():
         ("message_window", -5),
         ("host_pool", "1 ZB"),
         ("single_copy", "maybe"),
+        ("peer_write", "maybe"),
     ],
 )
 def test_a_setting_that_makes_no_sense(name, value):
@@ -389,6 +392,19 @@ async def test_a_loop_has_one_node_while_it_needs_one():
 
 
 @in_loop
+async def test_what_is_begun_goes_on_by_itself():
+    node, other = thalweg.Node(), thalweg.Node()
+    listener = await other.listen("thalweg://127.0.0.1:0")
+    kept = await node.connect(listener.address), await listener.accept()
+    # It waits for the other side's answer.
+    begin(node.close())
+    assert not node.is_closed
+    await until(lambda: node.is_closed)
+    assert all(endpoint.is_closed for endpoint in kept)
+    await other.close()
+
+
+@in_loop
 async def test_many_short_frames_travel_as_one():
     async with pair("thalweg") as (a, b):
         arrays = [np.full(i % 50, i % 256, "u1") for i in range(3000)]
@@ -442,3 +458,21 @@ def test_a_forked_child_is_told():
     code = "\n".join(line[4:] for line in FORKED.splitlines())
     done = subprocess.run([sys.executable, "-c", code], timeout=30, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
+
+
+@in_loop
+async def test_a_cancelled_write_loses_its_message_and_not_the_comm():
+    with settings(message_window="1 MiB"):
+        async with pair("thalweg") as (a, b):
+            first = asyncio.ensure_future(a.write({"n": 1, "x": blob(MEBIBYTE)}))
+            second = asyncio.ensure_future(a.write({"n": 2, "x": blob(MEBIBYTE)}))
+            await asyncio.sleep(0.1)
+            assert not second.done()
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert not a.closed()
+            third = asyncio.ensure_future(a.write({"n": 3}))
+            assert [(await b.read())["n"] for _ in range(2)] == [1, 3]
+            await first
+            await third

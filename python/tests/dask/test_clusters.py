@@ -231,6 +231,10 @@ def test_encryption_is_refused(who):
 # Programs
 
 
+# A worker that is told to close while it connects for a heartbeat says so, whatever the protocol.
+LATE_HEARTBEAT = "Failed to communicate with scheduler during heartbeat."
+
+
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize("nanny", [True, False], ids=["nanny", "no-nanny"])
 def test_the_command_line(host, nanny):
@@ -254,7 +258,9 @@ def test_the_command_line(host, nanny):
         assert scheduler.wait(30) == 0
     # Nannies complain of their queues at the end, whatever the protocol.
     for program in (scheduler,) if nanny else (scheduler, a, b):
-        assert " - ERROR - " not in program.output, program.output
+        lines = program.output.splitlines()
+        errors = [x for x in lines if " - ERROR - " in x and not x.endswith(LATE_HEARTBEAT)]
+        assert not errors, program.output
 
 
 def test_the_command_line_without_any_host():

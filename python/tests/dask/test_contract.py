@@ -834,6 +834,17 @@ async def test_a_name_that_does_not_exist(protocol):
         await connect(f"{protocol}://does-not-exist.invalid:1234", timeout=0.5)
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["does-not-exist.invalid:1234", "256.1.1.1:1", "a b:1", ":1", "127.0.0.1:-1"],
+)
+@in_loop
+async def test_what_a_connector_says_of_a_name_that_is_none(protocol, address):
+    with pytest.raises(socket.gaierror) as caught:
+        await get_backend(protocol).get_connector().connect(address)
+    assert not isinstance(caught.value, CommClosedError)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1", "::1:80", "127.0.0.1:port"])
 @in_loop
 async def test_a_malformed_address(protocol, address):

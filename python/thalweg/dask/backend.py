@@ -26,6 +26,8 @@ logger = logging.getLogger("distributed.comm.thalweg")
 
 PREFIX = "thalweg://"
 
+PORT_MAX = 65535
+
 #: How often a port that the system chose is given up because it is taken in the other family.
 PORT_ATTEMPTS = 5
 
@@ -52,7 +54,9 @@ class ThalwegConnector(Connector):
     ) -> ThalwegComm:
         _check_encryption(address, connection_args)
         host, port = parse_host_port(address)
-        target = PREFIX + unparse_host_port(host or "localhost", port)
+        if not host:
+            raise errors.no_such_name(address)
+        target = PREFIX + unparse_host_port(host, port)
         node = node_here()
         node.enter()
         try:
@@ -62,11 +66,13 @@ class ThalwegConnector(Connector):
                 endpoint, local, self.prefix + address, deserialize, node=node
             )
         except thalweg.Error as error:
+            if error.kind == "name-resolution" or (error.kind == "invalid-input" and port <= PORT_MAX):
+                raise errors.no_such_name(address) from error
             if not errors.is_hung_up(error):
                 raise errors.closed(self, error) from error
             # Over tcp:// this connection would have been made, and the first use of it fail. Dask
             # tries again where connecting fails, not then: who has begun to end is let be.
-            local = PREFIX + unparse_host_port(get_ip(ensure_ip(host or "localhost")), 0)
+            local = PREFIX + unparse_host_port(get_ip(ensure_ip(host)), 0)
             return self.comm_class(
                 None, local, self.prefix + address, deserialize, node=node, why_ended=error
             )

@@ -91,8 +91,9 @@ def node_arguments() -> dict[str, Any]:
         )
     if (transports := get("transports")) is not None:
         arguments["transports"] = _names(transports)
-    if (single_copy := get("single-copy")) is not None:
-        arguments["single_copy"] = yes_or_no(PREFIX + "single-copy", single_copy)
+    for name in ("single-copy", "peer-write"):
+        if (value := get(name)) is not None:
+            arguments[name.replace("-", "_")] = yes_or_no(PREFIX + name, value)
     if spin := seconds(PREFIX + "spin", get("spin") or 0):
         arguments["spin_us"] = round(spin * 1e6)
     connect = dask.config.get("distributed.comm.timeouts.connect")

@@ -35,6 +35,11 @@ def closed(where: Any, error: BaseException) -> CommClosedError:
     return CommClosedError(text)
 
 
+def no_such_name(address: str) -> socket.gaierror:
+    """What a socket says of a host that is none. ``distributed.comm.connect`` tries again."""
+    return socket.gaierror(socket.EAI_NONAME, f"Name or service not known: {address!r}")
+
+
 def raise_from_listening(address: str, error: thalweg.Error) -> NoReturn:
     """Binding fails with what a socket would say: callers look at ``errno``."""
     if error.kind == "name-resolution":

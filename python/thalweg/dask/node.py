@@ -72,9 +72,12 @@ def node_here() -> LoopNode:
 def begin(operation: Any) -> None:
     """Starts an operation that goes on, or ends at once, without anybody waiting for it."""
     try:
-        operation.__await__().send(None)
+        waiter = operation.__await__().send(None)
     except (StopIteration, thalweg.Error):
         pass
     except RuntimeError:
         # From another thread, or after the loop has ended: it ends with the node's last object.
         operation.close()
+    else:
+        # Kept by the node that it waits for, and not by a task: none is left when the loop stops.
+        waiter.add_done_callback(lambda _waiter: begin(operation))

@@ -100,6 +100,7 @@ impl NodeShared {
         let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
         let options = ShmOptions {
             single_copy: config.single_copy,
+            together: config.peer_write,
             loans: config.loans,
             ptracer_any: config.ptracer_any,
             max_payload: config.max_message_bytes,

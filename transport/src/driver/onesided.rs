@@ -28,7 +28,8 @@ impl Core {
                 What::Put { from, key, offset, number, local: false, remote: false, direct: false }
             }
             OneSided::Get { to, key, offset } => {
-                What::Get { to, key, offset, number, answered: false, direct: false }
+                let (to, len) = (Some(to), to.len);
+                What::Get { to, len, key, offset, number, answered: false, direct: false }
             }
         };
         let id = self.state.ops.insert(Slot::new(Stage::Queued, what));
@@ -118,10 +119,10 @@ impl Core {
                 stats.put_bytes += from.len as u64;
                 stats.direct_puts += u64::from(by_link);
             }
-            What::Get { to, direct, .. } => {
+            What::Get { len, direct, .. } => {
                 *direct = by_link;
                 stats.gets += 1;
-                stats.get_bytes += to.len as u64;
+                stats.get_bytes += *len as u64;
                 stats.direct_gets += u64::from(by_link);
             }
             _ => {}
@@ -215,7 +216,7 @@ impl Queued {
             What::Put { from, key, offset, .. } => {
                 Queued { memory: from, key, offset, access: ACCESS_WRITE }
             }
-            What::Get { to, key, offset, .. } => {
+            What::Get { to: Some(to), key, offset, .. } => {
                 Queued { memory: to, key, offset, access: ACCESS_READ }
             }
             _ => return None,
@@ -377,7 +378,7 @@ impl State {
         let slot = id.and_then(|id| self.ops.get(id));
         let (
             Some(id),
-            Some(Slot { what: What::Get { to, answered, direct: false, .. }, stage, .. }),
+            Some(Slot { what: What::Get { to, len, answered, direct: false, .. }, stage, .. }),
         ) = (id, slot)
         else {
             return State::protocol("an answer to a get that was not made");
@@ -385,7 +386,7 @@ impl State {
         if !matches!(stage, Stage::Posted) || std::mem::replace(answered, true) {
             return State::protocol("a second answer to a get");
         }
-        let to = *to;
+        let (to, len) = (*to, *len);
         if status != Status::Ok {
             if arrival.len != 0 {
                 return State::protocol("a refused get with a payload");
@@ -394,9 +395,14 @@ impl State {
             self.one_sided_over(id, Err(error));
             return Disposition::Taken;
         }
-        if arrival.len != to.len as u64 {
+        if arrival.len != len as u64 {
             return State::protocol("an answer to a get of another length");
         }
+        let Some(to) = to else {
+            self.one_sided_over(id, Ok(()));
+            let here = arrival.inline.is_some() || len == 0;
+            return if here { Disposition::Taken } else { Disposition::Discard };
+        };
         if let Some(bytes) = arrival.inline.or((to.len == 0).then_some(&[][..])) {
             // SAFETY: the get's `Op` or slot owns its memory, and no link has been given it.
             unsafe { to.fill(bytes) };
@@ -463,11 +469,19 @@ impl State {
         }
     }
 
-    /// Withdraws a put or get that has not been posted. `true`: the slot is gone.
+    /// Withdraws a put or get that has not been posted, or a get of which nothing has come: the
+    /// target may be stopped, and until it answers nobody has been given the memory. `true`: that
+    /// is not used any more.
     pub fn withdraw_one_sided(&mut self, id: OpId) -> bool {
         let Some(slot) = self.ops.get(id) else { return true };
-        if !matches!(slot.stage, Stage::Queued) {
-            return false;
+        match (&slot.stage, &mut slot.what) {
+            (Stage::Queued, _) => {}
+            (Stage::Posted, What::Get { to, answered: false, direct: false, .. }) => {
+                *to = None;
+                self.abandon_slot(id, None);
+                return true;
+            }
+            _ => return false,
         }
         if let Some(at) = self.one_sided_queue.iter().position(|queued| *queued == id) {
             self.one_sided_queue.remove(at);

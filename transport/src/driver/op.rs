@@ -97,8 +97,9 @@ pub struct NodeRef<'a>(pub(crate) &'a NodeShared);
 /// effect in the order of their first polls. It may be polled from any task, thread or runtime.
 ///
 /// **Cancel safety.** Dropping it at any point is sound and loses nothing: an operation that has
-/// not begun is withdrawn; a receive that has begun finishes, and what came is there for the next
-/// matching receive; a send that has begun goes on to its end. What it owned is then kept by the
+/// not begun is withdrawn, and so is a get of which nothing has come; a receive that has begun
+/// finishes, and what came is there for the next matching receive; a send that has begun goes on to
+/// its end. What it owned is then kept by the
 /// endpoint until nothing uses it, and dropped. To get it back instead, await [`Op::cancel`].
 ///
 /// **Cost.** An operation that can finish at once takes one uncontended lock and no allocation.
@@ -119,8 +120,9 @@ impl<'e, K: Kind> Op<'e, K> {
     }
 
     /// Fails with [`ErrorKind::TimedOut`] if it is not over after this time. An operation that has
-    /// not begun is withdrawn then and gives its buffer back; one whose memory the peer may still
-    /// be reading or writing goes on in the background, and the buffer is dropped when it ends.
+    /// not begun, or a get of which nothing has come, is withdrawn then and gives its buffer back;
+    /// one whose memory may still be read or written goes on in the background, and the buffer is
+    /// dropped when it ends.
     pub fn timeout(self, timeout: Duration) -> Timed<'e, K> {
         let now = Instant::now();
         // A time beyond the clock is as good as none.

@@ -121,8 +121,17 @@ pub(crate) enum What {
     },
     /// The peer's put that a link is landing in a region.
     PutIn { id: u32, used: RegionUse },
-    /// A get that waits for, or is landing, the answer; a direct one is the link's.
-    Get { to: RawSegment, key: u64, offset: u64, number: u64, answered: bool, direct: bool },
+    /// A get that waits for, or is landing, the answer; a direct one is the link's. One that was
+    /// withdrawn since it was asked for has no memory any more, and the answer goes nowhere.
+    Get {
+        to: Option<RawSegment>,
+        len: usize,
+        key: u64,
+        offset: u64,
+        number: u64,
+        answered: bool,
+        direct: bool,
+    },
     /// The answer to the peer's get on its way out of a region.
     GetOut { _used: RegionUse },
     /// A fence: over when earlier one-sided operations are, and the peer has answered.

@@ -700,17 +700,19 @@ impl MockLink {
     }
 
     fn begin(&mut self, payload: u64, to: Landing, op: OpId) -> Result<(), LinkError> {
+        let len = to.iter().map(|piece| piece.len as u64).sum::<u64>();
+        // Known before anything can fail: the operation ends with the link at the latest.
+        self.jobs.push_back(Job { payload, to, op, moved: 0 });
         let mut shared = self.pair.lock();
+        self.check_alive(&shared)?;
         let way = &mut shared.ways[1 - self.side];
         let Some(open) = way.open.get(&payload) else {
             return Err(breach("landed, but it is not open"));
         };
-        if to.iter().map(|piece| piece.len as u64).sum::<u64>() != open.len {
+        if len != open.len {
             return Err(breach("landed in memory of another length"));
         }
         way.landings += 1;
-        drop(shared);
-        self.jobs.push_back(Job { payload, to, op, moved: 0 });
         Ok(())
     }
 
@@ -719,10 +721,17 @@ impl MockLink {
         let mut any = false;
         while let Some(mut job) = self.jobs.pop_front() {
             let mut shared = self.pair.lock();
-            self.check_alive(&shared)?;
+            let alive = self.check_alive(&shared);
             let way = &mut shared.ways[1 - self.side];
-            let Some(payload) = way.open.get(&job.payload) else {
-                return Err(breach("released while it was landing"));
+            let payload = match (alive, way.open.get(&job.payload)) {
+                (Ok(()), Some(payload)) => payload,
+                (alive, _) => {
+                    // It ends with the link.
+                    self.jobs.push_front(job);
+                    return Err(alive
+                        .err()
+                        .unwrap_or_else(|| breach("released while it was landing")));
+                }
             };
             let from = job.moved;
             let part = (payload.len as usize - from).min(budget.bytes);

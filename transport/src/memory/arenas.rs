@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::runtime::ForkGuard;
+use crate::runtime::PerProcess;
 
 /// A mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,10 +25,11 @@ struct Arenas {
     listeners: Vec<Weak<dyn Unmapping>>,
 }
 
-static ARENAS: Mutex<Arenas> = Mutex::new(Arenas { lens: BTreeMap::new(), listeners: Vec::new() });
+static ARENAS: PerProcess<Mutex<Arenas>> =
+    PerProcess::new(|| Mutex::new(Arenas { lens: BTreeMap::new(), listeners: Vec::new() }));
 
 fn arenas() -> MutexGuard<'static, Arenas> {
-    ARENAS.lock().unwrap_or_else(PoisonError::into_inner)
+    ARENAS.get().lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A mapping has been made.
@@ -38,11 +39,6 @@ pub(super) fn mapped(ptr: NonNull<u8>, len: usize) {
 
 /// A mapping is about to go. Others than those of [`mapped`] are no matter.
 pub(super) fn unmapping(ptr: NonNull<u8>) {
-    // A forked child has none of what is kept, and must not wait for a lock that another thread
-    // held when it was forked off.
-    if ForkGuard::get().forked() {
-        return;
-    }
     let start = ptr.as_ptr() as usize;
     let mut arenas = arenas();
     if arenas.lens.remove(&start).is_none() {

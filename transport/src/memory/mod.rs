@@ -19,6 +19,18 @@ pub(crate) use shared::{
     SharedBlock, SharedPool,
 };
 
+/// Unmaps memory by the C library's `munmap`, and not by a system call of our own: libraries that keep
+/// registrations for memory (UCX does) learn by a patched `munmap` that they have to let go of them. One
+/// that is kept would go on naming the old pages when something else is mapped there.
+///
+/// # Safety
+///
+/// A whole mapping, which nobody uses any more.
+pub(crate) unsafe fn unmap(ptr: std::ptr::NonNull<u8>, len: usize) {
+    // SAFETY: the caller's. It fails only for what was not mapped.
+    let _ = unsafe { libc::munmap(ptr.as_ptr().cast(), len) };
+}
+
 /// The kind of a piece of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

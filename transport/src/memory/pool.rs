@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
 use super::{Buffer, BufferMut, Region, arenas};
 use crate::runtime::ForkGuard;
@@ -44,10 +44,15 @@ unsafe impl Send for Cache {}
 struct Inner {
     cache: Mutex<Cache>,
     limit_bytes: usize,
+    /// In a forked child another thread of the parent's may seem to hold the lock, for ever.
+    guard: ForkGuard,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.guard.forked() {
+            return;
+        }
         let cache = self.cache.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (class, list) in cache.free.iter_mut().enumerate() {
             for ptr in list.drain(..) {
@@ -89,17 +94,15 @@ fn map(class: usize) -> Option<NonNull<u8>> {
 ///
 /// `ptr` came from [`map`] with this class, and nobody uses the memory any more.
 unsafe fn unmap(ptr: NonNull<u8>, class: usize) {
-    if ForkGuard::get().forked() {
-        return;
-    }
     if CLASS_MIN << class >= ARENA_MIN {
         arenas::unmapping(ptr);
     }
-    // SAFETY: the caller's. It fails only for what was not mapped.
-    let _ = unsafe { munmap(ptr.as_ptr().cast(), CLASS_MIN << class) };
+    // SAFETY: the caller's.
+    unsafe { super::unmap(ptr, CLASS_MIN << class) };
 }
 
-/// The node's pool of host memory. Cloning shares it.
+/// The node's pool of host memory. Cloning shares it. It belongs to the process that made it: in a
+/// forked child it gives nothing.
 #[derive(Clone)]
 pub struct HostPool(Arc<Inner>);
 
@@ -107,7 +110,8 @@ impl HostPool {
     /// A pool that keeps at most `limit_bytes` of unused memory for the next taker.
     pub fn new(limit_bytes: usize) -> Self {
         let cache = Cache { free: [const { Vec::new() }; CLASSES], bytes: 0 };
-        HostPool(Arc::new(Inner { cache: Mutex::new(cache), limit_bytes }))
+        let guard = ForkGuard::get();
+        HostPool(Arc::new(Inner { cache: Mutex::new(cache), limit_bytes, guard }))
     }
 
     #[cfg(test)]
@@ -117,13 +121,16 @@ impl HostPool {
 
     /// Bytes that lie unused in the pool.
     pub fn cached_bytes(&self) -> usize {
+        if self.0.guard.forked() {
+            return 0;
+        }
         self.0.cache.lock().unwrap_or_else(PoisonError::into_inner).bytes
     }
 }
 
 impl Allocator for HostPool {
     fn allocate(&self, len_bytes: usize) -> Option<PoolBuf> {
-        let class = class_of(len_bytes)?;
+        let class = class_of(len_bytes).filter(|_| !self.0.guard.forked())?;
         let reused = {
             let mut cache = self.0.cache.lock().unwrap_or_else(PoisonError::into_inner);
             let reused = cache.free[class].pop();
@@ -137,6 +144,10 @@ impl Allocator for HostPool {
             None => map(class)?,
         };
         Some(PoolBuf { ptr, len: len_bytes, owner: Owner::Pool { class, pool: self.0.clone() } })
+    }
+
+    fn refusal(&self) -> Option<String> {
+        self.0.guard.forked().then(|| "the pool belongs to the parent process".to_owned())
     }
 }
 
@@ -242,8 +253,7 @@ impl Drop for PoolBuf {
     fn drop(&mut self) {
         // A buffer goes with this value.
         let Owner::Pool { class, pool } = &self.owner else { return };
-        // In a forked child another thread of the parent's may seem to hold a lock, for ever.
-        if ForkGuard::get().forked() {
+        if pool.guard.forked() {
             return;
         }
         let size = CLASS_MIN << class;

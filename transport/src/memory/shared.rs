@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 
 use super::{Buffer, BufferMut, Region, arenas};
 use crate::error::{Error, ErrorKind, Phase};
@@ -114,7 +114,7 @@ impl Drop for OwnMapping {
         if !self.guard.forked() {
             arenas::unmapping(self.ptr);
             // SAFETY: the mapping made in `create`; whoever got the pointer keeps `self` alive.
-            let _ = unsafe { munmap(self.ptr.as_ptr().cast(), self.len) };
+            unsafe { super::unmap(self.ptr, self.len) };
         }
     }
 }
@@ -175,7 +175,7 @@ impl PeerMapping {
 impl Drop for PeerMapping {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `map`; whoever got the pointer keeps `self` alive.
-        let _ = unsafe { munmap(self.ptr.as_ptr().cast(), self.len) };
+        unsafe { super::unmap(self.ptr, self.len) };
     }
 }
 

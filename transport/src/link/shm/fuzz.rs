@@ -92,10 +92,10 @@ fn meet(may_pull: bool) -> (ShmLink, Villain) {
         loans: true,
         may_pull,
         peer_may_pull: may_pull,
+        // What the far side gives for its memory is this process's.
+        together: false,
         ways: String::new(),
     });
-    // What the far side gives for its memory is this process's.
-    link.may_help = false;
     link.together_min = TOGETHER_MIN;
     let far_page = far.as_ptr();
     let pool = SharedPool::new(1 << 20);

@@ -224,6 +224,8 @@ pub(super) struct Parts {
     pub may_pull: bool,
     /// Whether the peer may read this side's.
     pub peer_may_pull: bool,
+    /// Whether both sides allow that long payloads are copied by both.
+    pub together: bool,
     pub ways: String,
 }
 
@@ -325,8 +327,8 @@ impl ShmLink {
             asked: None,
             last_number: 0,
             helping: None,
-            may_help: true,
-            together_min: TOGETHER_MIN_BYTES,
+            may_help: parts.together,
+            together_min: if parts.together { TOGETHER_MIN_BYTES } else { u64::MAX },
             lingering: None,
             chunks: VecDeque::new(),
             arena_empty: false,
@@ -773,14 +775,14 @@ impl ShmLink {
 
     /// The landing for which the peer's help was asked.
     pub(super) fn asked_key(&self) -> Option<u64> {
-        self.asked.map(|asked| asked.key())
+        self.asked.map(|asked| asked.key)
     }
 
     /// Whether a payload is to come through the arena.
     pub(super) fn asks_for_chunks(&mut self) -> bool {
         self.asked_key().is_some_and(|key| {
             let incoming = self.incoming.get_mut(key);
-            incoming.and_then(|open| open.landing.as_ref()).is_some_and(|landing| landing.asked)
+            incoming.and_then(|open| open.landing.as_ref()).is_some_and(|landing| landing.by_chunks)
         })
     }
 

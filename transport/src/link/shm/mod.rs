@@ -58,9 +58,11 @@ pub(crate) use engine::ShmEngine;
 /// What is allowed, and how much.
 #[derive(Clone, Debug)]
 pub(crate) struct ShmOptions {
-    /// Whether payloads may be read out of the peer's memory (`process_vm_readv`), by either side,
-    /// and long ones be written there (`process_vm_writev`).
+    /// Whether payloads may be read out of the peer's memory (`process_vm_readv`), by either side.
     pub single_copy: bool,
+    /// Whether long ones that go by single copy may be copied by both sides: a part is written into
+    /// the receiver's memory (`process_vm_writev`).
+    pub together: bool,
     /// Whether loans go by reference.
     pub loans: bool,
     /// The longest payload, in bytes, in either direction.
@@ -78,6 +80,7 @@ impl Default for ShmOptions {
     fn default() -> Self {
         ShmOptions {
             single_copy: true,
+            together: true,
             loans: true,
             max_payload: 1 << 40,
             ptracer_any: false,

@@ -47,14 +47,21 @@ struct Hello {
     /// Where a secret lies in the sender's private memory.
     probe_addr: u64,
     single_copy: bool,
+    /// Whether long payloads may be copied by both sides.
+    together: bool,
 }
+
+/// In the last byte of a hello.
+const SINGLE_COPY: u8 = 1;
+const TOGETHER: u8 = 2;
 
 impl Hello {
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(self.token);
         bytes.extend(self.probe_addr.to_ne_bytes());
-        bytes.push(self.single_copy.into());
+        let flag = |set: bool, flag| if set { flag } else { 0 };
+        bytes.push(flag(self.single_copy, SINGLE_COPY) | flag(self.together, TOGETHER));
         bytes
     }
 
@@ -62,11 +69,12 @@ impl Hello {
         let rest = bytes.strip_prefix(&MAGIC)?;
         let (token, rest) = rest.split_first_chunk()?;
         let (addr, rest) = rest.split_first_chunk()?;
-        let [single_copy] = rest else { return None };
+        let [flags] = rest else { return None };
         Some(Hello {
             token: *token,
             probe_addr: u64::from_ne_bytes(*addr),
-            single_copy: *single_copy != 0,
+            single_copy: flags & SINGLE_COPY != 0,
+            together: flags & TOGETHER != 0,
         })
     }
 }
@@ -223,7 +231,12 @@ fn pull_verdict(code: i32, proved: bool) -> Result<(), String> {
     }
 }
 
-fn ways(options: &ShmOptions, ours: &Result<(), String>, theirs: &Result<(), String>) -> String {
+fn ways(
+    options: &ShmOptions,
+    ours: &Result<(), String>,
+    theirs: &Result<(), String>,
+    together: bool,
+) -> String {
     let mut text = format!("inline ≤ {} KiB", INLINE_MAX >> 10);
     text.push_str(if options.loans {
         ", loans by reference"
@@ -231,10 +244,15 @@ fn ways(options: &ShmOptions, ours: &Result<(), String>, theirs: &Result<(), Str
         ", loans copied (configuration)"
     });
     match (ours, theirs) {
-        (Ok(()), Ok(())) => text.push_str(&format!(
-            ", single copy (process_vm_readv), messages from {} KiB on by both sides (process_vm_writev)",
-            TOGETHER_MIN_BYTES >> 10
-        )),
+        (Ok(()), Ok(())) => {
+            text.push_str(", single copy (process_vm_readv)");
+            if together {
+                let from_kib = TOGETHER_MIN_BYTES >> 10;
+                let by =
+                    format!(", messages from {from_kib} KiB on by both sides (process_vm_writev)");
+                text.push_str(&by);
+            }
+        }
         (Err(ours), Err(theirs)) if ours == theirs => {
             text.push_str(&format!(", staging arena; single copy: {ours}"));
         }
@@ -271,6 +289,7 @@ pub(super) async fn establish(
         token,
         probe_addr: private.as_ptr().expose_provenance() as u64,
         single_copy: options.single_copy,
+        together: options.together,
     };
     talk.send(&hello.bytes(), &[page_fd.as_fd()])?;
     // From here on the mapping is enough.
@@ -295,6 +314,7 @@ pub(super) async fn establish(
         return Err(malformed());
     };
     let pulls = pull_verdict(pull_code, *proved == 1);
+    let together = options.together && peer.hello.together;
     let process = engine.reactor.source(process, Interest::Read).map_err(no_source)?;
     Ok(ShmLink::new(Parts {
         own,
@@ -309,18 +329,19 @@ pub(super) async fn establish(
         loans: options.loans,
         may_pull: pulls.is_ok(),
         peer_may_pull: peer_pulls.is_ok(),
-        ways: ways(options, &pulls, &peer_pulls),
+        together,
+        ways: ways(options, &pulls, &peer_pulls, together),
     }))
 }
 
 /// The packets that a peer sends at set-up, as fuzzing gives them: what can be read has one form
-/// (but for a flag, of which every value but 0 means the same).
+/// (but for flags that this version does not know).
 #[cfg(feature = "fuzzing")]
 pub(super) fn fuzz(bytes: &[u8]) -> u64 {
     if let Some(hello) = Hello::read(bytes) {
         let again = hello.bytes();
         assert_eq!(again[..HELLO_LEN - 1], bytes[..HELLO_LEN - 1]);
-        assert_eq!(hello.single_copy, bytes[HELLO_LEN - 1] != 0);
+        assert_eq!(again[HELLO_LEN - 1], bytes[HELLO_LEN - 1] & (SINGLE_COPY | TOGETHER));
         return 1 + u64::from(hello.single_copy);
     }
     if let Some(proof) = Proof::read(bytes) {
@@ -335,7 +356,8 @@ pub(super) fn fuzz(bytes: &[u8]) -> u64 {
 /// Packets to start from.
 #[cfg(feature = "fuzzing")]
 pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let hello = Hello { token: [1; 16], probe_addr: 4096, single_copy: true }.bytes();
+    let hello =
+        Hello { token: [1; 16], probe_addr: 4096, single_copy: true, together: true }.bytes();
     let proof = |pull_code| {
         Proof { page_secret: [2; 16], pull_code, pull_secret: [3; 16] }.bytes().to_vec()
     };

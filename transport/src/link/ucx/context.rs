@@ -6,9 +6,11 @@ use std::sync::{Mutex, PoisonError};
 use thalweg_ffi::ucx::{self as ffi, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
 
 use super::{Unavailable, describe};
+use crate::runtime::FirstUse;
 
 /// Making and ending contexts touches state of the library's that is not guarded.
 static LIBRARY: Mutex<()> = Mutex::new(());
+static FIRST: FirstUse = FirstUse::new();
 
 const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in force";
 
@@ -74,6 +76,12 @@ impl Drop for Settings {
 
 impl Context {
     pub fn new(ucx: &'static Ucx) -> Result<Context, Unavailable> {
+        if FIRST.inherited() {
+            return Err(Unavailable {
+                reason: "UCX was in use when this process was forked off".into(),
+                fix: "start processes by spawn, or use UCX in children only".into(),
+            });
+        }
         let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.

@@ -23,7 +23,7 @@ use super::setup::{Candidate, Setup};
 use super::slab::Slabs;
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
-use crate::runtime::{Attempt, Fd, Interest, Reactor, Source, Timers};
+use crate::runtime::{Attempt, Fd, FirstUse, Interest, Reactor, Source, Timers};
 
 /// One device, and what its links share.
 struct Adapter {
@@ -87,6 +87,8 @@ impl After {
         self.wakers.into_iter().for_each(Waker::wake);
     }
 }
+
+static FIRST: FirstUse = FirstUse::new();
 
 /// A node's devices.
 pub(crate) struct VerbsEngine {
@@ -156,6 +158,12 @@ impl VerbsEngine {
         timers: Arc<Timers>,
         options: VerbsOptions,
     ) -> Result<Arc<Self>, Unusable> {
+        if FIRST.inherited() {
+            return Err(Unusable::Library {
+                reason: "libibverbs was in use when this process was forked off".into(),
+                fix: "start processes by spawn, or use verbs in children only".into(),
+            });
+        }
         let verbs = ffi::load().map_err(|absent| Unusable::Library {
             reason: absent.to_string(),
             fix: absent.fix(),

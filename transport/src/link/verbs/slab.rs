@@ -5,7 +5,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
 use super::device::{Access, Domain, Registered};
 use super::wire::BUFFER_BYTES;
@@ -70,7 +70,7 @@ impl Drop for Slab {
         }
         self.registered = None;
         // SAFETY: the mapping made in `new`, which no device uses any more.
-        let _ = unsafe { munmap(self.ptr.as_ptr().cast(), self.count * BUFFER_BYTES) };
+        unsafe { crate::memory::unmap(self.ptr, self.count * BUFFER_BYTES) };
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) struct Progressing {
     /// The sender has been asked to copy as well.
     pub(super) has_asked: bool,
     /// The rest comes through the peer's arena.
-    pub(super) asked: bool,
+    pub(super) by_chunks: bool,
 }
 
 /// What one turn of a landing came to.
@@ -326,7 +326,7 @@ impl ShmLink {
             end,
             lasting,
             has_asked: false,
-            asked: false,
+            by_chunks: false,
         });
         self.landing.push_back(key);
         self.attention = true;
@@ -388,12 +388,12 @@ impl ShmLink {
         let Some(incoming) = self.incoming.get_mut(key) else {
             return Ok(None);
         };
-        let asked = incoming.landing.as_ref().is_some_and(|landing| landing.asked);
+        let by_chunks = incoming.landing.as_ref().is_some_and(|landing| landing.by_chunks);
         let remote = incoming.remote;
         match incoming.origin {
             Origin::Inline(_) => self.held_inline -= 1,
             // The sender knows by the last chunk taken.
-            _ if asked => {}
+            _ if by_chunks => {}
             _ => self.push_finished(remote)?,
         }
         let landing = self.incoming.remove(key).and_then(|incoming| incoming.landing);
@@ -561,7 +561,7 @@ impl ShmLink {
         let Some(landing) = &mut incoming.landing else {
             return Ok(Turn::Waiting);
         };
-        landing.asked = true;
+        landing.by_chunks = true;
         let fixed = Fixed { id: incoming.remote, len: landing.done, count: key };
         self.push_fixed(Kind::Ask, fixed)?;
         Ok(Turn::Waiting)
@@ -581,7 +581,7 @@ impl ShmLink {
         let unasked = || protocol("a chunk that nobody asked for");
         let incoming = self.incoming.get_mut(key).ok_or_else(unasked)?;
         let landing =
-            incoming.landing.as_mut().filter(|landing| landing.asked).ok_or_else(unasked)?;
+            incoming.landing.as_mut().filter(|landing| landing.by_chunks).ok_or_else(unasked)?;
         if at.len == 0 || at.len > incoming.len - landing.done {
             return Err(protocol("a chunk that is too long"));
         }

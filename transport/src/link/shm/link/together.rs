@@ -52,17 +52,10 @@ const PAUSE_MAX: Duration = Duration::from_millis(256);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked {
     /// The landing.
-    key: u64,
+    pub(super) key: u64,
     number: u16,
     /// The sender was at a piece when this side closed the copy.
     closed: bool,
-}
-
-#[cfg(test)]
-impl Asked {
-    pub(super) fn key(&self) -> u64 {
-        self.key
-    }
 }
 
 /// The sender's side of a copy.
@@ -303,16 +296,12 @@ impl ShmLink {
         let (mut left, mut moved) = (limit.min(budget.bytes), false);
         while let Some(helping) = &self.helping {
             let taken = self.ring.peer().marks.taken(helping.number);
-            let Some(open) = taken.and_then(|taken| helping.from.checked_sub(taken)) else {
+            let open = taken.and_then(|taken| helping.from.checked_sub(taken));
+            let Some(open) = open.filter(|open| *open > 0) else {
                 moved = true;
                 self.stop_helping()?;
                 break;
             };
-            if open == 0 {
-                moved = true;
-                self.stop_helping()?;
-                break;
-            }
             if left == 0 {
                 break;
             }

@@ -86,6 +86,33 @@ async fn a_short_payload_is_copied_by_the_receiver() {
 }
 
 #[tokio::test]
+async fn either_side_may_refuse() {
+    let refuses = || ShmOptions { together: false, ..ShmOptions::default() };
+    let bytes = pattern(LONG);
+    for (left, right) in [(refuses(), ShmOptions::default()), (ShmOptions::default(), refuses())] {
+        let mut pair = pair_with(left, right).await;
+        for link in [&pair.left, &pair.right] {
+            assert!(link.caps().ways.contains("single copy (process_vm_readv)"));
+            assert!(!link.caps().ways.contains("writev"), "{}", link.caps().ways);
+        }
+        assert_eq!(pair.post(999, &[segment(&bytes)]), Post::Pending);
+        turn(&mut pair.right, &mut pair.at_right).expect("right");
+        assert_eq!(pair.right.asked_key(), None, "nobody is asked");
+        pair.pump(|pair| pair.at_left.done.contains_key(&999));
+        assert_eq!(pair.copied_by_sender(), 0);
+        assert_eq!(pair.received(), LONG as u64);
+    }
+    // Nor does one help that is asked all the same.
+    let mut pair = pair_with(refuses(), ShmOptions::default()).await;
+    pair.right.together_min = TOGETHER_MIN_BYTES;
+    let index = pair.ask(&bytes);
+    assert!(pair.right.asked_key().is_some());
+    pair.pump(|pair| pair.at_right.done.contains_key(&index));
+    assert_eq!(pair.copied_by_sender(), 0);
+    assert!(pair.at_right.landed[&index] == bytes);
+}
+
+#[tokio::test]
 async fn a_sender_that_does_not_come_is_not_waited_for() {
     let mut pair = pair().await;
     let bytes = pattern(LONG);
