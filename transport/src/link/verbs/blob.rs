@@ -17,7 +17,7 @@ pub(crate) const RAILS_MAX: usize = 4;
 const PORT_BYTES: usize = 24;
 /// Those of the first pair of ports; what is said of each further one follows.
 const TERMS_BYTES: usize = 28;
-const RAIL_BYTES: usize = 8;
+const RAIL_BYTES: usize = 20;
 /// Buffers without which a link could send no chunks.
 pub(super) const RECEIVES_MIN: u16 = CHUNKS_LEAVE + RESERVE + 1;
 
@@ -261,21 +261,29 @@ pub(super) struct RailTerms {
     pub queue_pair: u32,
     /// Reads of the peer's that it answers at once.
     pub reads: u8,
+    /// What the peer may read to try it: where it lies, and its key.
+    pub sample: (u64, u32),
 }
 
 impl RailTerms {
     fn encode(&self, to: &mut Vec<u8>) {
         to.extend_from_slice(&[self.ports.0, self.ports.1, self.reads, 0]);
         to.extend_from_slice(&self.queue_pair.to_le_bytes());
+        to.extend_from_slice(&self.sample.0.to_le_bytes());
+        to.extend_from_slice(&self.sample.1.to_le_bytes());
     }
 
     fn decode(bytes: &[u8]) -> Option<RailTerms> {
         let (&[connector, acceptor, reads, zero], rest) = bytes.split_first_chunk()?;
-        let queue_pair = u32::from_le_bytes(rest.try_into().ok()?);
+        let (queue_pair, rest) = rest.split_first_chunk()?;
+        let (address, key) = rest.split_first_chunk()?;
+        let sample = (u64::from_le_bytes(*address), u32::from_le_bytes(key.try_into().ok()?));
+        let queue_pair = u32::from_le_bytes(*queue_pair);
         (reads > 0 && zero == 0 && queue_pair < 1 << 24).then_some(RailTerms {
             ports: (connector, acceptor),
             queue_pair,
             reads,
+            sample,
         })
     }
 }
@@ -293,6 +301,9 @@ pub(super) struct Terms {
     pub receives: u16,
     /// Reads of the peer's that it answers at once.
     pub reads: u8,
+    /// How long further pairs of ports may be tried, in milliseconds. What is less on both sides
+    /// counts.
+    pub trial_ms: u16,
     /// Further pairs of ports.
     pub rails: Vec<RailTerms>,
 }
@@ -303,7 +314,8 @@ impl Terms {
         for number in self.queue_pairs.into_iter().chain([self.first_packet]) {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
-        bytes.extend_from_slice(&u32::from(self.receives).to_le_bytes());
+        bytes.extend_from_slice(&self.receives.to_le_bytes());
+        bytes.extend_from_slice(&self.trial_ms.to_le_bytes());
         self.rails.iter().for_each(|rail| rail.encode(&mut bytes));
         bytes
     }
@@ -313,7 +325,8 @@ impl Terms {
         let (bytes, rails) = bytes.split_first_chunk::<TERMS_BYTES>()?;
         let word = |at: usize| bytes[at..at + 4].try_into().map(u32::from_le_bytes).ok();
         let small = |at: usize| word(at).filter(|number| *number < 1 << 24);
-        let receives = u16::try_from(word(24)?).ok()?;
+        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let (receives, trial_ms) = (half(24), half(26));
         let count = rails.len() / RAIL_BYTES;
         if bytes[0] != FORM || receives < RECEIVES_MIN || bytes[3] == 0 {
             return None;
@@ -338,6 +351,7 @@ impl Terms {
             first_packet: small(20)?,
             receives,
             reads: bytes[3],
+            trial_ms,
             rails,
         })
     }
@@ -489,9 +503,10 @@ mod tests {
         #[test]
         fn terms_survive_the_wire(
             queue_pairs in prop::array::uniform4(0u32..1 << 24), first_packet in 0u32..1 << 24,
-            receives in RECEIVES_MIN.., reads in 1u8.., rails in 0..RAILS_MAX,
+            receives in RECEIVES_MIN.., reads in 1u8.., rails in 0..RAILS_MAX, trial_ms: u16,
         ) {
-            let terms = Terms { queue_pairs, first_packet, receives, reads, ..terms(rails) };
+            let terms =
+                Terms { queue_pairs, first_packet, receives, reads, trial_ms, ..terms(rails) };
             prop_assert_eq!(Terms::decode(&terms.encode()), Some(terms));
         }
     }
@@ -501,10 +516,11 @@ mod tests {
             ports: (at, 100 - at),
             queue_pair: (1 << 24) - 1 - u32::from(at),
             reads: at,
+            sample: (u64::MAX - u64::from(at), u32::from(at)),
         };
         let (ports, queue_pairs, receives) = ((0, 100), [1, 2, 3, 4], RECEIVES_MIN);
         let rails = (1..=rails as u8).map(rail).collect();
-        Terms { ports, queue_pairs, first_packet: 0, receives, reads: 1, rails }
+        Terms { ports, queue_pairs, first_packet: 0, receives, reads: 1, trial_ms: 7, rails }
     }
 
     #[test]

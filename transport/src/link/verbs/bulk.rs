@@ -21,6 +21,8 @@ pub(super) const READ_BYTES_MAX: usize = 256 << 10;
 /// Payloads of this many bytes or more may be read by all rails. A read takes some microseconds to
 /// begin with, and there are at most a few in shorter ones: they would gain little.
 pub(super) const STRIPE_BYTES_MIN: usize = 1 << 20;
+/// The set of the first rail, by which everything may be read.
+pub(super) const FIRST: u8 = 1;
 
 /// A payload that the peer may fetch, with what it may read: registered until it lets go.
 pub(super) type Outgoing = chunks::Outgoing<SmallVec<[Held; 1]>>;
@@ -36,9 +38,23 @@ pub(super) struct Read {
     pub from: u64,
     pub remote_key: u32,
     pub bytes: u32,
+    /// Which of its payload's slices it lands in.
+    pub slice: u64,
+    /// Its keys, local and remote, for the first rail.
+    pub first_keys: (u32, u32),
 }
 
+// SAFETY: the pointer says where the bytes go, in a landing that the driver keeps; it is not tied to
+// a thread.
+unsafe impl Send for Read {}
+
 impl Read {
+    /// The same by the first rail.
+    pub fn by_first(self) -> Read {
+        let (local_key, remote_key) = self.first_keys;
+        Read { rail: 0, local_key, remote_key, ..self }
+    }
+
     pub fn rdma(&self) -> Rdma {
         let Read { to, local_key, from, remote_key, bytes, .. } = *self;
         let (writes, inline, local, remote) = (false, false, to, from);
@@ -49,7 +65,8 @@ impl Read {
 /// What is to be done next for a payload that is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// This memory is to be registered, or the beginning of it.
+    /// This memory is to be registered, or the beginning of it. The first rail has room for a read
+    /// of it.
     Register {
         ptr: *const u8,
         bytes: usize,
@@ -94,13 +111,15 @@ struct Slice {
     segment: usize,
     /// Within the segment.
     end: usize,
-    /// By rail: each one's reads end in the order in which they were posted.
-    under_way: [u32; RAILS_MAX],
+    /// What its reads call it by.
+    number: u64,
+    /// Its reads, by whatever rails.
+    under_way: u32,
 }
 
 impl Slice {
     fn is_read(&self) -> bool {
-        self.under_way != [0; RAILS_MAX]
+        self.under_way > 0
     }
 }
 
@@ -113,6 +132,8 @@ struct Reading {
     from: (usize, u64),
     /// Those with reads under way, and the one that the next read goes to.
     slices: VecDeque<Slice>,
+    /// The number of the next one.
+    next_slice: u64,
     /// No more memory can be registered.
     refused: bool,
 }
@@ -125,6 +146,37 @@ impl Reading {
             behind -= 1;
             behind == 0 || slice.is_read()
         });
+    }
+}
+
+/// Sets of further rails that there are.
+const SETS: usize = 1 << (RAILS_MAX - 1);
+
+/// Payloads with reads left to post, each in its turn among those for whose next read there is room:
+/// those that may use the same rails stand in one queue, so that none is looked at in vain.
+#[derive(Default)]
+pub(super) struct Turns {
+    /// By the set of further rails: numbers of payloads, each with the turn that it came at.
+    queues: [VecDeque<(u64, u32)>; SETS],
+    next_turn: u64,
+}
+
+impl Turns {
+    /// `usable`: see [`Incoming::usable`].
+    pub fn push(&mut self, id: u32, usable: u8) {
+        let at = usize::from(usable >> 1) % SETS;
+        self.queues[at].push_back((self.next_turn, id));
+        self.next_turn += 1;
+    }
+
+    /// Whose turn it is where these rails have room.
+    pub fn pop(&mut self, room: u8) -> Option<u32> {
+        let fits = |set: usize| (FIRST | (set as u8) << 1) & room != 0;
+        let first = |(_, queue): &(usize, &mut VecDeque<(u64, u32)>)| queue.front().copied();
+        let queues = self.queues.iter_mut().enumerate().filter(|(set, _)| fits(*set));
+        let (_, queue) =
+            queues.min_by_key(|queue| first(queue).map_or(u64::MAX, |(turn, _)| turn))?;
+        queue.pop_front().map(|(_, id)| id)
     }
 }
 
@@ -148,8 +200,9 @@ impl Incoming {
 
     /// It is to be read: `pieces` come to its length. `rails`: those that they have keys for.
     pub fn read_from(&mut self, pieces: Vec<Piece>, rails: u8) {
-        let (from, slices) = ((0, 0), VecDeque::new());
-        self.reading = Some(Reading { pieces, rails, from, slices, refused: false });
+        let (from, slices, next_slice) = ((0, 0), VecDeque::new(), 0);
+        let reading = Reading { pieces, rails, from, slices, next_slice, refused: false };
+        self.reading = Some(reading);
     }
 
     /// The rails that its memory at the peer may be read by.
@@ -157,9 +210,23 @@ impl Incoming {
         self.reading.as_ref().map_or(0, |reading| reading.rails)
     }
 
+    /// The rails that its next read may go by. Where memory is to be registered before, that is the
+    /// first one: whatever other devices make of it, that one can read what is registered, so that
+    /// nothing is registered which would have to wait.
+    pub fn usable(&self) -> u8 {
+        let (segment, offset) = self.filling.at();
+        let Some(reading) = &self.reading else { return FIRST };
+        let slice = reading.slices.back();
+        match slice.filter(|slice| slice.segment == segment && slice.end > offset) {
+            Some(slice) => reading.rails & slice.ready.rails(),
+            None => FIRST,
+        }
+    }
+
     /// What is to be done next. A read that is named counts as posted. `pick` says which of some
     /// rails it goes by, if any.
     pub fn next_read(&mut self, pick: impl FnOnce(u8) -> Option<usize>) -> Next {
+        let picked = pick(self.usable());
         let (segment, offset) = self.filling.at();
         let Some(reading) = self.reading.as_mut().filter(|reading| !reading.refused) else {
             return Next::Nothing;
@@ -170,9 +237,11 @@ impl Incoming {
         };
         let goes_on = |slice: &&mut Slice| slice.segment == segment && slice.end > offset;
         let Some(slice) = reading.slices.back_mut().filter(goes_on) else {
-            return Next::Register { ptr: to, bytes: room };
+            return match picked {
+                Some(_) => Next::Register { ptr: to, bytes: room },
+                None => Next::Wait,
+            };
         };
-        let picked = pick(reading.rails & slice.ready.rails());
         let keyed = picked.and_then(|rail| Some((rail, slice.ready.keys[rail]?)));
         let Some((rail, local_key)) = keyed else { return Next::Wait };
         let there = usize::try_from(piece.len - reading.from.1).unwrap_or(usize::MAX);
@@ -184,8 +253,10 @@ impl Incoming {
             from: piece.address + reading.from.1,
             remote_key: piece.keys[rail],
             bytes: bytes as u32,
+            slice: slice.number,
+            first_keys: (slice.ready.keys[0].unwrap_or(local_key), piece.keys[0]),
         };
-        slice.under_way[rail] += 1;
+        slice.under_way += 1;
         self.filling.advance(bytes);
         reading.from.1 += bytes as u64;
         if reading.from.1 == piece.len {
@@ -198,9 +269,9 @@ impl Incoming {
     pub fn registered(&mut self, ready: Ready, bytes: usize) {
         let (segment, offset) = self.filling.at();
         if let Some(reading) = &mut self.reading {
-            let (end, under_way) = (offset + bytes, [0; RAILS_MAX]);
-            let slice = Slice { ready, segment, end, under_way };
-            reading.slices.push_back(slice);
+            let (end, number) = (offset + bytes, reading.next_slice);
+            reading.next_slice += 1;
+            reading.slices.push_back(Slice { ready, segment, end, number, under_way: 0 });
             reading.let_go();
         }
     }
@@ -218,11 +289,11 @@ impl Incoming {
         self.reading.as_ref().is_some_and(|reading| !reading.refused) && !self.is_over()
     }
 
-    /// One of the reads has ended: of those that went by this rail the first that was posted.
-    pub fn read_ended(&mut self, rail: usize) -> Left {
+    /// One of the reads into this slice has ended.
+    pub fn read_ended(&mut self, slice: u64) -> Left {
         if let Some(reading) = &mut self.reading {
-            if let Some(first) = reading.slices.iter_mut().find(|slice| slice.under_way[rail] > 0) {
-                first.under_way[rail] -= 1;
+            if let Some(its) = reading.slices.iter_mut().find(|known| known.number == slice) {
+                its.under_way = its.under_way.saturating_sub(1);
             }
             reading.let_go();
         }

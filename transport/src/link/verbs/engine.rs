@@ -19,7 +19,7 @@ use super::messenger::{BUFFERS, Messenger};
 use super::rails::Rail;
 use super::registrations::Registrations;
 use super::removal::Removals;
-use super::setup::{Candidate, Setup};
+use super::setup::{Candidate, Setup, trial_max};
 use super::slab::Slabs;
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
@@ -316,7 +316,7 @@ impl VerbsEngine {
             false => (to as u8, at as u8),
         };
         let registrations = adapter.registrations.clone();
-        let alarm = self.alarms.add(which, messenger.queues().identities());
+        let alarm = self.alarms.add(which, messenger.queues().identities(), None);
         let mut rails = Vec::new();
         for (at, to) in chosen {
             match self.rail(&adapters, at) {
@@ -329,7 +329,8 @@ impl VerbsEngine {
         }
         let (ports, to) = (named(at, to), theirs.ports[to]);
         let why = blob::reason(&own.ports[at], &to);
-        Ok(Prepared { messenger, ports, to, registrations, alarm, why, rails })
+        let trial_ms = trial_max(self.options.setup_timeout).as_millis() as u16;
+        Ok(Prepared { messenger, ports, to, registrations, alarm, why, rails, trial_ms })
     }
 
     /// A further rail, at the port in this place.
@@ -338,13 +339,14 @@ impl VerbsEngine {
         let queues = Rail::queues(adapter.slabs.domain(), port)?;
         let fd = queues.descriptor().try_clone_to_owned()?;
         let channel = self.reactor.source(Fd::new(fd), Interest::Read)?;
-        let alarm = self.alarms.add(which, queues.identities());
-        Ok(Rail::new(queues, channel, adapter.registrations.clone(), alarm))
+        let alarm = self.alarms.add(which, queues.identities(), Some(port.number));
+        let rail = Rail::new(queues, channel, adapter.registrations.clone(), alarm);
+        rail.with_samples(adapter.slabs.domain())
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
     pub async fn open(&self, prepared: Prepared, terms: &[u8]) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, .. } = prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -361,7 +363,7 @@ impl VerbsEngine {
             .map_err(|error| failed("watching the events of", &error))?;
         let limit = self.options.setup_timeout;
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
-        let mut setup = Setup::new(messenger, channel, rails, &terms, self.timers.clone());
+        let mut setup = Setup::new(messenger, channel, rails, &terms, self.timers.clone(), limit);
         setup.begin().map_err(|error| failed("sending from", &error))?;
         poll_fn(|cx| {
             if let Poll::Ready(ended) = setup.poll(cx) {
@@ -438,13 +440,16 @@ pub(crate) struct Prepared {
     why: String,
     /// Further ones.
     rails: Vec<Candidate>,
+    /// How long this side would try those.
+    trial_ms: u16,
 }
 
 impl Prepared {
     /// What the peer has to know.
     pub fn terms(&self) -> Vec<u8> {
         let rails = self.rails.iter().map(|candidate| candidate.rail.terms(candidate.ports));
-        Terms { rails: rails.collect(), ..self.messenger.terms(self.ports) }.encode()
+        let (rails, trial_ms) = (rails.collect(), self.trial_ms);
+        Terms { rails, trial_ms, ..self.messenger.terms(self.ports) }.encode()
     }
 }
 
@@ -525,7 +530,7 @@ mod tests {
     fn a_device_that_goes_keeps_its_place_and_wakes_without_a_lock() {
         let fakes = [Fake::new(), Fake::new()];
         let engine = engine(&fakes);
-        let alarm = engine.alarms.add(0, [0; 2]);
+        let alarm = engine.alarms.add(0, [0; 2], None);
         let asks = Arc::new(Asks(engine.clone(), Mutex::new(None)));
         assert!(!alarm.watch(&std::task::Waker::from(asks.clone())));
         let before = engine.own();

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,6 +27,16 @@ pub(super) const INLINE_BYTES: u32 = 64;
 /// The vendor's code of every completion that a test makes.
 pub(super) const VENDOR: u32 = 77;
 
+/// Devices call nothing by the same key.
+static DEVICES: AtomicU32 = AtomicU32::new(1);
+/// Keys of one device.
+const KEYS: u32 = 1 << 16;
+
+/// What a peer calls memory by that is registered under this key.
+pub(super) fn remote_key(local_key: u32) -> u32 {
+    local_key | 1
+}
+
 /// What a device has been told, and what it is to answer.
 #[derive(Default)]
 pub(super) struct State {
@@ -35,6 +46,8 @@ pub(super) struct State {
     pub posting: c_int,
     /// Longer pieces are not registered.
     pub registers_max: Option<usize>,
+    /// What of all devices may still be registered, in bytes.
+    pub lockable: Option<Arc<Mutex<usize>>>,
     /// What is registered: its key, beginning, length and access.
     pub registered: Vec<(u32, usize, usize, c_int)>,
     /// In which domain, by key.
@@ -53,8 +66,12 @@ pub(super) struct State {
     pub reads: VecDeque<Reading>,
     /// They end when the test says so, and not at once.
     pub holds_reads: bool,
-    /// Nobody answers a request that asks for no bytes.
-    pub silent: bool,
+    /// Nobody answers a request for more bytes.
+    pub answers_max: Option<usize>,
+    /// What is read is something else.
+    pub garbles: bool,
+    /// The only key that the peer's memory is read by.
+    pub reads_by: Option<u32>,
     /// Requests of puts and gets that were posted.
     pub requests: usize,
     /// The queues that somebody wants to be told of.
@@ -69,8 +86,10 @@ pub(super) struct State {
     receives: VecDeque<(u64, u64)>,
     queues: Vec<usize>,
     completions: HashMap<usize, VecDeque<ibv_wc>>,
-    events: VecDeque<ibv_event_type>,
+    events: VecDeque<(ibv_event_type, u64)>,
     keys: u32,
+    /// Below all of its keys.
+    first_key: u32,
 }
 
 /// A request of the queue pair that puts and gets. The peer's end is this device's own: the fourth
@@ -95,7 +114,7 @@ impl State {
         self.queues[which]
     }
 
-    /// Whether a key of a pair's domain covers this memory with all of these rights.
+    /// Whether a local key of a pair's domain covers this memory with all of these rights.
     fn allows(&self, pair: usize, key: u32, at: usize, bytes: usize, rights: c_uint) -> bool {
         let pair = self.pairs[pair] as *const ibv_qp;
         // SAFETY: a pair of ours; the tests end no link before its requests.
@@ -120,7 +139,9 @@ impl State {
         let mut status = status;
         if self.refused {
             status = ffi::IBV_WC_WR_FLUSH_ERR;
-        } else if !self.allows(3, remote_key, remote as usize, bytes, right) {
+        } else if remote_key & 1 == 0
+            || !self.allows(3, remote_key & !1, remote as usize, bytes, right)
+        {
             status = ffi::IBV_WC_REM_ACCESS_ERR;
         }
         self.refused |= status != ffi::IBV_WC_SUCCESS;
@@ -141,6 +162,7 @@ impl State {
 #[derive(Clone, Copy)]
 pub(super) struct Reading {
     id: u64,
+    pair: usize,
     queue: usize,
     key: u32,
     from: u64,
@@ -160,12 +182,17 @@ impl State {
 
     /// A read that was held ends.
     fn end_read(&mut self, read: &Reading, status: ibv_wc_status) {
-        let Reading { id, queue, key, from, to, bytes } = *read;
+        let Reading { id, queue, key, from, to, bytes, .. } = *read;
         if bytes > 0 {
             assert!(self.is_writable(key, to, bytes), "memory of a read is registered no more");
             if status == ffi::IBV_WC_SUCCESS {
                 // SAFETY: the test's peer is the test; what is read into is the reader's.
                 unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+                if self.garbles {
+                    let last = (to + bytes - 1) as *mut u8;
+                    // SAFETY: the last byte of what was read into.
+                    unsafe { last.write(last.read() ^ 1) };
+                }
             }
         }
         self.completions.entry(queue).or_default().push_back(completion(id, status, bytes));
@@ -246,8 +273,9 @@ unsafe extern "C" fn get_async_event(raw: *mut ibv_context, to: *mut ibv_async_e
     // SAFETY: a context of ours, and a struct to write.
     unsafe {
         match state(raw).events.pop_front() {
-            Some(kind) => {
+            Some((kind, element)) => {
                 (*to).event_type = kind;
+                (*to).element._bindgen_opaque_blob = element;
                 0
             }
             None => {
@@ -299,12 +327,20 @@ unsafe extern "C" fn reg_mr(
     if state.registers_max.is_some_and(|max| bytes > max) {
         return refuse(libc::ENOMEM);
     }
+    if let Some(lockable) = &state.lockable {
+        let mut lockable = lockable.lock().unwrap_or_else(PoisonError::into_inner);
+        match lockable.checked_sub(bytes) {
+            Some(rest) => *lockable = rest,
+            None => return refuse(libc::ENOMEM),
+        }
+    }
     state.keys += 1;
     state.registrations += 1;
-    let key = state.keys;
+    assert!(state.keys < KEYS / 2, "another device's keys");
+    let key = state.first_key + 2 * state.keys;
     state.registered.push((key, ptr as usize, bytes, access));
     state.domains.insert(key, pd as usize);
-    boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, key))
+    boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, remote_key(key)))
 }
 
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
@@ -315,7 +351,11 @@ unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
     if state.deregistering == 0 {
         // SAFETY: made above, and given back once.
         drop(unsafe { Box::from_raw(mr) });
-        state.registered.retain(|(known, ..)| *known != key);
+        let at = state.registered.iter().position(|(known, ..)| *known == key);
+        let (.., bytes, _) = state.registered.remove(at.expect("registered"));
+        if let Some(lockable) = &state.lockable {
+            *lockable.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
+        }
     }
     state.deregistering
 }
@@ -388,8 +428,11 @@ unsafe extern "C" fn modify_qp(pair: *mut ibv_qp, to: *mut ibv_qp_attr, mask: c_
 
 unsafe extern "C" fn destroy_qp(pair: *mut ibv_qp) -> c_int {
     // SAFETY: a pair of ours.
-    let code = unsafe { state((*pair).context) }.destroying;
+    let mut state = unsafe { state((*pair).context) };
+    let code = state.destroying;
     if code == 0 {
+        // Nothing that it was at ends any more, or touches memory.
+        state.reads.retain(|read| read.pair != pair as usize);
         // SAFETY: made above, and given back once.
         drop(unsafe { Box::from_raw(pair) });
     }
@@ -488,10 +531,11 @@ unsafe extern "C" fn post_send(
     assert!(bytes == 0 || state.is_writable(key, at, bytes), "not registered to be read into");
     assert_eq!(request.num_sge, c_int::from(bytes > 0));
     // SAFETY: a read: its part of the union is set.
-    let from = unsafe { request.wr.rdma.remote_addr };
+    let (from, by) = unsafe { (request.wr.rdma.remote_addr, request.wr.rdma.rkey) };
+    assert!(state.reads_by.is_none_or(|key| key == by), "read by another device's key");
     let (id, queue) = (request.wr_id, pair.send_cq as usize);
-    let read = Reading { id, queue, key, from, to: at, bytes };
-    if state.holds_reads || bytes == 0 && state.silent {
+    let read = Reading { id, pair: which, queue, key, from, to: at, bytes };
+    if state.holds_reads || state.answers_max.is_some_and(|max| bytes > max) {
         state.reads.push_back(read);
     } else {
         state.end_read(&read, ffi::IBV_WC_SUCCESS);
@@ -550,7 +594,9 @@ impl Fake {
         raw.ops.req_notify_cq = Some(notify);
         raw.ops.post_send = Some(post_send);
         raw.ops.post_recv = Some(post_recv);
-        let context = &*Box::leak(Box::new(Context { raw, state: Mutex::default() }));
+        let first_key = DEVICES.fetch_add(1, Ordering::Relaxed).wrapping_mul(KEYS);
+        let state = State { first_key, ..State::default() };
+        let context = &*Box::leak(Box::new(Context { raw, state: Mutex::new(state) }));
         let raw = (&raw const *context).cast_mut().cast();
         let (name, file_name) = (name.to_owned(), "uverbs9".to_owned());
         // SAFETY: a context that is never freed.
@@ -577,16 +623,19 @@ impl Fake {
         let port = self.port();
         let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
         let (ports, queue_pairs, receives) = ((0, 0), [5, 6, 7, 8], RECEIVES as u16);
-        let (first_packet, rails) = (1, Vec::new());
-        let terms = Terms { ports, queue_pairs, first_packet, receives, reads: 8, rails };
+        let (first_packet, rails, trial_ms) = (1, Vec::new(), 0);
+        let reads = 8;
+        let terms = Terms { ports, queue_pairs, first_packet, receives, reads, trial_ms, rails };
         messenger.connect(port.port, &terms).expect("connected");
         messenger
     }
 
-    /// The queues of a further rail at a port of this device, connected to what the test plays.
-    pub fn rail_queues(&self, port: &LocalPort) -> Queues {
+    /// The queues of a further rail at a port of this device, connected to what the test plays: a
+    /// port with this rate.
+    pub fn rail_queues(&self, port: &LocalPort, rate: u16) -> Queues {
         let mut queues = Rail::queues(self.slabs.domain(), port).expect("queues");
-        let remote = Remote { port: port.port, queue_pair: 9, first_packet: 1, reads: 8 };
+        let to = Port { rate, ..port.port };
+        let remote = Remote { port: to, queue_pair: 9, first_packet: 1, reads: 8 };
         queues.connect(Lane::Reads, 1, &remote).expect("connected");
         queues
     }
@@ -630,7 +679,12 @@ impl Fake {
 
     /// It says something by itself.
     pub fn say(&self, event: ibv_event_type) {
-        self.state().events.push_back(event);
+        self.say_of(event, 0);
+    }
+
+    /// The same, about one of its ports or queue pairs.
+    pub fn say_of(&self, event: ibv_event_type, element: u64) {
+        self.state().events.push_back((event, element));
         rustix::io::write(self.device.events(), &1u64.to_ne_bytes()).expect("an edge");
     }
 

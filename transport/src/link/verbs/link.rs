@@ -16,7 +16,7 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::alarm::Alarm;
 use super::blob::RAILS_MAX;
-use super::bulk::{Incoming, Outgoing, Outgoings, STRIPE_BYTES_MIN};
+use super::bulk::{Incoming, Outgoing, Outgoings, STRIPE_BYTES_MIN, Turns};
 use super::device::{Access, LocalPort, is_removed};
 use super::engine::Opened;
 use super::messenger::{Ended, Messenger};
@@ -178,7 +178,7 @@ pub(crate) struct VerbsLink {
     /// Payloads that are being landed, by the peer's number.
     incoming: HashMap<u32, Incoming>,
     /// Those among them with reads left to post, in turns.
-    reading: VecDeque<u32>,
+    reading: Turns,
     /// Memory has been registered to be landed into: once a turn is enough.
     has_registered: bool,
     /// One of those waits for its turn to do that.
@@ -203,7 +203,7 @@ impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
         let Opened { messenger, channel, rails, registrations, alarm, .. } = opened;
         let Opened { received, options, timers, why, .. } = opened;
-        let rails = Rails::new(messenger.port(), &registrations, rails);
+        let rails = Rails::new(messenger.rate(), &registrations, rails);
         let ways = ways(messenger.port(), &why, &rails);
         VerbsLink {
             messenger,
@@ -221,7 +221,7 @@ impl VerbsLink {
             waiting: VecDeque::new(),
             open: HashMap::new(),
             incoming: HashMap::new(),
-            reading: VecDeque::new(),
+            reading: Turns::default(),
             has_registered: false,
             registers_next: false,
             outgoing: Outgoings::default(),
@@ -253,7 +253,7 @@ impl VerbsLink {
         if self.broken.is_some() {
             return;
         }
-        if let Some(why) = self.alarm.raised().or_else(|| self.rails.raised()) {
+        if let Some(why) = self.alarm.raised() {
             self.broken = Some(error(ErrorKind::ConnectionLost, why));
             return;
         }
@@ -263,13 +263,6 @@ impl VerbsLink {
     /// Why a request at the first rail failed.
     fn failed(&self, doing: &str, completion: &Completion) -> LinkError {
         failed(doing, self.messenger.port(), completion)
-    }
-
-    /// A read by a further rail has failed.
-    fn rail_breaks(&mut self, rail: usize, completion: &Completion) {
-        let port = self.rails.port(rail).unwrap_or_else(|| self.messenger.port());
-        let why = failed("reading", port, completion);
-        self.broken.get_or_insert(why);
     }
 
     /// A request has failed: the link ends once everything that came before has been handed up. One
@@ -304,47 +297,41 @@ impl VerbsLink {
         if let Some(bad) = self.ended.iter().find(bad).copied() {
             self.breaks(doing(&self.messenger.what(&bad)), &bad);
         }
-        if let Some((rail, bad)) = self.rails.first_failed() {
-            self.rail_breaks(rail, &bad);
-        }
     }
 
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
         let taken = match side {
             Side::Receive => self.messenger.take(side, &mut self.received),
-            Side::Send => self
-                .messenger
-                .take_posted(&mut self.ended, &mut self.reaches.ended)
-                .and_then(|()| self.rails.take())
-                .map(|()| true),
+            Side::Send => {
+                self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended).map(|()| true)
+            }
         };
+        if side == Side::Send {
+            self.rails.take();
+        }
         taken.map(drop).map_err(|error| io_error("taking completions", &error))
     }
 
     /// Deals with sends and reads that have ended. `true`: there were some.
     fn settle_ended(&mut self, sink: &mut dyn Sink) -> Result<bool, LinkError> {
         self.take(Side::Send)?;
-        let any = self.has_posted_ended();
+        let mut any = self.has_posted_ended();
         while let Some(completion) = self.ended.pop_front() {
             let ended = self.messenger.ended(&completion);
-            if matches!(ended, Ended::Read(_)) {
-                self.rails.first_ended();
-            }
+            let read = match ended {
+                Ended::Read(_) => self.rails.first_ended(),
+                Ended::Send | Ended::Reach(_) => None,
+            };
             if completion.status != ffi::IBV_WC_SUCCESS {
                 // What the peer sent before is handed up first.
                 self.breaks(doing(&ended), &completion);
                 continue;
             }
-            if let Ended::Read(id) = ended {
-                self.read_ended(id, 0, sink)?;
+            if let Some((id, read)) = read {
+                self.read_ended(id, &read, sink)?;
             }
         }
-        while let Some((rail, completion)) = self.rails.next_ended() {
-            match completion.status {
-                ffi::IBV_WC_SUCCESS => self.read_ended(completion.id as u32, rail, sink)?,
-                _ => self.rail_breaks(rail, &completion),
-            }
-        }
+        any |= self.settle_rails(sink)?;
         self.settle_reaches(sink)?;
         self.starved &= !any;
         Ok(any)
@@ -599,7 +586,7 @@ impl VerbsLink {
         }
         let mut named = Named::default();
         for (ptr, len) in memory {
-            let found = self.registrations.get(*ptr, *len, Use::Offer, true);
+            let found = self.registered((*ptr, *len), Use::Offer, true);
             let held = found.count(&mut self.counters)?.0;
             let mut keys = [0; RAILS_MAX];
             keys[0] = held.remote_key();
@@ -808,7 +795,8 @@ impl VerbsLink {
         let mut moved = false;
         self.has_registered = false;
         self.reaches.begin_turn();
-        if self.has_posted_ended() || self.waits_for_sends() || !self.messenger.has_spare_room() {
+        let news = self.has_posted_ended() || self.rails.has_failed();
+        if news || self.waits_for_sends() || !self.messenger.has_spare_room() {
             moved |= self.settle_ended(sink)?;
         }
         let received = self.receive(budget, sink)?;
@@ -887,8 +875,7 @@ impl VerbsLink {
         if sends {
             self.take(Side::Send)?;
         }
-        let rails_ended = self.rails.watch(cx).map_err(failed)?;
-        if rails_ended || self.has_taken() {
+        if self.rails.watch(cx) || self.has_taken() {
             return Ok(Armed::Busy);
         }
         let Self { messenger, channel, .. } = self;
@@ -952,8 +939,7 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         self.look_at_bootstrap(cx);
-        let alarm = self.alarm.watch(cx.waker()) | self.rails.watch_alarms(cx.waker());
-        let waits = self.has_taken() || alarm;
+        let waits = self.has_taken() || self.alarm.watch(cx.waker());
         let registers = self.registers_next || self.reaches.registers_next();
         if self.broken.is_some() || waits || registers || self.may_send_chunks() {
             return Ok(Armed::Busy);
@@ -1044,7 +1030,8 @@ impl Link for VerbsLink {
         }
         self.take(Side::Send)?;
         self.look_for_failures();
-        if self.broken.is_some() || !self.reaches.ended.is_empty() || self.rails.has_ended() {
+        let rails_have_news = self.rails.has_ended() || self.rails.has_failed();
+        if self.broken.is_some() || !self.reaches.ended.is_empty() || rails_have_news {
             return Ok(Check::Drive);
         }
         let (posted, mut arrived) = self.messenger.counts();

@@ -131,6 +131,7 @@ impl Messenger {
             first_packet: self.first_packet,
             receives: RECEIVES as u16,
             reads: self.queues.port().device.limits.reads_answered,
+            trial_ms: 0,
             rails: Vec::new(),
         }
     }
@@ -145,6 +146,11 @@ impl Messenger {
         self.credits = receives - RESERVE;
         self.credits_max = self.credits;
         Ok(())
+    }
+
+    /// See [`Queues::rate`].
+    pub fn rate(&self) -> u16 {
+        self.queues.rate()
     }
 
     /// The number of the first packet of each of this side's queue pairs.

@@ -174,6 +174,8 @@ pub(super) struct Queues {
     unacknowledged: [u32; 2],
     /// What a message, and what a put may carry within the request.
     max_inline_bytes: [u32; 2],
+    /// The rate of the slower one of the two ports, in units of 100 Mb/s; 0: not known.
+    rate: u16,
     tracked: Option<Tracked>,
 }
 
@@ -222,6 +224,7 @@ impl Queues {
             armed: [false; 2],
             unacknowledged: [0; 2],
             max_inline_bytes: [0; 2],
+            rate: port.port.rate,
             tracked: None,
         };
         let device = domain.device.clone();
@@ -360,6 +363,11 @@ impl Queues {
         unsafe { (*pair.raw).qp_num }
     }
 
+    /// The rate of the slower one of the two ports, in units of 100 Mb/s; 0: not known.
+    pub fn rate(&self) -> u16 {
+        self.rate
+    }
+
     /// Connects one of the pairs to the peer's end of it.
     pub fn connect(&mut self, lane: Lane, first_packet: u32, to: &Remote) -> io::Result<()> {
         let pair = &self.pairs[lane as usize];
@@ -370,6 +378,7 @@ impl Queues {
         self.to_receive(raw, to)?;
         self.to_send(raw, first_packet, to)?;
         self.pairs[lane as usize].state = State::Connected;
+        self.rate = self.port.port.rate.min(to.port.rate);
         Ok(())
     }
 

@@ -1,8 +1,8 @@
 //! Trying a link whose queues are connected: messages both ways, then its further rails.
 //!
 //! Each side sends a message first. When the peer's has come, its rails are connected, too: each side
-//! asks for no bytes by each of them, and says in a second message by which an answer came. Those of
-//! which both say so are used. The others go, and the link does without.
+//! reads a sample of known bytes by each of them, longer than a packet, and says in a second message by
+//! which it came. Those of which both say so are used. The others go, and the link does without.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -22,8 +22,14 @@ use super::wire::{HEADER_BYTES, Header, Kind};
 use crate::runtime::{Attempt, Sleep, Source, Timers};
 
 /// How long a further rail may take to answer: many times what it takes where it is reached, so that
-/// one which is not holds up little.
+/// one which is not holds up little. Where little time is left for all, it is less: [`trial_max`].
 const TRIAL_MAX: Duration = Duration::from_secs(1);
+
+/// How long this side gives further rails, when set-up may take that long. Both sides take the shorter
+/// one of theirs, so that neither waits in vain for what the other says of them.
+pub(super) fn trial_max(limit: Duration) -> Duration {
+    TRIAL_MAX.min(limit / 4)
+}
 
 /// A further rail that this side has queues for.
 pub(super) struct Candidate {
@@ -37,6 +43,8 @@ pub(super) struct Candidate {
 struct Trial {
     rail: Rail,
     ports: (u8, u8),
+    /// What to read at the peer.
+    sample: (u64, u32),
     /// Whether an answer came; none yet.
     works: Option<bool>,
 }
@@ -52,7 +60,7 @@ impl Trial {
             reads: theirs.reads,
         };
         let connected = rail.connect(first_packet, &remote);
-        let mut trial = Trial { rail, ports, works: None };
+        let mut trial = Trial { rail, ports, sample: theirs.sample, works: None };
         if let Err(error) = connected {
             trial.fails(&format!("it cannot be connected: {error}"));
         }
@@ -66,7 +74,7 @@ impl Trial {
 
     fn begin(&mut self) {
         if self.works.is_none()
-            && let Err(error) = self.rail.probe()
+            && let Err(error) = self.rail.probe(self.sample)
         {
             self.fails(&format!("it cannot be tried: {error}"));
         }
@@ -76,12 +84,16 @@ impl Trial {
         if self.works.is_some() {
             return;
         }
+        if let Some(why) = self.rail.raised() {
+            return self.fails(&why);
+        }
         let mut ended = Vec::new();
         match self.rail.poll_ended(cx, &mut ended) {
             Poll::Pending => {}
             Poll::Ready(Err(error)) => self.fails(&format!("it cannot be tried: {error}")),
             Poll::Ready(Ok(())) => match ended.iter().find(|end| is_bad(end)) {
-                None => self.works = Some(true),
+                None if self.rail.has_sample() => self.works = Some(true),
+                None => self.fails("what comes is not what the peer has"),
                 Some(bad) => self.fails(&describe(&self.rail.port().device, bad)),
             },
         }
@@ -121,7 +133,10 @@ pub(super) struct Setup {
     sent: VecDeque<Completion>,
     trials: Vec<Trial>,
     timers: Arc<Timers>,
-    /// Until when further rails may answer; none yet.
+    /// How long further rails may take to answer, and until when at the latest.
+    trial: Duration,
+    latest: Instant,
+    /// Until when they may; none yet.
     patience: Option<Sleep>,
 }
 
@@ -130,13 +145,14 @@ fn failed(error: &io::Error) -> String {
 }
 
 impl Setup {
-    /// The messenger is connected; the candidates are by this.
+    /// The messenger is connected; the candidates are by this. `limit`: what set-up may take.
     pub fn new(
         messenger: Messenger,
         channel: Source,
         candidates: Vec<Candidate>,
         terms: &Terms,
         timers: Arc<Timers>,
+        limit: Duration,
     ) -> Setup {
         let first_packet = messenger.first_packet();
         let tried = |candidate| Trial::new(candidate, first_packet, terms);
@@ -153,6 +169,8 @@ impl Setup {
             sent: VecDeque::new(),
             trials,
             timers,
+            trial: trial_max(limit).min(Duration::from_millis(terms.trial_ms.into())),
+            latest: Instant::now() + limit / 2,
             patience: None,
         }
     }
@@ -206,7 +224,7 @@ impl Setup {
         if self.trials.iter().all(|trial| trial.works.is_some()) {
             return Poll::Ready(());
         }
-        let until = || self.timers.sleep_until(Instant::now() + TRIAL_MAX);
+        let until = || self.timers.sleep_until(self.latest.min(Instant::now() + self.trial));
         let patience = self.patience.get_or_insert_with(until);
         if Pin::new(patience).poll(cx).is_pending() {
             return Poll::Pending;
@@ -227,6 +245,8 @@ impl Setup {
         let agreed = self.working() & header.len;
         let mut at = 0..;
         self.trials.retain(|_| at.next().is_some_and(|at: u32| agreed & 1 << at != 0));
+        // The peer has said what it has seen: it reads no sample any more.
+        self.trials.iter_mut().for_each(|trial| trial.rail.is_tried());
         Poll::Ready(Ok(()))
     }
 

@@ -31,6 +31,8 @@ mod onesided;
 mod rails;
 mod real;
 
+/// The keys of what the peer offers, by rail.
+const OFFERED_BY: [u32; RAILS_MAX] = [101, 103, 105, 107];
 const OP: OpId = OpId { index: 3, generation: 1 };
 
 #[derive(Default)]
@@ -107,7 +109,7 @@ fn link_with_rails(
         rails: RAILS_MAX,
     };
     let opened = Opened {
-        alarm: Alarms::default().add(0, messenger.queues().identities()),
+        alarm: Alarms::default().add(0, messenger.queues().identities(), None),
         messenger,
         channel,
         rails: rails(&reactor),
@@ -175,7 +177,7 @@ impl Setting {
     fn offer_by(&self, rails: u8, id: u32, bytes: &[u8]) {
         let mut body = b"head".to_vec();
         let address = bytes.as_ptr() as u64;
-        Piece { address, len: bytes.len() as u64, keys: [9; RAILS_MAX] }.append(rails, &mut body);
+        Piece { address, len: bytes.len() as u64, keys: OFFERED_BY }.append(rails, &mut body);
         let header = Header {
             rails,
             class: Class::Message,

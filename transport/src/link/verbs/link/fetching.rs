@@ -1,24 +1,54 @@
 //! Payloads that are landed: read out of the peer's memory by all rails that may, or pulled in
 //! chunks.
 
-use super::super::bulk::{Incoming, Left, Next, Read};
+use thalweg_ffi::ibverbs as ffi;
+
+use super::super::bulk::{FIRST, Incoming, Left, Next, Read};
 use super::super::queues::What;
 use super::super::registrations::{Found, Use};
 use super::super::wire::{Header, Kind};
-use super::{Offered, VerbsLink, protocol, worth_registering};
-use crate::error::LinkError;
+use super::{Offered, VerbsLink, error, protocol, worth_registering};
+use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::filling;
 use crate::link::{Budget, Landing, LinkKind, OpId, Sink};
 
+/// Payloads whose memory cannot be registered in this turn that are looked at: what others land in may
+/// be registered already.
+const LOOKS: usize = 16;
+
 impl VerbsLink {
-    /// A read by this rail has ended well, for this payload.
+    /// Deals with what has ended at further rails, and gives up those that have failed. `true`: it
+    /// did.
+    pub(super) fn settle_rails(&mut self, sink: &mut dyn Sink) -> Result<bool, LinkError> {
+        while let Some((rail, completion)) = self.rails.next_ended() {
+            if completion.status != ffi::IBV_WC_SUCCESS {
+                self.rails.fails(rail, &completion);
+            } else if let Some((id, read)) = self.rails.further_ended(rail) {
+                self.read_ended(id, &read, sink)?;
+            }
+        }
+        Ok(self.give_up_rails())
+    }
+
+    /// If the queue pair of one that failed will not go, the link ends.
+    fn give_up_rails(&mut self) -> bool {
+        if self.broken.is_some() || !self.rails.has_failed() {
+            return false;
+        }
+        if let Err(why) = self.rails.give_up_failed() {
+            self.broken = Some(error(ErrorKind::ConnectionLost, why));
+        }
+        true
+    }
+
+    /// A read has ended well, for this payload.
     pub(super) fn read_ended(
         &mut self,
         id: u32,
-        rail: usize,
+        read: &Read,
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
-        match self.incoming.get_mut(&id).map(|incoming| incoming.read_ended(rail)) {
+        match self.incoming.get_mut(&id).map(|incoming| incoming.read_ended(read.slice)) {
             None | Some(Left::More) => return Ok(()),
             Some(Left::All) => return self.pull(id),
             Some(Left::Nothing) => {}
@@ -47,8 +77,8 @@ impl VerbsLink {
         let reads = !pieces.is_empty() && worth_registering(&incoming.segments(), len);
         if reads {
             // All may be read by the first rail.
-            incoming.read_from(pieces, rails | 1);
-            self.reading.push_back(id);
+            incoming.read_from(pieces, rails | FIRST);
+            self.reading.push(id, incoming.usable());
         }
         self.incoming.insert(id, incoming);
         if reads { self.post_reads() } else { self.pull(id) }
@@ -65,63 +95,106 @@ impl VerbsLink {
     /// Posts reads, as far as there is room for them: one of each payload in turn. What they land in
     /// is registered before them, one slice a turn.
     pub(super) fn post_reads(&mut self) -> Result<(), LinkError> {
-        let (mut waiting, mut registers) = (0, false);
-        while self.broken.is_none()
-            && waiting < self.reading.len()
-            && (self.first_has_room() || self.rails.has_room())
-        {
-            let Some(id) = self.reading.pop_front() else { break };
+        let mut not_now = Vec::new();
+        while self.broken.is_none() && not_now.len() < LOOKS {
             let first_has_room = self.first_has_room();
+            if first_has_room && let Some((id, read)) = self.rails.next_again() {
+                self.post_read(id, &read)?;
+                continue;
+            }
+            let room = self.rails.with_room(first_has_room);
+            let Some(id) = self.reading.pop(room) else { break };
+            let Some(incoming) = self.incoming.get_mut(&id) else { continue };
             let rails = &self.rails;
-            let pick = |usable| rails.pick(usable, first_has_room);
-            let incoming = self.incoming.get_mut(&id);
-            match incoming.map_or(Next::Nothing, |incoming| incoming.next_read(pick)) {
+            match incoming.next_read(|usable| rails.pick(usable, first_has_room)) {
                 Next::Nothing => {}
-                Next::Wait => {
-                    waiting += 1;
-                    self.reading.push_back(id);
-                }
+                Next::Wait => self.reading.push(id, incoming.usable()),
                 Next::Read(read) => {
-                    waiting = 0;
+                    self.count(&read);
                     self.post_read(id, &read)?;
+                    self.read_on(id);
                 }
                 Next::Register { ptr, bytes } => match self.register_slice(id, ptr, bytes)? {
-                    true => self.reading.push_front(id),
-                    false => {
-                        (waiting, registers) = (waiting + 1, true);
-                        self.reading.push_back(id);
-                    }
+                    true => self.read_at_once(id)?,
+                    false => not_now.push(id),
                 },
             }
         }
-        self.registers_next = registers;
+        self.registers_next = !not_now.is_empty();
+        not_now.into_iter().for_each(|id| self.read_on(id));
         Ok(())
+    }
+
+    /// Memory was registered for a payload's next read: it is posted before anybody else's.
+    fn read_at_once(&mut self, id: u32) -> Result<(), LinkError> {
+        let first_has_room = self.first_has_room();
+        let rails = &self.rails;
+        let Some(incoming) = self.incoming.get_mut(&id) else { return Ok(()) };
+        if let Next::Read(read) = incoming.next_read(|usable| rails.pick(usable, first_has_room)) {
+            self.count(&read);
+            self.post_read(id, &read)?;
+        }
+        self.read_on(id);
+        Ok(())
+    }
+
+    /// A payload waits for its turn, if there is more to be read of it.
+    fn read_on(&mut self, id: u32) {
+        if let Some(incoming) = self.incoming.get(&id).filter(|incoming| incoming.wants_reads()) {
+            self.reading.push(id, incoming.usable());
+        }
     }
 
     fn first_has_room(&mut self) -> bool {
         self.messenger.queues().room(What::Read) > 0
     }
 
+    /// Counts a read by the rail that it is first asked for by.
+    fn count(&mut self, read: &Read) {
+        self.counters.rdma_bytes_received += u64::from(read.bytes);
+        self.counters.rail_bytes_received[read.rail] += u64::from(read.bytes);
+    }
+
     fn post_read(&mut self, id: u32, read: &Read) -> Result<(), LinkError> {
         // SAFETY: within the landing, which the driver keeps until it is reported done; that
         // happens when every read has completed or the queue pair is gone. It is registered for
         // writing until then.
-        if let Err(error) = unsafe { self.rails.read(&mut self.messenger, id, read) } {
-            let port = self.rails.port(read.rail).unwrap_or_else(|| self.messenger.port());
-            let doing = format!("posting a read at {port}");
-            return Err(self.not_posted(&doing, &error));
+        let posted = unsafe { self.rails.read(&mut self.messenger, id, read) };
+        match posted {
+            Err(error) if read.rail > 0 => {
+                self.rails.read_again(id, read);
+                self.rails.fails_because(read.rail, format!("posting a read: {error}"));
+                self.give_up_rails();
+                Ok(())
+            }
+            Err(error) => {
+                let doing = format!("posting a read at {}", self.messenger.port());
+                Err(self.not_posted(&doing, &error))
+            }
+            Ok(()) => Ok(()),
         }
-        self.counters.rdma_bytes_received += u64::from(read.bytes);
-        self.counters.rail_bytes_received[read.rail] += u64::from(read.bytes);
-        if self.incoming.get(&id).is_some_and(Incoming::wants_reads) {
-            self.reading.push_back(id);
+    }
+
+    /// Registers a piece of memory with the first device. Where that lacks memory, further ones are
+    /// done without.
+    pub(super) fn registered(
+        &mut self,
+        (ptr, bytes): (*const u8, usize),
+        what: Use,
+        may_make: bool,
+    ) -> Found {
+        let found = self.registrations.get(ptr, bytes, what, may_make);
+        let refused = matches!(found, Found::Refused) && self.registrations.lacks_memory();
+        if refused && self.rails.leave_memory() {
+            self.registrations.try_again();
+            return self.registrations.get(ptr, bytes, what, may_make);
         }
-        Ok(())
+        found
     }
 
     /// Registers what the next read of a payload lands in. `false`: not in this turn.
     fn register_slice(&mut self, id: u32, ptr: *const u8, bytes: usize) -> Result<bool, LinkError> {
-        let found = self.registrations.get(ptr, bytes, Use::Land, !self.has_registered);
+        let found = self.registered((ptr, bytes), Use::Land, !self.has_registered);
         if matches!(found, Found::NotNow) {
             return Ok(false);
         }

@@ -21,26 +21,34 @@ fn source(reactor: &Reactor, queues: &super::super::queues::Queues) -> Source {
     reactor.source(Fd::new(fd), Interest::Read).expect("a source")
 }
 
-/// Further rails at these ports. `alarms` hears of their devices, numbered from 1.
+/// Further rails at these ports, to ports of the peer's with these rates. `alarms` hears of their devices, numbered from 1.
 fn rails_at(
     reactor: &Reactor,
     alarms: &Alarms,
-    ports: &[(&Fake, LocalPort, Arc<Registrations>)],
+    ports: &[(&Fake, LocalPort, u16, Arc<Registrations>)],
 ) -> Vec<Rail> {
-    let rail = |(which, (fake, port, registrations)): (usize, &(&Fake, LocalPort, _))| {
-        let queues = fake.rail_queues(port);
+    let rail = |(which, (fake, port, to, registrations)): (usize, &(&Fake, LocalPort, _, _))| {
+        let queues = fake.rail_queues(port, *to);
         let (channel, identities) = (source(reactor, &queues), queues.identities());
         let registrations: &Arc<Registrations> = registrations;
-        Rail::new(queues, channel, registrations.clone(), alarms.add(which + 1, identities))
+        let alarm = alarms.add(which + 1, identities, Some(port.number));
+        Rail::new(queues, channel, registrations.clone(), alarm)
     };
     ports.iter().enumerate().map(rail).collect()
 }
 
 /// A device for each rail, with these rates.
 fn over_with(alarms: &Alarms, rates: &[u16]) -> Railed {
-    let named = |(at, rate): (usize, &u16)| {
+    let alike: Vec<_> = rates.iter().map(|rate| (*rate, *rate)).collect();
+    over_to(alarms, &alike)
+}
+
+/// The same, with the rates of this side's ports and of the peer's.
+fn over_to(alarms: &Alarms, rates: &[(u16, u16)]) -> Railed {
+    let named = |(at, (rate, _)): (usize, &(u16, u16))| {
         let mut fake = Fake::named(&format!("fake{at}"));
         fake.rate = *rate;
+        fake.state().reads_by = Some(OFFERED_BY[at]);
         fake
     };
     let mut others: Vec<Fake> = rates.iter().enumerate().map(named).collect();
@@ -48,7 +56,8 @@ fn over_with(alarms: &Alarms, rates: &[u16]) -> Railed {
     let registrations = Registrations::new(fake.slabs.domain());
     let ports: Vec<_> = others
         .iter()
-        .map(|fake| (fake, fake.port(), Registrations::new(fake.slabs.domain())))
+        .zip(&rates[1..])
+        .map(|(fake, (_, to))| (fake, fake.port(), *to, Registrations::new(fake.slabs.domain())))
         .collect();
     let made = link_with_rails(fake.messenger(), &registrations, |reactor| {
         rails_at(reactor, alarms, &ports)
@@ -243,24 +252,130 @@ fn chunks_come_when_every_rail_has_ended_its_reads() {
     assert_eq!((rails.setting.registered(), registered(&rails.others[0])), (0, 0));
 }
 
-#[test]
-fn a_further_rail_that_fails_ends_the_link_and_is_named() {
-    let mut rails = over(&[1000; 2]);
+/// A payload that both rails of two are reading, of several slices.
+fn being_read(rails: &mut Railed, to: &mut [u8], bytes: &[u8]) {
     rails.hold();
-    let bytes = pattern(2 << 20);
+    rails.setting.driver.landings.push_back(place(to));
+    rails.setting.offer_by(SECOND, 1, bytes);
+    rails.setting.settle();
+    assert!(rails.reading().iter().all(|bytes| *bytes > 0), "{:?}", rails.reading());
+}
+
+/// Everything that is read ends well, until nothing is.
+fn all_end_well(rails: &mut Railed) {
+    while rails.reading() != vec![0; 1 + rails.others.len()] {
+        for fake in rails.fakes() {
+            if !fake.state().reads.is_empty() {
+                fake.end_read(ffi::IBV_WC_SUCCESS);
+            }
+        }
+        rails.setting.settle();
+    }
+}
+
+/// The next payloads, both ways, do without the second rail.
+fn goes_on_without(rails: &mut Railed) {
+    rails.fakes().for_each(|fake| fake.state().holds_reads = false);
+    let bytes = pattern(STRIPE_BYTES_MIN);
+    let mut to = vec![0; bytes.len()];
+    rails.setting.driver.landings.push_back(place(&mut to));
+    let before = rails.setting.link.counters().rail_bytes_received;
+    // The peer may not know yet.
+    rails.setting.offer_by(SECOND, 9, &bytes);
+    rails.setting.settle();
+    assert!(rails.setting.driver.done.pop().is_some() && to == bytes);
+    let after = rails.setting.link.counters().rail_bytes_received;
+    assert_eq!(after[0] - before[0], bytes.len() as u64);
+    assert_eq!(after[1], before[1]);
+    assert_eq!(rails.setting.post(&bytes).expect("posted"), Post::Pending);
+    let sent = rails.setting.fake.state().sent.pop_back().expect("sent");
+    assert_eq!(Header::decode(&sent.1).expect("a header").rails, 0);
+    assert_eq!(registered(&rails.others[0]), 0);
+}
+
+#[test]
+fn what_a_rail_was_at_that_fails_is_read_again_by_the_first() {
+    // It fails when it has read so many of its parts.
+    for done in [0, 1, 5] {
+        let mut rails = over(&[1000; 2]);
+        let bytes = pattern(SLICE_BYTES + (1 << 20));
+        let mut to = vec![0; bytes.len()];
+        being_read(&mut rails, &mut to, &bytes);
+        // The first one has read its own, and waits for nothing.
+        while !rails.setting.fake.state().reads.is_empty() {
+            rails.setting.fake.end_read(ffi::IBV_WC_SUCCESS);
+        }
+        for _ in 0..done {
+            rails.others[0].end_read(ffi::IBV_WC_SUCCESS);
+        }
+        rails.others[0].end_read(ffi::IBV_WC_RETRY_EXC_ERR);
+        // The others are flushed. Some of that is seen after the rail was given up, or never.
+        for _ in 0..3 {
+            rails.others[0].end_read(ffi::IBV_WC_WR_FLUSH_ERR);
+        }
+        rails.setting.eager();
+        rails.setting.settle();
+        assert_eq!(rails.setting.driver.parcels, 2);
+        assert_eq!(rails.reading()[1], 0, "it is at something though it is given up");
+        assert!(rails.reading()[0] > 0, "nobody reads what is left");
+        assert!(rails.setting.driver.done.is_empty(), "told of a payload that is not whole");
+        let slices: Vec<usize> = vec![SLICE_BYTES, 1 << 20];
+        assert!(slices.contains(&rails.setting.registered()) || rails.setting.registered() > 0);
+        all_end_well(&mut rails);
+        let (op, result) = rails.setting.driver.done.pop().expect("all is there");
+        assert!(op == OP && result.is_ok() && rails.setting.driver.done.is_empty());
+        assert!(to == bytes, "wrong bytes after {done} reads");
+        assert_eq!((rails.setting.registered(), registered(&rails.others[0])), (0, 0));
+        let by_rail = rails.setting.link.counters().rail_bytes_received;
+        assert_eq!(by_rail.iter().sum::<u64>(), bytes.len() as u64, "counted twice");
+        let (header, _) = rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+        assert_eq!(header.kind, Kind::Release);
+        goes_on_without(&mut rails);
+        assert_eq!(rails.setting.kill(), Killed::Over);
+    }
+}
+
+#[test]
+fn what_is_read_again_waits_for_room_at_the_first() {
+    let mut rails = over(&[1000; 2]);
+    let bytes = pattern(12 << 20);
+    let mut to = vec![0; bytes.len()];
+    being_read(&mut rails, &mut to, &bytes);
+    let full = rails.setting.fake.state().reads.len();
+    assert_eq!((full, rails.others[0].state().reads.len()), (16, 16));
+    rails.others[0].end_read(ffi::IBV_WC_RETRY_EXC_ERR);
+    rails.setting.settle();
+    assert_eq!(rails.setting.fake.state().reads.len(), full);
+    assert!(rails.others[0].state().reads.is_empty());
+    all_end_well(&mut rails);
+    assert!(rails.setting.driver.done.len() == 1 && to == bytes);
+    assert_eq!((rails.setting.registered(), registered(&rails.others[0])), (0, 0));
+}
+
+#[test]
+fn a_rail_that_takes_no_reads_is_given_up() {
+    let mut rails = over(&[1000; 2]);
+    rails.others[0].state().posting = libc::EINVAL;
+    let bytes = pattern(3 << 20);
     let mut to = vec![0; bytes.len()];
     rails.setting.driver.landings.push_back(place(&mut to));
     rails.setting.offer_by(SECOND, 1, &bytes);
     rails.setting.settle();
-    while !rails.setting.fake.state().reads.is_empty() {
-        rails.setting.fake.end_read(ffi::IBV_WC_SUCCESS);
-    }
-    rails.others[0].end_read(ffi::IBV_WC_SUCCESS);
+    assert!(rails.setting.driver.done.pop().is_some() && to == bytes);
+    assert_eq!(rails.setting.link.counters().rail_bytes_received.iter().sum::<u64>(), 3 << 20);
+    rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    rails.others[0].state().posting = 0;
+    goes_on_without(&mut rails);
+}
+
+#[test]
+fn a_rail_whose_queue_pair_will_not_go_ends_the_link_and_is_named() {
+    let mut rails = over(&[1000; 2]);
+    let bytes = pattern(2 << 20);
+    let mut to = vec![0; bytes.len()];
+    being_read(&mut rails, &mut to, &bytes);
+    rails.others[0].state().destroying = libc::EBUSY;
     rails.others[0].end_read(ffi::IBV_WC_RETRY_EXC_ERR);
-    while !rails.others[0].state().reads.is_empty() {
-        rails.others[0].end_read(ffi::IBV_WC_WR_FLUSH_ERR);
-    }
-    // What the peer sent before is handed up.
     rails.setting.eager();
     let error = loop {
         if let Err(error) = rails.setting.poll() {
@@ -271,8 +386,11 @@ fn a_further_rail_that_fails_ends_the_link_and_is_named() {
     for part in ["fake1:1", &format!("vendor error {VENDOR}"), "status 12"] {
         assert!(error.detail.contains(part), "{:?} does not say {part:?}", error.detail);
     }
-    assert_eq!(rails.setting.driver.parcels, 2);
-    assert!(rails.setting.driver.done.is_empty(), "told of a payload that is not whole");
+    assert_eq!(rails.setting.driver.parcels, 2, "what the peer sent before is handed up");
+    assert!(rails.setting.driver.done.is_empty(), "told while a device may write it");
+    assert_eq!(rails.setting.kill(), Killed::Lingers);
+    assert!(rails.setting.driver.done.is_empty(), "told while a device may write it");
+    rails.others[0].state().destroying = 0;
     assert_eq!(rails.setting.kill(), Killed::Over);
     let (op, result) = rails.setting.driver.done.pop().expect("its end");
     assert!(op == OP && result.is_err() && rails.setting.driver.done.is_empty());
@@ -281,17 +399,16 @@ fn a_further_rail_that_fails_ends_the_link_and_is_named() {
 #[test]
 fn a_failure_that_nobody_polls_for_is_found() {
     let mut rails = over(&[1000; 2]);
-    rails.hold();
     let bytes = pattern(2 << 20);
     let mut to = vec![0; bytes.len()];
-    rails.setting.driver.landings.push_back(place(&mut to));
-    rails.setting.offer_by(SECOND, 1, &bytes);
-    rails.setting.settle();
+    being_read(&mut rails, &mut to, &bytes);
     assert_eq!(rails.setting.link.check().expect("alive"), Check::Quiet);
     rails.others[0].end_read(ffi::IBV_WC_LOC_QP_OP_ERR);
-    assert_eq!(rails.setting.link.check().expect("the end is told by a poll"), Check::Drive);
-    while rails.setting.poll().is_ok() {}
-    assert_eq!(rails.setting.kill(), Killed::Over);
+    assert_eq!(rails.setting.link.check().expect("a poll sees to it"), Check::Drive);
+    rails.setting.settle();
+    assert_eq!(rails.setting.link.check().expect("alive"), Check::Quiet);
+    all_end_well(&mut rails);
+    assert!(rails.setting.driver.done.len() == 1 && to == bytes);
 }
 
 #[test]
@@ -322,22 +439,161 @@ fn nothing_is_told_before_the_queue_pairs_of_every_rail_are_gone() {
 }
 
 #[test]
-fn a_further_device_that_is_gone_ends_the_link() {
-    let alarms = Alarms::default();
-    let mut rails = over_with(&alarms, &[1000; 2]);
-    assert_eq!(rails.setting.arm(), Armed::Yes);
-    let why = || super::super::device::Event::DeviceGone { why: "fake1 is gone".to_owned() };
-    let wakers = alarms.hear(1, &why());
-    assert_eq!(wakers.len(), 1, "the link is woken");
-    assert_eq!(rails.setting.arm(), Armed::Busy);
-    let mut budget = Budget::TURN;
-    let mut cx = Context::from_waker(Waker::noop());
-    let Setting { link, driver, .. } = &mut rails.setting;
-    let error = link.poll(&mut cx, false, &mut budget, driver).expect_err("a device is gone");
-    assert_eq!((error.kind, &*error.detail), (ErrorKind::ConnectionLost, "fake1 is gone"));
-    // Its queue pairs go with it.
-    rails.others[0].state().destroying = libc::ENODEV;
-    assert_eq!(rails.setting.kill(), Killed::Over);
+fn a_further_port_that_is_down_or_a_device_that_is_gone_is_done_without() {
+    use super::super::device::Event;
+    let cases = [
+        (Event::PortDown { port: 1, why: "fake1 is down".to_owned() }, true),
+        (Event::PortDown { port: 2, why: "another port is down".to_owned() }, false),
+        (Event::DeviceGone { why: "fake1 is gone".to_owned() }, true),
+    ];
+    for (event, concerns) in cases {
+        let alarms = Alarms::default();
+        let mut rails = over_with(&alarms, &[1000; 2]);
+        let bytes = pattern(2 << 20);
+        let mut to = vec![0; bytes.len()];
+        being_read(&mut rails, &mut to, &bytes);
+        assert_eq!(rails.setting.arm(), Armed::Yes);
+        let wakers = alarms.hear(1, &event);
+        assert_eq!(wakers.len(), usize::from(concerns), "{event:?}");
+        assert_eq!(rails.setting.arm(), if concerns { Armed::Busy } else { Armed::Yes });
+        if let Event::DeviceGone { .. } = event {
+            // Its queue pairs go with it. (The fake's reads do not.)
+            rails.others[0].state().destroying = libc::ENODEV;
+            rails.others[0].state().reads.clear();
+        }
+        rails.setting.settle();
+        assert_eq!(rails.reading()[1] == 0, concerns, "{event:?}");
+        assert_eq!(rails.setting.arm(), Armed::Yes);
+        all_end_well(&mut rails);
+        assert!(rails.setting.driver.done.pop().is_some() && to == bytes);
+        if concerns {
+            rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+            goes_on_without(&mut rails);
+        }
+    }
+}
+
+#[test]
+fn a_port_that_is_down_is_heard_of() {
+    use super::super::device::Event;
+    let fake = Fake::new();
+    fake.say_of(ffi::IBV_EVENT_PORT_ERR, 2);
+    let heard = fake.device.take_event().expect("an event");
+    assert!(matches!(heard, Event::PortDown { port: 2, .. }), "{heard:?}");
+    fake.say_of(ffi::IBV_EVENT_PORT_ACTIVE, 2);
+    assert_eq!(fake.device.take_event().expect("an event"), Event::Other);
+}
+
+#[test]
+fn nothing_is_registered_for_what_has_to_wait() {
+    const WAITING: u32 = 20;
+    let mut rails = over(&[1000; 2]);
+    rails.hold();
+    let bytes = pattern(64 << 10);
+    let mut places: Vec<Vec<u8>> = (0..5 * WAITING).map(|_| vec![0; bytes.len()]).collect();
+    for (id, to) in (0..).zip(&mut places) {
+        rails.setting.driver.landings.push_back(place(to));
+        rails.setting.offer(id, &bytes);
+        if id % WAITING == WAITING - 1 {
+            rails.setting.settle();
+            // Their messages have buffers again.
+            while !rails.setting.fake.state().sent.is_empty() {
+                rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+            }
+        }
+    }
+    let reading = rails.setting.fake.state().reads.len();
+    assert_eq!(reading, 16);
+    let counters = rails.setting.link.counters();
+    assert_eq!((counters.registrations, counters.registrations_refused), (16, 0));
+    assert_eq!(rails.setting.registered(), reading * bytes.len());
+    // One that the other rail may read is let by, as soon as it is registered.
+    all_end_well(&mut rails);
+    assert_eq!(rails.setting.driver.done.len(), places.len());
+    assert!(places.iter().all(|to| *to == bytes));
+    assert_eq!(rails.setting.registered(), 0);
+}
+
+#[test]
+fn what_further_rails_may_read_does_not_wait_for_the_first() {
+    let mut rails = over(&[1000; 2]);
+    rails.setting.fake.state().holds_reads = true;
+    let long = pattern(STRIPE_BYTES_MIN * 4);
+    let mut to = vec![0; long.len()];
+    rails.setting.driver.landings.push_back(place(&mut to));
+    rails.setting.offer_by(SECOND, 1, &long);
+    rails.setting.poll().expect("alive");
+    // Others fill the first one, and there are more of them.
+    let bytes = pattern(64 << 10);
+    let mut places: Vec<Vec<u8>> = (0..30).map(|_| vec![0; bytes.len()]).collect();
+    for (id, to) in (2..).zip(&mut places) {
+        rails.setting.driver.landings.push_back(place(to));
+        rails.setting.offer(id, &bytes);
+    }
+    rails.setting.settle();
+    let read = rails.setting.link.counters().rail_bytes_received[1];
+    assert!(read >= long.len() as u64 / 2, "the second one is idle: {read}");
+    all_end_well(&mut rails);
+    assert!(rails.setting.driver.done.len() == 31 && to == long);
+    assert!(places.iter().all(|to| *to == bytes));
+}
+
+#[test]
+fn the_slower_end_of_a_rail_counts() {
+    let mut rails = over_to(&Alarms::default(), &[(1000, 1000), (4000, 1000)]);
+    rails.hold();
+    let bytes = pattern(2 << 20);
+    let mut to = vec![0; bytes.len()];
+    rails.setting.driver.landings.push_back(place(&mut to));
+    rails.setting.offer_by(SECOND, 1, &bytes);
+    rails.setting.settle();
+    assert_eq!(rails.reading(), [1 << 20, 1 << 20]);
+    // Where one is not known, none is.
+    let mut rails = over_to(&Alarms::default(), &[(1000, 1000), (1000, 0)]);
+    rails.hold();
+    rails.setting.driver.landings.push_back(place(&mut to));
+    rails.setting.offer_by(SECOND, 1, &bytes);
+    rails.setting.settle();
+    assert_eq!(rails.reading(), [1 << 20, 1 << 20]);
+}
+
+#[test]
+fn memory_that_may_be_locked_is_left_to_the_first_device() {
+    let mut rails = over(&[1000; 2]);
+    let pool = HostPool::new(64 << 20);
+    let mut kept = pool.allocate(2 << 20).expect("memory");
+    let bytes = pattern(2 << 20);
+    // For this one there is enough.
+    rails.setting.driver.landings.push_back(place(&mut kept));
+    rails.setting.offer_by(SECOND, 1, &bytes);
+    rails.setting.settle();
+    assert!(rails.setting.driver.done.pop().is_some() && kept[..] == bytes[..]);
+    assert!(registered(&rails.others[0]) > 0, "it stays registered");
+    // What is left is not enough for the next one, unless the other device lets go of its.
+    let lockable = Arc::new(std::sync::Mutex::new(1 << 20));
+    rails.fakes().for_each(|fake| fake.state().lockable = Some(lockable.clone()));
+    let mut to = vec![0; bytes.len()];
+    rails.setting.driver.landings.push_back(place(&mut to));
+    rails.setting.offer_by(SECOND, 2, &bytes);
+    rails.setting.settle();
+    assert!(rails.setting.driver.done.pop().is_some() && to == bytes);
+    assert_eq!(registered(&rails.others[0]), 0);
+    let counters = rails.setting.link.counters();
+    assert_eq!(counters.inline_bytes_received, 0, "chunks, because another device has the memory");
+    assert_eq!(counters.rail_bytes_received, [3 << 20, 1 << 20, 0, 0]);
+    // Nor is what this side sends.
+    let made = rails.others[0].state().registrations;
+    let sent = |rails: &mut Railed| {
+        assert_eq!(rails.setting.post(&bytes).expect("posted"), Post::Pending);
+        let (_, message) = rails.setting.fake.state().sent.pop_back().expect("sent");
+        Header::decode(&message).expect("a header")
+    };
+    let header = sent(&mut rails);
+    assert_eq!((header.pieces, header.rails), (1, 0));
+    assert_eq!(rails.others[0].state().registrations, made);
+    // Where there is none at all, it goes in chunks, and nobody is told of an error.
+    let header = sent(&mut rails);
+    assert_eq!((header.pieces, header.rails), (0, 0));
 }
 
 #[test]
@@ -369,8 +625,11 @@ fn what_is_sent_is_offered_to_all_rails_from_a_length_on() {
         let pieces = Piece::decode_all(&body[4..], 1, by, len as u64).expect("a list");
         let of = |fake: &Fake, key: u32| {
             let read = ffi::IBV_ACCESS_REMOTE_READ as i32;
-            let here = (key, bytes.as_ptr() as usize, len, read);
-            fake.state().registered.contains(&here)
+            let here = (bytes.as_ptr() as usize, len, read);
+            let is_it = |&(known, at, len, access): &(u32, usize, usize, i32)| {
+                super::super::fake::remote_key(known) == key && (at, len, access) == here
+            };
+            fake.state().registered.iter().any(is_it)
         };
         assert!(of(&rails.setting.fake, pieces[0].keys[0]));
         assert_eq!(of(&rails.others[0], pieces[0].keys[1]), by != 0);
@@ -408,7 +667,7 @@ fn ports_of_one_device_share_registrations() {
     let fake = Fake::new();
     let registrations = Registrations::new(fake.slabs.domain());
     let second = LocalPort { number: 2, ..fake.port() };
-    let ports = [(&fake, second, registrations.clone())];
+    let ports = [(&fake, second, 1000, registrations.clone())];
     let made = link_with_rails(fake.messenger(), &registrations, |reactor| {
         rails_at(reactor, &Alarms::default(), &ports)
     });
@@ -473,6 +732,11 @@ struct Trying {
 
 /// One for each of these: whether the peer names it, too.
 fn trying(named: &[bool]) -> Trying {
+    trying_within(named, Duration::from_secs(60), 1000)
+}
+
+/// The same, where set-up may take so long, and the peer tries for so long.
+fn trying_within(named: &[bool], limit: Duration, trial_ms: u16) -> Trying {
     let fake = Fake::new();
     let host = HostLoop::new().expect("an event loop");
     let reactor = Reactor::Host(host.clone());
@@ -480,23 +744,24 @@ fn trying(named: &[bool]) -> Trying {
     let mut messenger = fake.messenger();
     let channel = source(&reactor, messenger.queues());
     let others: Vec<Fake> = (1..=named.len()).map(|at| Fake::named(&format!("fake{at}"))).collect();
-    let mut terms = Terms { rails: Vec::new(), ..messenger.terms((0, 0)) };
+    let mut terms = Terms { rails: Vec::new(), trial_ms, ..messenger.terms((0, 0)) };
     let mut candidates = Vec::new();
     // In an order of this side's own.
     for (at, (fake, is_named)) in others.iter().zip(named).enumerate().rev() {
         let port = fake.port();
         let queues = Rail::queues(fake.slabs.domain(), &port).expect("queues");
         let (channel, identities) = (source(&reactor, &queues), queues.identities());
-        let alarm = Alarms::default().add(at, identities);
+        let alarm = Alarms::default().add(at, identities, Some(port.number));
         let registrations = Registrations::new(fake.slabs.domain());
         let rail = Rail::new(queues, channel, registrations, alarm);
+        let rail = rail.with_samples(fake.slabs.domain()).expect("memory");
         let (ports, to) = ((at as u8 + 1, at as u8 + 1), port.port);
         if *is_named {
             terms.rails.push(rail.terms(ports));
         }
         candidates.push(Candidate { rail, ports, to });
     }
-    let mut setup = Setup::new(messenger, channel, candidates, &terms, timers.clone());
+    let mut setup = Setup::new(messenger, channel, candidates, &terms, timers.clone(), limit);
     setup.begin().expect("sent");
     Trying { fake, others, setup, host, timers }
 }
@@ -515,6 +780,16 @@ impl Trying {
             assert!(other.state().reads.is_empty(), "tried before the peer is known to listen");
         }
         self.fake.deliver(Header::about(Kind::Ping, 0, 0), &[]);
+    }
+
+    /// Polls until this side has said something of its rails, because their answers are late.
+    fn until_said(&mut self) {
+        while self.fake.state().sent.is_empty() {
+            self.host.drain().expect("events");
+            let cx = &mut Context::from_waker(Waker::noop());
+            self.timers.poll_expired(cx).expect("timers");
+            assert!(self.poll().is_pending());
+        }
     }
 
     /// What this side says of its rails.
@@ -561,16 +836,10 @@ fn a_link_comes_up_without_further_rails() {
     assert!(ready(&none.poll()), "the peer names none");
     assert!(none.ports().is_empty());
     let mut silent = trying(&[true]);
-    silent.others[0].state().silent = true;
+    silent.others[0].state().answers_max = Some(0);
     silent.greet();
     assert!(silent.poll().is_pending());
-    // Until the answer is late.
-    while silent.fake.state().sent.is_empty() {
-        silent.host.drain().expect("events");
-        let timers = &silent.timers;
-        timers.poll_expired(&mut Context::from_waker(Waker::noop())).expect("timers");
-        assert!(silent.poll().is_pending());
-    }
+    silent.until_said();
     assert_eq!(silent.said(), 0);
     // A message that comes right behind is the link's.
     silent.fake.deliver(Header::about(Kind::Rails, 0, 1), &[]);
@@ -578,6 +847,57 @@ fn a_link_comes_up_without_further_rails() {
     assert!(ready(&silent.poll()));
     let (_, _, rails, early) = silent.setup.into_parts();
     assert_eq!((rails.len(), early.len()), (0, 1));
+}
+
+#[test]
+fn a_silent_rail_takes_a_part_of_the_time_for_set_up() {
+    // Set-up may take so long, and the peer tries for so long.
+    for (limit, trial_ms) in [(1000, u16::MAX), (60_000, 20), (60_000, 0)] {
+        let began = std::time::Instant::now();
+        let mut silent = trying_within(&[true], Duration::from_millis(limit), trial_ms);
+        silent.others[0].state().answers_max = Some(0);
+        silent.greet();
+        assert!(silent.poll().is_pending());
+        silent.until_said();
+        assert!(began.elapsed() < Duration::from_millis(900), "{limit} {trial_ms}");
+        assert_eq!(silent.said(), 0);
+        assert!(ready(&silent.hear(1)));
+        assert!(silent.ports().is_empty());
+    }
+}
+
+#[test]
+fn a_rail_that_swallows_long_packets_or_changes_bytes_is_not_used() {
+    for garbles in [false, true] {
+        let mut trying = trying_within(&[true, true], Duration::from_secs(60), 50);
+        // No more than what fits a packet of Ethernet's usual size.
+        trying.others[0].state().answers_max = (!garbles).then_some(1500);
+        trying.others[0].state().garbles = garbles;
+        trying.greet();
+        assert!(trying.poll().is_pending());
+        trying.until_said();
+        assert_eq!(trying.said(), 0b10, "garbles: {garbles}");
+        let samples = registered(&trying.others[0]);
+        assert!(samples > 0);
+        assert!(ready(&trying.hear(0b11)));
+        assert_eq!(registered(&trying.others[0]) + registered(&trying.others[1]), 0);
+        assert_eq!(trying.ports(), ["fake2"]);
+    }
+}
+
+#[test]
+fn a_sample_stays_for_as_long_as_a_device_may_write_it() {
+    let mut trying = trying_within(&[true], Duration::from_secs(60), 20);
+    trying.others[0].state().answers_max = Some(0);
+    trying.greet();
+    assert!(trying.poll().is_pending());
+    trying.until_said();
+    let samples = registered(&trying.others[0]);
+    trying.others[0].state().destroying = libc::EBUSY;
+    assert!(ready(&trying.hear(0)));
+    assert_eq!(registered(&trying.others[0]), samples, "let go of");
+    // It can: what is read into is still there.
+    trying.others[0].end_read(ffi::IBV_WC_SUCCESS);
 }
 
 #[test]
