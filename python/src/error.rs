@@ -4,11 +4,10 @@
 use pyo3::PyTypeInfo;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 use thalweg::{Error, ErrorKind};
 
-static MAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+use crate::used::used;
 
 /// The name of a kind, as `Error.kind` in Python has it.
 fn kind(kind: ErrorKind) -> &'static str {
@@ -39,8 +38,7 @@ fn kind(kind: ErrorKind) -> &'static str {
 }
 
 fn make(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
-    MAKE.get_or_try_init(py, || Ok(py.import("thalweg._errors")?.getattr("make")?.unbind()))
-        .map(|make| make.bind(py))
+    used(py).map(|used| used.make_error.bind(py))
 }
 
 /// The exception, as an object.

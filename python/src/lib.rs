@@ -23,6 +23,7 @@ mod node;
 mod operation;
 mod region;
 mod report;
+mod used;
 
 use pyo3::prelude::*;
 
@@ -46,6 +47,7 @@ mod _core {
     /// The version of the package.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::used::look_up(module.py())?;
         super::log::install();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

@@ -16,13 +16,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::{Interest, Subscriber};
 use tracing::{Event, Level, Metadata, level_filters::LevelFilter};
 
 use crate::error;
+use crate::used::used;
 
 /// What waits to be handed over; more is counted and left out.
 const WAITING_MAX: usize = 1024;
@@ -53,11 +53,7 @@ pub fn install() {
 }
 
 fn logger(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
-    static LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let make = || -> PyResult<_> {
-        Ok(py.import("logging")?.call_method1("getLogger", ("thalweg",))?.unbind())
-    };
-    LOGGER.get_or_try_init(py, make).map(|logger| logger.bind(py))
+    used(py).map(|used| used.logger.bind(py))
 }
 
 /// Asks the logger what it wants to hear. Fails with what is to end the program only.

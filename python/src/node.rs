@@ -19,6 +19,7 @@ use crate::list::List;
 use crate::local::{self, Local};
 use crate::operation::{Heavy, Operation, Outcome, Resume, Terms, Wakeup, Watch, Wish};
 use crate::region::Region;
+use crate::used::used;
 use crate::{config, error, log, report};
 
 /// A closed node is through with everything in one or two turns.
@@ -79,7 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The event loop that runs in this thread.
 fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-    py.import("asyncio")?.getattr("get_running_loop")?.call0()
+    used(py)?.get_running_loop.bind(py).call0()
 }
 
 impl Shared {
@@ -607,5 +608,5 @@ pub fn with_block<'py>(
     object: &Bound<'py, PyAny>,
     end: &'static str,
 ) -> PyResult<Bound<'py, PyAny>> {
-    object.py().import("thalweg._blocks")?.getattr(end)?.call1((object,))
+    used(object.py())?.blocks.bind(object.py()).getattr(end)?.call1((object,))
 }

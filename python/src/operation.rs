@@ -23,6 +23,7 @@ use thalweg::{Error, Message};
 
 use crate::buffer::Lent;
 use crate::node::{Handle, Shared};
+use crate::used::used;
 use crate::{buffer, endpoint, error, frame, listener, local};
 
 /// What an operation came to, before it is made a Python object.
@@ -669,7 +670,7 @@ impl Waiter {
     ) -> PyResult<()> {
         let context = match context {
             Some(context) => context,
-            None => py.import("contextvars")?.getattr("copy_context")?.call0()?.unbind(),
+            None => used(py)?.copy_context.call0(py)?,
         };
         let operation = self.operation.get();
         let callback = Callback { call, context };
@@ -713,7 +714,7 @@ impl Waiter {
             operation.wakeup.resume(py, &operation.shared, Resume::Soon)?;
             return Ok(false);
         }
-        let class = py.import("asyncio")?.getattr("CancelledError")?;
+        let class = used(py)?.cancelled_error.bind(py);
         let error = match msg {
             Some(msg) if !msg.is_none(py) => class.call1((msg,))?,
             _ => class.call0()?,

@@ -270,6 +270,53 @@ def test_forks_while_another_thread_sends() -> None:
     assert said.split() == ["hung:", "0"]
 
 
+def test_nothing_is_imported_once_thalweg_is() -> None:
+    """A child forked off while another thread imports a module never gets that module's lock."""
+    said = script(
+        """
+    import asyncio, builtins, traceback, thalweg
+
+    original = builtins.__import__
+    asked = []
+
+    def watched(name, *others, **named):
+        asked.append(f"{name}, for {traceback.extract_stack()[-2].name}")
+        return original(name, *others, **named)
+
+    async def accept(listener):
+        async for endpoint in listener:
+            return endpoint
+
+    async def main():
+        async with thalweg.Node(transports="tcp") as node:
+            async with await node.listen("thalweg://127.0.0.1:0") as listener:
+                accepting = asyncio.ensure_future(accept(listener))
+                async with await node.connect(listener.address) as there:
+                    here = await accepting
+                    here.add_close_callback(lambda *_: None)
+                    await there.send([b"one", bytearray(9000)])
+                    await here.recv()
+                    waiting = asyncio.ensure_future(here.recv())
+                    while not waiting.done():
+                        await asyncio.sleep(0)
+                        waiting.cancel()
+                    future = next(iter(here.recv().__await__()))
+                    future.add_done_callback(lambda _: None)
+                try:
+                    await here.recv()
+                except thalweg.ClosedError:
+                    print("closed")
+
+    loop = asyncio.new_event_loop()
+    builtins.__import__ = watched
+    loop.run_until_complete(main())
+    builtins.__import__ = original
+    print("asked:", asked)
+    """
+    )
+    assert said.splitlines() == ["closed", "asked: []"]
+
+
 @run
 async def test_cancelled_inside_of_an_allocator() -> None:
     """A signal's handler may do that: the wish is granted, and the receive goes on."""
