@@ -269,7 +269,8 @@ impl Config {
         host_pool_bytes: usize;
         /// By how many pairs of ports, of one device or several, a connection over `verbs` may read
         /// long payloads at a time: 1 to 4. What both sides allow counts. Ports that are much slower
-        /// than the best one are left out. `THALWEG_VERBS_RAILS`. Default: 4.
+        /// than the best one are left out, and those that fail are done without.
+        /// `THALWEG_VERBS_RAILS`. Default: 4.
         verbs_rails: usize;
         /// Refuse every link that would let others read along. Only memory of the same host is
         /// eligible then: encryption of TCP is not built in. `THALWEG_REQUIRE_ENCRYPTION`, 0 or 1.

@@ -108,7 +108,10 @@ impl VerbsLink {
             let rails = &self.rails;
             match incoming.next_read(|usable| rails.pick(usable, first_has_room)) {
                 Next::Nothing => {}
-                Next::Wait => self.reading.push(id, incoming.usable()),
+                Next::Wait => {
+                    self.reading.push(id, incoming.usable());
+                    break;
+                }
                 Next::Read(read) => {
                     self.count(&read);
                     self.post_read(id, &read)?;
