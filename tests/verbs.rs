@@ -9,6 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
@@ -22,7 +24,8 @@ const LIBRARY: &str = "THALWEG_VERBS_LIBRARY";
 /// A user who may do nothing in particular.
 const NOBODY: u32 = 65_534;
 /// Those of the virtual machine, and of which interfaces they are made.
-const DEVICES: [(&str, &str); 3] = [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb")];
+const DEVICES: [(&str, &str); 5] =
+    [("rxe0", "dummy0"), ("rxa", "va"), ("rxb", "vb"), ("rxc", "vc"), ("rxd", "vd")];
 
 /// Whether this is the machine with a wire between `rxa` and `rxb`; says what is left out if not.
 fn in_the_machine(test: &str) -> bool {
@@ -379,15 +382,242 @@ fn verbs_wire_cut_mid_transfer() {
         assert!(peer.said("ROUTE").starts_with("verbs"));
         peer.said("GOING");
     }
-    let cut = Instant::now();
-    tool("IP", &["link", "set", "va", "down"]);
-    all_end(&mut peers, cut);
-    measured("wire cut to the last error", cut.elapsed().as_secs_f64(), "s");
-    tool("IP", &["link", "set", "va", "up"]);
-    tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
+    let (began, cut) = (Instant::now(), Cut::first());
+    all_end(&mut peers, began);
+    measured("wire cut to the last error", began.elapsed().as_secs_f64(), "s");
+    drop(cut);
     for peer in peers {
         assert!(peer.finish(), "a peer failed");
     }
+}
+
+/// Of a message that goes by all rails.
+const STRIPED_BYTES: usize = 2 << 20;
+/// This side's devices for two rails, and the peer's.
+const RAILS: [[&str; 2]; 2] = [["rxb", "rxd"], ["rxa", "rxc"]];
+
+/// Another process that sends back what comes, and a node that may use so many rails to it.
+fn to_be_railed(rails: usize) -> (Peer, String, Node) {
+    let device = format!("device={}", RAILS[1].join("+"));
+    let mut peer = Peer::start(&["echo", "way=Verbs", &device].map(str::to_owned));
+    let config = Config::new().transports([LinkKind::Verbs]).verbs_devices(RAILS[0]);
+    let node = Node::new(config.verbs_rails(rails)).expect("a node");
+    let address = peer.said("LISTENING");
+    (peer, address, node)
+}
+
+async fn railed(rails: usize) -> (Peer, String, Node, Endpoint) {
+    let (peer, address, node) = to_be_railed(rails);
+    let endpoint = node.connect(address.as_str()).await.expect("connected");
+    (peer, address, node, endpoint)
+}
+
+/// Packets that have come to a device.
+fn packets_at(device: &str) -> u64 {
+    let file = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/rcvd_pkts");
+    std::fs::read_to_string(file).expect("counters").trim().parse().expect("a number")
+}
+
+/// Sends a message there and back, and compares it.
+async fn there_and_back(endpoint: &Endpoint, seed: u64) -> Result<(), thalweg::Error> {
+    let bytes = pattern(seed, STRIPED_BYTES);
+    let (sent, got) = tokio::join!(endpoint.send(bytes), endpoint.recv());
+    let got = got?.to_vec().expect("its bytes");
+    sent?;
+    check_pattern(seed, &got);
+    Ok(())
+}
+
+#[test]
+fn verbs_rails_share_long_messages() {
+    if !in_the_machine("verbs_rails_share_long_messages") {
+        return;
+    }
+    let _alone = serially();
+    run_once("two rails", async {
+        let rounds = short_or_long(3, 40);
+        let mut rates = Vec::new();
+        for rails in [1, 2] {
+            let (_peer, _, _node, endpoint) = railed(rails).await;
+            let route = endpoint.route().to_string();
+            assert_eq!(route.contains("also at rxd:1"), rails == 2, "{route}");
+            there_and_back(&endpoint, 0).await.expect("the first");
+            let packets = || RAILS[0].map(packets_at);
+            let counters = || endpoint.stats().link_counters;
+            let (before, already, began) = (packets(), counters(), Instant::now());
+            for _ in 0..rounds {
+                let (sent, got) =
+                    tokio::join!(endpoint.send(vec![1; STRIPED_BYTES]), endpoint.recv());
+                sent.expect("sent");
+                assert_eq!(got.expect("received").len_bytes(), STRIPED_BYTES);
+            }
+            let bytes = rounds * STRIPED_BYTES as u64;
+            let rate = 2.0 * bytes as f64 / began.elapsed().as_secs_f64();
+            measured("there and back, both ways", rate / 1e6, "MB/s");
+            rates.push(rate);
+            let came: Vec<u64> =
+                packets().iter().zip(before).map(|(now, then)| now - then).collect();
+            let counters = counters();
+            let read = |rail: usize| {
+                counters.rail_bytes_received[rail] - already.rail_bytes_received[rail]
+            };
+            assert_eq!((read(0) + read(1), read(2)), (bytes, 0));
+            // Of data there are at least as many as it has packets of the largest size.
+            let data = bytes / 4096;
+            if rails == 1 {
+                assert_eq!((read(1), came[1]), (0, 0));
+            } else {
+                assert!(read(0).min(read(1)) >= bytes / 4, "{counters:?}");
+                assert!(came[0].min(came[1]) >= data / 4, "{came:?} packets");
+            }
+            note(format_args!("SOAK: {rails} rails: {came:?} packets, {counters:?}"));
+        }
+        measured("bandwidth of two rails, of one", rates[1] / rates[0], "");
+    });
+}
+
+/// Something done to a wire, which commands of these tools undo when this is dropped.
+struct Cut {
+    /// What is to have an address then.
+    device: &'static str,
+    undo: Vec<(&'static str, Vec<&'static str>)>,
+}
+
+impl Cut {
+    fn new(device: &'static str, words: &[&str], undo: &[(&'static str, &[&'static str])]) -> Cut {
+        let undo = undo.iter().map(|(tool, words)| (*tool, words.to_vec())).collect();
+        let (program, words) = words.split_first().expect("a command");
+        let cut = Cut { device, undo };
+        tool(program, words);
+        cut
+    }
+
+    /// Between `rxa` and `rxb`.
+    fn first() -> Cut {
+        let route = ["route", "replace", "10.78.0.2", "dev", "va", "table", "200"];
+        let undo: [(_, &[_]); 2] = [("IP", &["link", "set", "va", "up"]), ("IP", &route)];
+        Cut::new("rxa", &["IP", "link", "set", "va", "down"], &undo)
+    }
+
+    /// Between `rxc` and `rxd`: the port is down.
+    fn second() -> Cut {
+        let route = ["route", "replace", "10.79.0.2", "dev", "vc", "table", "201"];
+        let undo: [(_, &[_]); 2] = [("IP", &["link", "set", "vc", "up"]), ("IP", &route)];
+        Cut::new("rxc", &["IP", "link", "set", "vc", "down"], &undo)
+    }
+
+    /// There, too: packets are lost, and the ports know nothing of it.
+    fn second_unseen() -> Cut {
+        let lose = ["TC", "qdisc", "replace", "dev", "vc", "root", "netem", "loss", "100%"];
+        Cut::new("rxc", &lose, &[("TC", &["qdisc", "delete", "dev", "vc", "root"])])
+    }
+
+    /// There, too: only short packets arrive at one end.
+    fn second_narrowed() -> Cut {
+        let narrow = ["IP", "link", "set", "vd", "mtu", "1500"];
+        Cut::new("rxd", &narrow, &[("IP", &["link", "set", "vd", "mtu", "9000"])])
+    }
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        for (variable, words) in &self.undo {
+            if failed {
+                // The tests after this one want the wire.
+                let program = std::env::var(variable).unwrap_or_default();
+                let _ = Command::new(program).args(words).status();
+            } else {
+                tool(variable, words);
+            }
+        }
+        if !failed {
+            wait_for_address(self.device);
+        }
+    }
+}
+
+/// Messages go on though the second of two wires is cut while they move.
+fn cut_mid_transfer(test: &'static str, cut: fn() -> Cut) {
+    if !in_the_machine(test) {
+        return;
+    }
+    let _alone = serially();
+    run_once(test, async {
+        let (_peer, address, node, endpoint) = railed(2).await;
+        assert!(endpoint.route().to_string().contains("also at rxd:1"), "{}", endpoint.route());
+        let moved = Arc::new(AtomicU64::new(0));
+        let moving = {
+            let (endpoint, moved) = (endpoint.clone(), moved.clone());
+            tokio::spawn(async move {
+                loop {
+                    let seed = moved.load(Ordering::SeqCst);
+                    there_and_back(&endpoint, seed).await.expect("the other wire carries it");
+                    moved.store(seed + 1, Ordering::SeqCst);
+                }
+            })
+        };
+        let by_second = || endpoint.stats().link_counters.rail_bytes_received[1];
+        until("some messages", || moved.load(Ordering::SeqCst) > 1 && by_second() > 0).await;
+        let (began, cut) = (Instant::now(), cut());
+        // What was under way by that one is there as well.
+        let then = moved.load(Ordering::SeqCst);
+        let going_on = async {
+            while moved.load(Ordering::SeqCst) < then + 4 {
+                assert!(!moving.is_finished(), "the cut ends the connection");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        within(LOST_MAX, "the next messages", going_on).await;
+        measured(test, began.elapsed().as_secs_f64(), "s to the fourth message");
+        let (before, at) = (by_second(), moved.load(Ordering::SeqCst));
+        until("one more", || moved.load(Ordering::SeqCst) > at).await;
+        assert_eq!(by_second(), before, "the port that is down is still used");
+        moving.abort();
+        assert!(moving.await.is_err_and(|why| why.is_cancelled()), "a message was lost");
+        drop(endpoint);
+        // What is left carries the next connection.
+        let began = Instant::now();
+        let again = node.connect(address.as_str()).await.expect("connected");
+        measured("connecting where a rail is cut", began.elapsed().as_secs_f64(), "s");
+        let route = again.route().to_string();
+        assert!(route.contains("rxb:1") && !route.contains("also at"), "{route}");
+        there_and_back(&again, 99).await.expect("moved");
+        drop(cut);
+    });
+}
+
+#[test]
+fn verbs_rail_port_goes_down_mid_transfer() {
+    cut_mid_transfer("verbs_rail_port_goes_down_mid_transfer", Cut::second);
+}
+
+#[test]
+fn verbs_rail_cut_mid_transfer() {
+    cut_mid_transfer("verbs_rail_cut_mid_transfer", Cut::second_unseen);
+}
+
+#[test]
+fn verbs_rail_that_swallows_long_packets_is_left_out() {
+    if !in_the_machine("verbs_rail_that_swallows_long_packets_is_left_out") {
+        return;
+    }
+    let _alone = serially();
+    run_once("a rail swallows long packets", async {
+        // Both say what they can before that changes.
+        let (_peer, address, node) = to_be_railed(2);
+        let narrowed = Cut::second_narrowed();
+        let endpoint = node.connect(address.as_str()).await.expect("connected");
+        let route = endpoint.route().to_string();
+        assert!(route.contains("rxb:1") && !route.contains("also at"), "{route}");
+        for seed in 0..3 {
+            there_and_back(&endpoint, seed).await.expect("moved");
+        }
+        drop(narrowed);
+        let again = node.connect(address.as_str()).await.expect("connected");
+        assert!(again.route().to_string().contains("also at rxd:1"), "{}", again.route());
+        there_and_back(&again, 9).await.expect("moved");
+    });
 }
 
 /// What happens to the device of one of two nodes while both use it.
@@ -498,15 +728,12 @@ fn verbs_device_is_removed() {
 
 #[test]
 fn verbs_port_goes_down() {
+    let cut = std::cell::Cell::new(None);
     let down = || {
-        tool("IP", &["link", "set", "va", "down"]);
+        cut.set(Some(Cut::first()));
         None
     };
-    lose_a_device("verbs_port_goes_down", down, || {
-        tool("IP", &["link", "set", "va", "up"]);
-        tool("IP", &["route", "replace", "10.78.0.2", "dev", "va", "table", "200"]);
-        wait_for_address("rxa");
-    });
+    lose_a_device("verbs_port_goes_down", down, || drop(cut.take()));
 }
 
 #[test]

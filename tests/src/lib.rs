@@ -133,7 +133,7 @@ impl Way {
                 config.wake(Wake::Spin).spin_limit(PATIENCE).handshake_timeout(PATIENCE)
             }
             Way::Tcp | Way::ShmAll | Way::Ucx => config,
-            Way::Verbs => config.verbs_devices(verbs_device(0)),
+            Way::Verbs => config.verbs_devices(verbs_devices(0)),
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),
             Way::ShmLoans => config.wake(Wake::Spin).spin_limit(Duration::from_millis(1)),
@@ -179,11 +179,12 @@ pub struct Pair {
     pub b: Endpoint,
 }
 
-/// The RDMA device of one of two nodes: the variable `THALWEG_TEST_VERBS_DEVICES` names one for
-/// each, as in `rxa,rxb`. Without it any will do.
-fn verbs_device(node: usize) -> Option<String> {
-    let names = std::env::var("THALWEG_TEST_VERBS_DEVICES").ok()?;
-    names.split(',').nth(node).map(str::to_owned)
+/// The RDMA devices of one of two nodes: the variable `THALWEG_TEST_VERBS_DEVICES` names them for
+/// each, as in `rxa,rxb` or `rxa+rxc,rxb+rxd`. Without it any will do.
+fn verbs_devices(node: usize) -> Vec<String> {
+    let names = std::env::var("THALWEG_TEST_VERBS_DEVICES").unwrap_or_default();
+    let of_node = names.split(',').nth(node).unwrap_or_default();
+    of_node.split('+').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 /// A connected pair.
@@ -194,7 +195,7 @@ pub async fn pair(way: Way) -> Pair {
 /// A connected pair whose nodes have these settings.
 pub async fn pair_with(way: Way, change: impl Fn(Config) -> Config) -> Pair {
     let (a, b) = (change(way.config()), change(way.config()));
-    let b = if way == Way::Verbs { b.verbs_devices(verbs_device(1)) } else { b };
+    let b = if way == Way::Verbs { b.verbs_devices(verbs_devices(1)) } else { b };
     pair_of(way, a, b).await
 }
 

@@ -2,7 +2,7 @@
 #
 # rxe0 talks to itself. Between rxa and rxb lies a wire, though both are here: their addresses are
 # taken off the kernel's list of local ones for packets from one to the other, so that what is sent
-# leaves by one end (va) and comes in by the other (vb).
+# leaves by one end (va) and comes in by the other (vb). Between rxc and rxd lies another one.
 
 . /tools
 ip() { "$IP" "$@"; }
@@ -25,19 +25,24 @@ ip link show dummy0 >/dev/null 2>&1 || ip link add dummy0 type dummy
 ip link set dummy0 mtu 9000
 device dummy0 rxe0 10.77.0.1
 
-ip link add va mtu 9000 type veth peer name vb mtu 9000
+# Two devices with a wire between them.
+wire() { # INTERFACE DEVICE INTERFACE DEVICE NETWORK NUMBER
+  ip link add $1 mtu 9000 type veth peer name $3 mtu 9000
+  for end in $1 $3; do
+    echo 1 >/proc/sys/net/ipv4/conf/$end/accept_local
+    echo 0 >/proc/sys/net/ipv4/conf/$end/rp_filter
+    ip rule add pref 1$6 iif $end lookup local
+  done
+  ip rule add pref 2$6 from $5.1 to $5.2 lookup 20$6
+  ip rule add pref 2$6 from $5.2 to $5.1 lookup 20$6
+  device $1 $2 $5.1
+  device $3 $4 $5.2
+  ip route add $5.2 dev $1 table 20$6
+  ip route add $5.1 dev $3 table 20$6
+}
+
 echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter
-for end in va vb; do
-  echo 1 >/proc/sys/net/ipv4/conf/$end/accept_local
-  echo 0 >/proc/sys/net/ipv4/conf/$end/rp_filter
-done
-ip rule add pref 10 iif va lookup local
-ip rule add pref 11 iif vb lookup local
-ip rule add pref 20 from 10.78.0.1 to 10.78.0.2 lookup 200
-ip rule add pref 21 from 10.78.0.2 to 10.78.0.1 lookup 200
 ip rule add pref 100 lookup local
 ip rule delete pref 0
-device va rxa 10.78.0.1
-device vb rxb 10.78.0.2
-ip route add 10.78.0.2 dev va table 200
-ip route add 10.78.0.1 dev vb table 200
+wire va rxa vb rxb 10.78.0 0
+wire vc rxc vd rxd 10.79.0 1

@@ -6,8 +6,11 @@
 # program comes along with the other files that its arguments name (by absolute paths), and with ip
 # and tc; all else is busybox. Programs come without what is only for debuggers. The variables
 # THALWEG_* and UCX_* come along. -a brings another file. With -r the machine has RDMA devices that
-# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1), and rxa
-# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb. The program's output comes to standard output, and its status is this script's.
+# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1); rxa
+# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb; and in the same way rxc
+# (10.79.0.1) and rxd (10.79.0.2), from vc to vd. The program's output comes to standard output, and
+# its status is this script's. Where the machine's clock and the host's went apart meanwhile by 5 s or
+# more, the output's last line says so: timeouts and retries of adapters came early then.
 #
 #   77    the machine cannot be made here; the last line on standard error says why
 #   124   the time is up
@@ -182,8 +185,16 @@ if [ -e /rdma-devices ] && ! sh -e /rdma-devices >/dev/ttyS0 2>&1; then
 fi
 ulimit -l unlimited
 stty -F /dev/ttyS1 raw
+# The emulated processor's clock, less the emulated clock chip's, which is the host's.
+ahead() {
+  read -r up _ </proc/uptime
+  echo $((${up%.*} - $(cat /sys/class/rtc/rtc0/since_epoch)))
+}
+before=$(ahead)
 # Through a pipe, so that no program believes that it talks to a person.
 { sh /program 2>&1 </dev/null; echo $? >/status; } | cat >/dev/ttyS1
+ahead=$(($(ahead) - before))
+[ ${ahead#-} -lt 5 ] || echo "the machine's clock went $ahead s ahead of the host's" >/dev/ttyS1
 cat /status >/dev/ttyS2
 poweroff -f
 INIT

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::LinkKind;
+use crate::link::verbs::RAILS_MAX;
 use crate::memory::Allocator;
 
 /// The kernel counts in seconds, and needs one for each of silence, probe and answer.
@@ -100,6 +101,7 @@ pub struct Config {
     pub(crate) host_pool_bytes: usize,
     pub(crate) require_encryption: bool,
     pub(crate) verbs_devices: Vec<String>,
+    pub(crate) verbs_rails: usize,
     pub(crate) allocator: Option<Arc<dyn Allocator>>,
     #[cfg(feature = "mock")]
     pub(crate) mock: crate::link::mock::MockPlan,
@@ -134,6 +136,7 @@ impl Default for Config {
             host_pool_bytes: 256 << 20,
             require_encryption: false,
             verbs_devices: Vec::new(),
+            verbs_rails: RAILS_MAX,
             allocator: None,
             #[cfg(feature = "mock")]
             mock: crate::link::mock::MockPlan::default(),
@@ -264,6 +267,11 @@ impl Config {
         /// How much unused memory the node keeps for what is received next, in bytes.
         /// `THALWEG_HOST_POOL`. Default: 256 MiB.
         host_pool_bytes: usize;
+        /// By how many pairs of ports, of one device or several, a connection over `verbs` may read
+        /// long payloads at a time: 1 to 4. What both sides allow counts. Ports that are much slower
+        /// than the best one are left out, and those that fail are done without.
+        /// `THALWEG_VERBS_RAILS`. Default: 4.
+        verbs_rails: usize;
         /// Refuse every link that would let others read along. Only memory of the same host is
         /// eligible then: encryption of TCP is not built in. `THALWEG_REQUIRE_ENCRYPTION`, 0 or 1.
         /// Default: no.
@@ -351,6 +359,7 @@ impl Config {
                         return Err(bad("names no device"));
                     }
                 }
+                "VERBS_RAILS" => config.verbs_rails = usize_of(number()?)?,
                 // Read when these libraries are first looked for: there is one of each a process.
                 "UCX_LIBRARY" | "VERBS_LIBRARY" => {}
                 // The project's own tests and programs.
@@ -421,6 +430,12 @@ impl Config {
         if self.handshake_timeout.is_zero() {
             return bad("no time for the handshake (THALWEG_HANDSHAKE_TIMEOUT_MS)".into());
         }
+        if !(1..=RAILS_MAX).contains(&self.verbs_rails) {
+            return bad(format!(
+                "{} pairs of ports, not 1 to {RAILS_MAX} (THALWEG_VERBS_RAILS)",
+                self.verbs_rails
+            ));
+        }
         if self.keepalive < KEEPALIVE_MIN {
             return bad(format!(
                 "a keepalive below {} ms (THALWEG_KEEPALIVE_MS)",
@@ -481,6 +496,8 @@ mod tests {
             ("THALWEG_MESSAGE_WINDOW", "4095"),
             ("THALWEG_TAG_WINDOW", "4095"),
             ("THALWEG_MAX_MESSAGE", "4095"),
+            ("THALWEG_VERBS_RAILS", "0"),
+            ("THALWEG_VERBS_RAILS", "5"),
         ] {
             let error = parse(&[(name, value)]).expect(name).validate().expect_err(name);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);

@@ -20,9 +20,11 @@ const AROUND_SECONDS: u64 = 30;
 /// The machine is slow: after 5 s its pools still fill (93 to 143 MiB), after 15 s they do not.
 const SOAK_SECONDS: &str = "20";
 const SOAK_SECONDS_LONG: &str = "60";
-/// What is shown of the wire between two devices rather than within one.
-const WIRE: &str = "rxa,rxb";
-/// Those of the conformance tests that are run across the wire as well.
+/// For each of two nodes: within one device.
+const WITHIN: &str = "rxe0,rxe0";
+/// The same, across two wires: long payloads go by both.
+const WIRES: &str = "rxa+rxc,rxb+rxd";
+/// Those of the conformance tests that are run across the wires as well.
 const ACROSS: [&str; 6] = [
     "order_of_pipelined_messages::verbs",
     "sizes_of_messages::verbs",
@@ -73,10 +75,11 @@ pub fn tests(root: &Path, long: bool) -> Summary {
     let seconds = if long { SOAK_SECONDS_LONG } else { SOAK_SECONDS };
     let mut within = tests_in(root, &runner, long, &[]).with(&programs).with(&["--", "verbs"]);
     within.env("THALWEG_TEST_SOAK_SECONDS", seconds);
+    within.env("THALWEG_TEST_VERBS_DEVICES", WITHIN);
     let conformance = ["--test", "conformance", "--"];
     let mut across = tests_in(root, &runner, long, &[]).with(&conformance);
-    across.args(ACROSS).env("THALWEG_TEST_VERBS_DEVICES", WIRE);
-    let mut variants = vec![("verbs, rxe0", within), ("verbs, rxa to rxb", across)];
+    across.args(ACROSS).env("THALWEG_TEST_VERBS_DEVICES", WIRES);
+    let mut variants = vec![("verbs, rxe0", within), ("verbs, two wires", across)];
     let files: Vec<_> = UCX_FILES.iter().map(|file| Path::new(LIBRARIES).join(file)).collect();
     match files.iter().find(|file| !file.exists()) {
         Some(file) => {

@@ -46,7 +46,7 @@ impl Arguments {
             config = config.keepalive(Duration::from_millis(ms));
         }
         if let Some(device) = self.find::<String>("device") {
-            config = config.verbs_devices([device]);
+            config = config.verbs_devices(device.split('+'));
         }
         if self.find::<String>("any").is_some() {
             config = config.transports([LinkKind::Shm, LinkKind::Tcp]);

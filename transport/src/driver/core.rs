@@ -1003,6 +1003,9 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         arena_bytes_received: a.arena_bytes_received + b.arena_bytes_received,
         rdma_bytes_sent: a.rdma_bytes_sent + b.rdma_bytes_sent,
         rdma_bytes_received: a.rdma_bytes_received + b.rdma_bytes_received,
+        rail_bytes_received: std::array::from_fn(|rail| {
+            a.rail_bytes_received[rail] + b.rail_bytes_received[rail]
+        }),
         registrations: a.registrations + b.registrations,
         registrations_reused: a.registrations_reused + b.registrations_reused,
         registrations_refused: a.registrations_refused + b.registrations_refused,

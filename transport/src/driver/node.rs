@@ -445,6 +445,7 @@ fn verbs_engine(
         max_payload: config.max_message_bytes,
         setup_timeout: config.handshake_timeout / 2,
         devices: config.verbs_devices.clone(),
+        rails: config.verbs_rails,
     };
     match VerbsEngine::new(reactor, timers.clone(), options) {
         Ok(engine) => {

@@ -483,6 +483,10 @@ pub struct LinkCounters {
     pub rdma_bytes_sent: u64,
     /// Bytes that the adapter read straight out of the peer's memory (RDMA).
     pub rdma_bytes_received: u64,
+    /// Of these, payload bytes of messages and tags, by the pair of ports that they were first asked
+    /// for by: the first pair, which carries all else as well and what others fail to bring, then
+    /// further ones. There are at most four.
+    pub rail_bytes_received: [u64; 4],
     /// Times memory of a payload was registered with the adapter.
     pub registrations: u64,
     /// Times memory of a payload was found registered.

@@ -17,6 +17,8 @@ struct State {
 pub(super) struct Alarm {
     device: usize,
     queue_pairs: [u64; 2],
+    /// The port that is to stay up.
+    port: Option<u8>,
     raised: AtomicBool,
     state: Mutex<State>,
 }
@@ -62,10 +64,11 @@ impl Alarm {
 pub(super) struct Alarms(Mutex<Vec<Weak<Alarm>>>);
 
 impl Alarms {
-    /// One for a link whose queue pairs, at the device with this number, are these.
-    pub fn add(&self, device: usize, queue_pairs: [u64; 2]) -> Arc<Alarm> {
+    /// One for a link whose queue pairs, at the device with this number, are these. `port`: a port of
+    /// it that is to stay up, if one is.
+    pub fn add(&self, device: usize, queue_pairs: [u64; 2], port: Option<u8>) -> Arc<Alarm> {
         let (raised, state) = (AtomicBool::new(false), Mutex::default());
-        let alarm = Arc::new(Alarm { device, queue_pairs, raised, state });
+        let alarm = Arc::new(Alarm { device, queue_pairs, port, raised, state });
         let mut all = lock(&self.0);
         // Links come and go: those that are gone must not pile up.
         if all.len() == all.capacity() {
@@ -86,11 +89,14 @@ impl Alarms {
             .filter(|alarm| match event {
                 Event::DeviceGone { .. } => true,
                 Event::QueuePair { which, .. } => alarm.queue_pairs.contains(which),
+                Event::PortDown { port, .. } => alarm.port == Some(*port),
                 Event::Other => false,
             })
             .collect();
         match event {
-            Event::DeviceGone { why } | Event::QueuePair { why, .. } => {
+            Event::DeviceGone { why }
+            | Event::QueuePair { why, .. }
+            | Event::PortDown { why, .. } => {
                 concerned.iter().filter_map(|alarm| alarm.raise(why)).collect()
             }
             Event::Other => Vec::new(),
@@ -105,11 +111,13 @@ mod tests {
     #[test]
     fn an_event_reaches_those_that_it_is_about() {
         let alarms = Alarms::default();
-        let links = [alarms.add(0, [1, 2]), alarms.add(0, [3, 4]), alarms.add(1, [1, 2])];
+        let links = [(0, [1, 2], None), (0, [3, 4], Some(2)), (1, [1, 2], Some(1))]
+            .map(|(device, pairs, port)| alarms.add(device, pairs, port));
         let raised = || links.each_ref().map(|alarm| alarm.raised().is_some());
         assert!(!links[0].watch(Waker::noop()));
         let hear = |event| alarms.hear(0, &event).len();
         assert_eq!(hear(Event::Other), 0);
+        assert_eq!(hear(Event::PortDown { port: 1, why: "down".into() }), 0);
         assert_eq!(raised(), [false; 3]);
         assert_eq!(hear(Event::QueuePair { which: 4, why: "broken".into() }), 0);
         assert_eq!(raised(), [false, true, false]);
@@ -117,5 +125,9 @@ mod tests {
         assert_eq!(raised(), [true, true, false]);
         assert_eq!(links[1].raised().as_deref(), Some("broken"), "the first reason stays");
         assert!(links[0].watch(Waker::noop()));
+        assert_eq!(alarms.hear(1, &Event::PortDown { port: 2, why: "down".into() }).len(), 0);
+        assert_eq!(raised(), [true, true, false], "another port");
+        let _ = alarms.hear(1, &Event::PortDown { port: 1, why: "down".into() });
+        assert_eq!(links[2].raised().as_deref(), Some("down"));
     }
 }

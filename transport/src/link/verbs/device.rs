@@ -117,8 +117,17 @@ pub(super) enum Event {
     DeviceGone { why: String },
     /// One of its queue pairs is broken.
     QueuePair { which: u64, why: String },
-    /// Nothing that ends anything: ports that come and go are seen by retries.
+    /// One of its ports is down. It may come back, and retries find out by then: the first rail of a
+    /// link waits for that, further ones do not.
+    PortDown { port: u8, why: String },
+    /// Nothing that ends anything.
     Other,
+}
+
+/// The port that an event is about, as its number lies in the union with queue pairs' addresses.
+fn port_of(element: u64) -> u8 {
+    let [a, b, c, d, ..] = element.to_ne_bytes();
+    u8::try_from(i32::from_ne_bytes([a, b, c, d])).unwrap_or(0)
 }
 
 /// An open device.
@@ -329,6 +338,7 @@ impl Device {
             }
             // A completion queue that is broken tells nobody of anything any more.
             ffi::IBV_EVENT_CQ_ERR => Event::DeviceGone { why: why() },
+            ffi::IBV_EVENT_PORT_ERR => Event::PortDown { port: port_of(which), why: why() },
             _ => Event::Other,
         })
     }
@@ -435,7 +445,8 @@ impl Device {
             let mtu = attributes.active_mtu.clamp(1, 5) as u8;
             let rate = topology::rate(attributes.active_speed, attributes.active_width);
             let lid = attributes.lid;
-            let port = Port { fabric, mtu, lid, gid, rate, distance };
+            // The node numbers its ports.
+            let port = Port { fabric, mtu, lid, gid, rate, distance, whose: 0 };
             up.push(LocalPort { device: self.clone(), number, gid_index: index, port });
         }
     }

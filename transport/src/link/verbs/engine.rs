@@ -1,6 +1,6 @@
 //! What a node's links over verbs have in common: its devices, their ports and pools, and set-up.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
@@ -12,19 +12,19 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::VerbsOptions;
 use super::alarm::{Alarm, Alarms};
-use super::blob::{self, PORTS_MAX, Port, Terms};
+use super::blob::{self, Offer, PORTS_MAX, Port, Terms};
 use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
 use super::lookout::{Look, Lookout};
 use super::messenger::{BUFFERS, Messenger};
-use super::queues::Side;
+use super::rails::Rail;
 use super::registrations::Registrations;
 use super::removal::Removals;
+use super::setup::{Candidate, Setup, trial_max};
 use super::slab::Slabs;
-use super::wire::{HEADER_BYTES, Header, Kind};
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
-use crate::runtime::{Attempt, Fd, FirstUse, Interest, Reactor, Source, Timers};
+use crate::runtime::{Fd, FirstUse, Interest, Reactor, Source, Timers};
 
 /// One device, and what its links share.
 struct Adapter {
@@ -44,11 +44,35 @@ struct Adapters {
     ports: Vec<Announced>,
 }
 
+impl Adapters {
+    /// The port in this place, and its device: the number of it, and what links share. `None`: it was
+    /// taken away.
+    fn at(&self, place: usize) -> Option<(&LocalPort, usize, &Adapter)> {
+        let (port, which) = self.ports.get(place)?.here.as_ref()?;
+        Some((port, *which, self.all[*which].as_ref()?))
+    }
+}
+
 /// A port that peers are told of.
 struct Announced {
     port: Port,
     /// Where it is, and whose: `None`: its device was taken away.
     here: Option<(LocalPort, usize)>,
+}
+
+/// Numbers the ports: addresses of one have the same.
+fn number(all: &mut [Announced]) {
+    let mut known: Vec<(usize, u8)> = Vec::new();
+    for Announced { port, here } in all {
+        let Some(place) = here.as_ref().map(|(local, which)| (*which, local.number)) else {
+            continue;
+        };
+        let at = known.iter().position(|known| *known == place).unwrap_or_else(|| {
+            known.push(place);
+            known.len() - 1
+        });
+        port.whose = at as u8;
+    }
 }
 
 /// What is to be done once the lock is released.
@@ -186,6 +210,7 @@ impl VerbsEngine {
             tracing::warn!(%why, "an RDMA device is not used");
         }
         ports.truncate(PORTS_MAX);
+        number(&mut ports);
         let removals = Removals::new(reactor)
             .inspect_err(|error| tracing::debug!(%error, "removals of devices are not announced"))
             .ok();
@@ -239,6 +264,12 @@ impl VerbsEngine {
         let adapters = self.adapters();
         let here = adapters.ports.iter().filter_map(|announced| announced.here.as_ref());
         let mut found = here.map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ");
+        let ports: HashSet<_> =
+            adapters.ports.iter().map(|announced| announced.port.whose).collect();
+        if ports.len() > 1 {
+            let rails = self.options.rails.min(ports.len());
+            found.push_str(&format!("; long payloads by up to {rails} of {} ports", ports.len()));
+        }
         for why in &self.left_out {
             found.push_str(&format!("; not used: {why}"));
         }
@@ -246,55 +277,80 @@ impl VerbsEngine {
     }
 
     /// The ports in the order in which they are announced. Those that are gone reach nobody.
-    fn own(&self) -> Vec<Port> {
+    fn own(&self) -> Offer {
         let adapters = self.adapters();
         let port = |announced: &Announced| match announced.here {
             Some(_) => announced.port,
             None => announced.port.gone(),
         };
-        adapters.ports.iter().map(port).collect()
+        let ports = adapters.ports.iter().map(port).collect();
+        Offer { rails: self.options.rails as u8, ports }
     }
 
     /// What the hello says.
     pub fn blob(&self) -> Vec<u8> {
-        blob::encode(&self.own())
+        self.own().encode()
     }
 
     /// Whether a pair of ports can be tried.
     pub fn verdict(&self, theirs: &[u8]) -> Result<(), (String, Option<String>)> {
         let own = self.own();
-        if own.iter().all(Port::is_gone) {
+        if own.ports.iter().all(Port::is_gone) {
             return Err(("every device of this side was taken away".into(), None));
         }
         blob::verdict(&own, theirs)
     }
 
-    /// Chooses a pair of ports, and makes queues at this side's.
+    /// Chooses pairs of ports, and makes queues at this side's.
     pub fn prepare(&self, theirs: &[u8], connects: bool) -> Result<Prepared, Failure> {
         let theirs =
-            blob::decode(theirs).ok_or_else(|| failure("the peer's offer is malformed"))?;
+            Offer::decode(theirs).ok_or_else(|| failure("the peer's offer is malformed"))?;
         let own = self.own();
-        let chosen = match connects {
+        let chosen: Vec<(usize, usize)> = match connects {
             true => blob::choose(&own, &theirs),
-            false => blob::choose(&theirs, &own).map(|(theirs, own)| (own, theirs)),
+            false => blob::choose(&theirs, &own).into_iter().map(|(a, b)| (b, a)).collect(),
         };
-        let (at, to) = chosen.ok_or_else(|| failure("no port reaches one of the peer's"))?;
+        let mut chosen = chosen.into_iter();
+        let (at, to) = chosen.next().ok_or_else(|| failure("no port reaches one of the peer's"))?;
         let adapters = self.adapters();
-        let announced = adapters.ports.get(at).and_then(|announced| announced.here.as_ref());
-        let (port, which) = announced.ok_or_else(|| failure("the port is gone"))?;
+        let (port, which, adapter) = adapters.at(at).ok_or_else(|| failure("the port is gone"))?;
         let mut random = [0; 4];
         getrandom::fill(&mut random)
             .map_err(|error| failure(format!("random numbers: {error}")))?;
         let first_packet = u32::from_ne_bytes(random) & 0xff_ffff;
-        let adapter = adapters.all[*which].as_ref().ok_or_else(|| failure("the device is gone"))?;
         let mut messenger = Messenger::new(&adapter.slabs, port, first_packet)
             .map_err(|error| failure(format!("queues at {port}: {error}")))?;
-        let ports = if connects { (at as u8, to as u8) } else { (to as u8, at as u8) };
+        let named = |at: usize, to: usize| match connects {
+            true => (at as u8, to as u8),
+            false => (to as u8, at as u8),
+        };
         let registrations = adapter.registrations.clone();
-        let alarm = self.alarms.add(*which, messenger.queues().identities());
-        let to = theirs[to];
-        let why = blob::reason(&own[at], &to);
-        Ok(Prepared { messenger, ports, to, registrations, alarm, why })
+        let alarm = self.alarms.add(which, messenger.queues().identities(), None);
+        let mut rails = Vec::new();
+        for (at, to) in chosen {
+            match self.rail(&adapters, at) {
+                Ok(rail) => {
+                    let (ports, to) = (named(at, to), theirs.ports[to]);
+                    rails.push(Candidate { rail, ports, to });
+                }
+                Err(why) => tracing::warn!(%why, "a port does not help with long payloads"),
+            }
+        }
+        let (ports, to) = (named(at, to), theirs.ports[to]);
+        let why = blob::reason(&own.ports[at], &to);
+        let trial_ms = trial_max(self.options.setup_timeout).as_millis() as u16;
+        Ok(Prepared { messenger, ports, to, registrations, alarm, why, rails, trial_ms })
+    }
+
+    /// A further rail, at the port in this place.
+    fn rail(&self, adapters: &Adapters, at: usize) -> io::Result<Rail> {
+        let (port, which, adapter) = adapters.at(at).ok_or(io::ErrorKind::NotConnected)?;
+        let queues = Rail::queues(adapter.slabs.domain(), port)?;
+        let fd = queues.descriptor().try_clone_to_owned()?;
+        let channel = self.reactor.source(Fd::new(fd), Interest::Read)?;
+        let alarm = self.alarms.add(which, queues.identities(), Some(port.number));
+        let rail = Rail::new(queues, channel, adapter.registrations.clone(), alarm);
+        rail.with_samples(adapter.slabs.domain())
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
@@ -303,7 +359,7 @@ impl VerbsEngine {
         prepared: Prepared,
         terms: &[u8],
     ) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations, alarm, why } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, .. } = prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -318,17 +374,13 @@ impl VerbsEngine {
             .try_clone_to_owned()
             .and_then(|fd| self.reactor.source(Fd::new(fd), Interest::Read))
             .map_err(|error| failed("watching the events of", &error))?;
-        messenger
-            .send(Header::about(Kind::Ping, 0, 0), HEADER_BYTES, |_| {})
-            .map_err(|error| failed("sending from", &error))?;
         let limit = self.options.setup_timeout;
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
-        let mut seen = Seen::default();
+        let mut setup = Setup::new(messenger, channel, rails, &terms, self.timers.clone(), limit);
+        setup.begin().map_err(|error| failed("sending from", &error))?;
         poll_fn(|cx| {
-            match seen.look(&mut messenger, &channel, cx) {
-                Ok(true) => return Poll::Ready(Ok(())),
-                Ok(false) => {}
-                Err(why) => return Poll::Ready(Err(why)),
+            if let Poll::Ready(ended) = setup.poll(cx) {
+                return Poll::Ready(ended);
             }
             Pin::new(&mut patience).poll(cx).map(|()| {
                 Err(format!("queue pairs are connected, but nothing came within {limit:?}"))
@@ -337,11 +389,13 @@ impl VerbsEngine {
         .await
         .map_err(failure)?;
         let options = self.options.clone();
-        let (timers, received) = (self.timers.clone(), seen.early);
+        let timers = self.timers.clone();
         let lookout = Lookout::new(Arc::downgrade(self));
+        let (messenger, channel, rails, received) = setup.into_parts();
         Ok(Opened {
             messenger,
             channel,
+            rails,
             registrations,
             alarm,
             lookout,
@@ -409,74 +463,6 @@ impl VerbsEngine {
     }
 }
 
-/// What was seen of both directions at set-up.
-#[derive(Default)]
-struct Seen {
-    arrived: bool,
-    came: bool,
-    /// What the peer sent after its ping.
-    early: VecDeque<super::queues::Completion>,
-    sent: VecDeque<super::queues::Completion>,
-}
-
-impl Seen {
-    /// Whether both directions work. `Ok(false)`: not yet, and `cx`'s waker is registered.
-    fn look(
-        &mut self,
-        messenger: &mut Messenger,
-        channel: &Source,
-        cx: &mut Context<'_>,
-    ) -> Result<bool, String> {
-        let failed = |error: io::Error| format!("trying the connection: {error}");
-        loop {
-            let queues = messenger.queues();
-            for side in [Side::Receive, Side::Send] {
-                queues.arm(side).map_err(failed)?;
-            }
-            self.take(messenger)?;
-            if self.arrived && self.came {
-                return Ok(true);
-            }
-            let queues = messenger.queues();
-            match channel.poll_read(cx, |_| queues.take_event().map(Attempt::More)) {
-                Poll::Pending => return Ok(false),
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => return Err(failed(error)),
-            }
-        }
-    }
-
-    fn take(&mut self, messenger: &mut Messenger) -> Result<(), String> {
-        let failed = |error: io::Error| format!("trying the connection: {error}");
-        messenger.take(Side::Receive, &mut self.early).map_err(failed)?;
-        messenger.take(Side::Send, &mut self.sent).map_err(failed)?;
-        let verbs = messenger.port().device.verbs;
-        let bad = |c: &super::queues::Completion| c.status != ffi::IBV_WC_SUCCESS;
-        if let Some(bad) = self.early.iter().chain(&self.sent).find(|c| bad(c)) {
-            let why = verbs.describe(bad.status);
-            return Err(format!(
-                "the peer is not reached: {why} (status {}, vendor {})",
-                bad.status, bad.vendor
-            ));
-        }
-        for completion in self.sent.drain(..) {
-            messenger.ended(&completion);
-            self.arrived = true;
-        }
-        if !self.came
-            && let Some(first) = self.early.pop_front()
-        {
-            let message = messenger.message(&first);
-            if message.is_none_or(|(header, ..)| header.kind != Kind::Ping) {
-                return Err("the peer's first message is none of this protocol's".into());
-            }
-            messenger.repost(&first, true).map_err(failed)?;
-            self.came = true;
-        }
-        Ok(())
-    }
-}
-
 /// Queues that wait to hear of the peer's.
 pub(crate) struct Prepared {
     messenger: Messenger,
@@ -486,12 +472,18 @@ pub(crate) struct Prepared {
     alarm: Arc<Alarm>,
     /// Why this pair of ports.
     why: String,
+    /// Further ones.
+    rails: Vec<Candidate>,
+    /// How long this side would try those.
+    trial_ms: u16,
 }
 
 impl Prepared {
     /// What the peer has to know.
     pub fn terms(&self) -> Vec<u8> {
-        self.messenger.terms(self.ports).encode()
+        let rails = self.rails.iter().map(|candidate| candidate.rail.terms(candidate.ports));
+        let (rails, trial_ms) = (rails.collect(), self.trial_ms);
+        Terms { rails, trial_ms, ..self.messenger.terms(self.ports) }.encode()
     }
 }
 
@@ -499,6 +491,7 @@ impl Prepared {
 pub(crate) struct Opened {
     pub(super) messenger: Messenger,
     pub(super) channel: Source,
+    pub(super) rails: Vec<Rail>,
     pub(super) registrations: Arc<Registrations>,
     pub(super) alarm: Arc<Alarm>,
     pub(super) lookout: Lookout,
@@ -543,6 +536,7 @@ pub(super) mod tests {
             max_payload: 0,
             setup_timeout: std::time::Duration::ZERO,
             devices: Vec::new(),
+            rails: 1,
         };
         let (removals, alarms, left_out) = (None, Alarms::default(), Vec::new());
         let made = VerbsEngine { adapters, removals, reactor, timers, alarms, options, left_out };
@@ -551,7 +545,7 @@ pub(super) mod tests {
 
     /// The alarm of a link over the first of its devices.
     pub(in super::super) fn alarm(engine: &VerbsEngine) -> Arc<Alarm> {
-        engine.alarms.add(0, [0; 2])
+        engine.alarms.add(0, [0; 2], None)
     }
 
     /// Asks the engine for something when it is woken.
@@ -585,13 +579,13 @@ pub(super) mod tests {
         assert!(asks.1.lock().expect("not poisoned").is_some(), "whoever watches is called");
         assert!(alarm.raised().is_some() && fakes[0].device.is_gone());
         let after = engine.own();
-        assert!(after[0].is_gone());
-        assert_eq!(after[1], before[1], "the others stay what they were called");
+        assert!(after.ports[0].is_gone());
+        assert_eq!(after.ports[1], before.ports[1], "the others stay what they were called");
         assert!(engine.adapters().all[0].is_none());
         let prepared = engine.prepare(&engine.blob(), true).map(|prepared| prepared.ports);
         assert_eq!(prepared.ok(), Some((1, 1)));
         fakes[1].say(ffi::IBV_EVENT_DEVICE_FATAL);
         poll(&engine);
-        assert!(engine.verdict(&blob::encode(&before)).is_err());
+        assert!(engine.verdict(&before.encode()).is_err());
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,6 +17,8 @@ use thalweg_ffi::ibverbs::{
 use super::blob::{Fabric, Port, Terms};
 use super::device::{Device, Domain, LocalPort};
 use super::messenger::{BUFFERS, Messenger, RECEIVES};
+use super::queues::{Lane, Queues, Remote};
+use super::rails::Rail;
 use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header};
 
@@ -23,6 +26,16 @@ use super::wire::{HEADER_BYTES, Header};
 pub(super) const INLINE_BYTES: u32 = 64;
 /// The vendor's code of every completion that a test makes.
 pub(super) const VENDOR: u32 = 77;
+
+/// Devices call nothing by the same key.
+static DEVICES: AtomicU32 = AtomicU32::new(1);
+/// Keys of one device.
+const KEYS: u32 = 1 << 16;
+
+/// What a peer calls memory by that is registered under this key.
+pub(super) fn remote_key(local_key: u32) -> u32 {
+    local_key | 1
+}
 
 /// What a device has been told, and what it is to answer.
 #[derive(Default)]
@@ -33,6 +46,8 @@ pub(super) struct State {
     pub posting: c_int,
     /// Longer pieces are not registered.
     pub registers_max: Option<usize>,
+    /// What of all devices may still be registered, in bytes.
+    pub lockable: Option<Arc<Mutex<usize>>>,
     /// What is registered: its key, beginning, length and access.
     pub registered: Vec<(u32, usize, usize, c_int)>,
     /// In which domain, by key.
@@ -49,6 +64,16 @@ pub(super) struct State {
     pub holds_reaching: bool,
     /// One was refused: those behind it are flushed.
     refused: bool,
+    /// Reads for messages that have not ended.
+    pub reads: VecDeque<Reading>,
+    /// They end when the test says so, and not at once.
+    pub holds_reads: bool,
+    /// Nobody answers a request for more bytes.
+    pub answers_max: Option<usize>,
+    /// What is read is something else.
+    pub garbles: bool,
+    /// The only key that the peer's memory is read by.
+    pub reads_by: Option<u32>,
     /// Requests of puts and gets that were posted.
     pub requests: usize,
     /// The queues that somebody wants to be told of.
@@ -63,8 +88,10 @@ pub(super) struct State {
     receives: VecDeque<(u64, u64)>,
     queues: Vec<usize>,
     completions: HashMap<usize, VecDeque<ibv_wc>>,
-    events: VecDeque<ibv_event_type>,
+    events: VecDeque<(ibv_event_type, u64)>,
     keys: u32,
+    /// Below all of its keys.
+    first_key: u32,
 }
 
 /// A request of the queue pair that puts and gets. The peer's end is this device's own: the fourth
@@ -89,7 +116,7 @@ impl State {
         self.queues[which]
     }
 
-    /// Whether a key of a pair's domain covers this memory with all of these rights.
+    /// Whether a local key of a pair's domain covers this memory with all of these rights.
     fn allows(&self, pair: usize, key: u32, at: usize, bytes: usize, rights: c_uint) -> bool {
         let pair = self.pairs[pair] as *const ibv_qp;
         // SAFETY: a pair of ours; the tests end no link before its requests.
@@ -114,7 +141,9 @@ impl State {
         let mut status = status;
         if self.refused {
             status = ffi::IBV_WC_WR_FLUSH_ERR;
-        } else if !self.allows(3, remote_key, remote as usize, bytes, right) {
+        } else if remote_key & 1 == 0
+            || !self.allows(3, remote_key & !1, remote as usize, bytes, right)
+        {
             status = ffi::IBV_WC_REM_ACCESS_ERR;
         }
         self.refused |= status != ffi::IBV_WC_SUCCESS;
@@ -131,6 +160,47 @@ impl State {
     }
 }
 
+/// A read for a message.
+#[derive(Clone, Copy)]
+pub(super) struct Reading {
+    id: u64,
+    pair: usize,
+    queue: usize,
+    key: u32,
+    from: u64,
+    to: usize,
+    pub bytes: usize,
+}
+
+impl State {
+    fn is_writable(&self, key: u32, at: usize, bytes: usize) -> bool {
+        self.registered.iter().any(|(known, start, len, access)| {
+            *known == key
+                && *start <= at
+                && at + bytes <= start + len
+                && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
+        })
+    }
+
+    /// A read that was held ends.
+    fn end_read(&mut self, read: &Reading, status: ibv_wc_status) {
+        let Reading { id, queue, key, from, to, bytes, .. } = *read;
+        if bytes > 0 {
+            assert!(self.is_writable(key, to, bytes), "memory of a read is registered no more");
+            if status == ffi::IBV_WC_SUCCESS {
+                // SAFETY: the test's peer is the test; what is read into is the reader's.
+                unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+                if self.garbles {
+                    let last = (to + bytes - 1) as *mut u8;
+                    // SAFETY: the last byte of what was read into.
+                    unsafe { last.write(last.read() ^ 1) };
+                }
+            }
+        }
+        self.completions.entry(queue).or_default().push_back(completion(id, status, bytes));
+    }
+}
+
 #[repr(C)]
 struct Context {
     raw: ibv_context,
@@ -142,6 +212,8 @@ pub(super) struct Fake {
     context: &'static Context,
     pub device: Arc<Device>,
     pub slabs: Arc<Slabs>,
+    /// Of its port, in units of 100 Mb/s.
+    pub rate: u16,
 }
 
 // SAFETY: the pointers within are to what is never freed and guarded by the mutex.
@@ -203,8 +275,9 @@ unsafe extern "C" fn get_async_event(raw: *mut ibv_context, to: *mut ibv_async_e
     // SAFETY: a context of ours, and a struct to write.
     unsafe {
         match state(raw).events.pop_front() {
-            Some(kind) => {
+            Some((kind, element)) => {
                 (*to).event_type = kind;
+                (*to).element._bindgen_opaque_blob = element;
                 0
             }
             None => {
@@ -256,12 +329,20 @@ unsafe extern "C" fn reg_mr(
     if state.registers_max.is_some_and(|max| bytes > max) {
         return refuse(libc::ENOMEM);
     }
+    if let Some(lockable) = &state.lockable {
+        let mut lockable = lockable.lock().unwrap_or_else(PoisonError::into_inner);
+        match lockable.checked_sub(bytes) {
+            Some(rest) => *lockable = rest,
+            None => return refuse(libc::ENOMEM),
+        }
+    }
     state.keys += 1;
     state.registrations += 1;
-    let key = state.keys;
+    assert!(state.keys < KEYS / 2, "another device's keys");
+    let key = state.first_key + 2 * state.keys;
     state.registered.push((key, ptr as usize, bytes, access));
     state.domains.insert(key, pd as usize);
-    boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, key))
+    boxed(|mr: &mut ibv_mr| (mr.context, mr.lkey, mr.rkey) = (context, key, remote_key(key)))
 }
 
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
@@ -273,7 +354,11 @@ unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
     if state.deregistering == 0 {
         // SAFETY: made above, and given back once.
         drop(unsafe { Box::from_raw(mr) });
-        state.registered.retain(|(known, ..)| *known != key);
+        let at = state.registered.iter().position(|(known, ..)| *known == key);
+        let (.., bytes, _) = state.registered.remove(at.expect("registered"));
+        if let Some(lockable) = &state.lockable {
+            *lockable.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
+        }
     }
     state.deregistering
 }
@@ -346,8 +431,11 @@ unsafe extern "C" fn modify_qp(pair: *mut ibv_qp, to: *mut ibv_qp_attr, mask: c_
 
 unsafe extern "C" fn destroy_qp(pair: *mut ibv_qp) -> c_int {
     // SAFETY: a pair of ours.
-    let code = unsafe { state((*pair).context) }.destroying;
+    let mut state = unsafe { state((*pair).context) };
+    let code = state.destroying;
     if code == 0 {
+        // Nothing that it was at ends any more, or touches memory.
+        state.reads.retain(|read| read.pair != pair as usize);
         // SAFETY: made above, and given back once.
         drop(unsafe { Box::from_raw(pair) });
     }
@@ -442,19 +530,19 @@ unsafe extern "C" fn post_send(
         state.sent.push_back((request.wr_id, message));
         return 0;
     }
-    let writable = state.registered.iter().any(|(key, start, len, access)| {
-        *key == piece.lkey
-            && (*start..*start + *len).contains(&at)
-            && at + bytes <= start + len
-            && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
-    });
-    assert!(writable, "a read into memory that is not registered for it");
+    let key = piece.lkey;
+    assert!(bytes == 0 || state.is_writable(key, at, bytes), "not registered to be read into");
+    assert_eq!(request.num_sge, c_int::from(bytes > 0));
     // SAFETY: a read: its part of the union is set.
-    let from = unsafe { request.wr.rdma.remote_addr };
-    // SAFETY: the test's peer is the test; what is read into is the reader's.
-    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, at as *mut u8, bytes) };
-    let done = completion(request.wr_id, ffi::IBV_WC_SUCCESS, bytes);
-    state.completions.entry(pair.send_cq as usize).or_default().push_back(done);
+    let (from, by) = unsafe { (request.wr.rdma.remote_addr, request.wr.rdma.rkey) };
+    assert!(state.reads_by.is_none_or(|key| key == by), "read by another device's key");
+    let (id, queue) = (request.wr_id, pair.send_cq as usize);
+    let read = Reading { id, pair: which, queue, key, from, to: at, bytes };
+    if state.holds_reads || state.answers_max.is_some_and(|max| bytes > max) {
+        state.reads.push_back(read);
+    } else {
+        state.end_read(&read, ffi::IBV_WC_SUCCESS);
+    }
     0
 }
 
@@ -497,6 +585,10 @@ fn library() -> &'static Verbs {
 impl Fake {
     /// A device with one port.
     pub fn new() -> Fake {
+        Fake::named("fake0")
+    }
+
+    pub fn named(name: &str) -> Fake {
         // SAFETY: zero is valid for every field.
         let mut raw: ibv_context = unsafe { std::mem::zeroed() };
         raw.cmd_fd = nonblocking_event().into_raw_fd();
@@ -505,15 +597,17 @@ impl Fake {
         raw.ops.req_notify_cq = Some(notify);
         raw.ops.post_send = Some(post_send);
         raw.ops.post_recv = Some(post_recv);
-        let context = &*Box::leak(Box::new(Context { raw, state: Mutex::default() }));
+        let first_key = DEVICES.fetch_add(1, Ordering::Relaxed).wrapping_mul(KEYS);
+        let state = State { first_key, ..State::default() };
+        let context = &*Box::leak(Box::new(Context { raw, state: Mutex::new(state) }));
         let raw = (&raw const *context).cast_mut().cast();
-        let (name, file_name) = ("fake0".to_owned(), "uverbs9".to_owned());
+        let (name, file_name) = (name.to_owned(), "uverbs9".to_owned());
         // SAFETY: a context that is never freed.
         let device = unsafe { Device::of_context(library(), raw, name, file_name) };
         let device = Arc::new(device.expect("a device"));
         let domain = Domain::new(&device).expect("a domain");
         let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
-        Fake { context, device, slabs }
+        Fake { context, device, slabs, rate: 1000 }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -522,8 +616,8 @@ impl Fake {
 
     pub fn port(&self) -> LocalPort {
         let gid = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
-        let (rate, distance) = (1000, 10);
-        let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance };
+        let (rate, distance) = (self.rate, 10);
+        let port = Port { fabric: Fabric::RoceV2, mtu: 5, lid: 0, gid, rate, distance, whose: 0 };
         LocalPort { device: self.device.clone(), number: 1, gid_index: 0, port }
     }
 
@@ -532,9 +626,30 @@ impl Fake {
         let port = self.port();
         let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
         let (ports, queue_pairs, receives) = ((0, 0), [5, 6, 7, 8], RECEIVES as u16);
-        let terms = Terms { ports, queue_pairs, first_packet: 1, receives, reads: 8 };
+        let (first_packet, rails, trial_ms) = (1, Vec::new(), 0);
+        let reads = 8;
+        let terms = Terms { ports, queue_pairs, first_packet, receives, reads, trial_ms, rails };
         messenger.connect(port.port, &terms).expect("connected");
         messenger
+    }
+
+    /// The queues of a further rail at a port of this device, connected to what the test plays: a
+    /// port with this rate.
+    pub fn rail_queues(&self, port: &LocalPort, rate: u16) -> Queues {
+        let mut queues = Rail::queues(self.slabs.domain(), port).expect("queues");
+        let to = Port { rate, ..port.port };
+        let remote = Remote { port: to, queue_pair: 9, first_packet: 1, reads: 8 };
+        queues.connect(Lane::Reads, 1, &remote).expect("connected");
+        queues
+    }
+
+    /// Of the reads that have not ended, the one that was posted before all others ends. How long it
+    /// was.
+    pub fn end_read(&self, status: ibv_wc_status) -> usize {
+        let mut state = self.state();
+        let read = state.reads.pop_front().expect("something is read");
+        state.end_read(&read, status);
+        read.bytes
     }
 
     /// A message of the peer's comes. It has to have a buffer.
@@ -567,7 +682,12 @@ impl Fake {
 
     /// It says something by itself.
     pub fn say(&self, event: ibv_event_type) {
-        self.state().events.push_back(event);
+        self.say_of(event, 0);
+    }
+
+    /// The same, about one of its ports or queue pairs.
+    pub fn say_of(&self, event: ibv_event_type, element: u64) {
+        self.state().events.push_back((event, element));
         rustix::io::write(self.device.events(), &1u64.to_ne_bytes()).expect("an edge");
     }
 

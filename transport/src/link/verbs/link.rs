@@ -1,5 +1,7 @@
 //! A lane to one peer over verbs.
 
+mod fetching;
+
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -13,17 +15,19 @@ use smallvec::SmallVec;
 use thalweg_ffi::ibverbs as ffi;
 
 use super::alarm::Alarm;
-use super::bulk::{Incoming, Left, Next, Outgoing, Outgoings, Read};
-use super::device::{Access, is_removed};
+use super::blob::RAILS_MAX;
+use super::bulk::{Incoming, Outgoing, Outgoings, STRIPE_BYTES_MIN, Turns};
+use super::device::{Access, LocalPort, is_removed};
 use super::engine::Opened;
 use super::lookout::Lookout;
 use super::messenger::{Ended, Messenger};
 use super::onesided::{Means, Outcome, Reachable, Reaches};
-use super::queues::{Completion, Side, What};
-use super::registrations::{Found, Held, Registrations, Use};
+use super::queues::{Completion, Side};
+use super::rails::Rails;
+use super::registrations::{Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
-use crate::link::arrivals::{self, end_of_peer, end_of_peer_now, filling, offered_len, sent_len};
+use crate::link::arrivals::{self, end_of_peer, end_of_peer_now, offered_len, sent_len};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
     LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
@@ -78,6 +82,41 @@ fn io_error(doing: &str, error: &io::Error) -> LinkError {
     made
 }
 
+/// In words, how payloads go.
+fn ways(port: &LocalPort, why: &str, rails: &Rails) -> String {
+    let (sends, reads, stripes) = (BODY_MAX >> 10, READ_BYTES_MIN >> 10, STRIPE_BYTES_MIN >> 10);
+    let mut ways = format!(
+        "verbs at {port}, {why}; sends ≤ {sends} KiB, RDMA read ≥ {reads} KiB, chunks between"
+    );
+    if rails.has_further() {
+        ways.push_str(&format!("; reads ≥ {stripes} KiB also at {}", rails.describe()));
+    }
+    ways
+}
+
+/// Why a request at a port failed.
+fn failed(doing: &str, port: &LocalPort, completion: &Completion) -> LinkError {
+    let kind = match completion.status {
+        ffi::IBV_WC_RETRY_EXC_ERR
+        | ffi::IBV_WC_RNR_RETRY_EXC_ERR
+        | ffi::IBV_WC_WR_FLUSH_ERR
+        // Soft-RoCE's word for a packet that it cannot get rid of: the interface is down.
+        | ffi::IBV_WC_LOC_QP_OP_ERR
+        | ffi::IBV_WC_REM_OP_ERR
+        | ffi::IBV_WC_REM_ABORT_ERR
+        // The peer's memory is registered no more: its link is at an end.
+        | ffi::IBV_WC_REM_ACCESS_ERR
+        | ffi::IBV_WC_REM_INV_REQ_ERR
+        | ffi::IBV_WC_RESP_TIMEOUT_ERR
+        | ffi::IBV_WC_FATAL_ERR => ErrorKind::ConnectionLost,
+        _ => ErrorKind::Io,
+    };
+    let what = port.device.verbs.describe(completion.status);
+    let Completion { status, vendor, .. } = completion;
+    let detail = format!("{doing} at {port}: {what} (status {status}, vendor error {vendor})");
+    error(kind, detail)
+}
+
 /// In words, what a completion on the sending side was about.
 fn doing(ended: &Ended) -> &'static str {
     match ended {
@@ -92,6 +131,17 @@ struct Offered {
     id: u32,
     len: usize,
     pieces: Vec<Piece>,
+    /// The rails that these have keys for.
+    rails: u8,
+}
+
+/// Memory that is offered: registered, and what the peer is told of it.
+#[derive(Default)]
+struct Named {
+    held: SmallVec<[Held; 1]>,
+    pieces: SmallVec<[Piece; 1]>,
+    /// The further rails that the pieces have keys for.
+    rails: u8,
 }
 
 /// A control message that waits for room: its header, and what comes behind it.
@@ -109,6 +159,7 @@ struct Linger {
 /// A lane; see the module.
 pub(crate) struct VerbsLink {
     messenger: Messenger,
+    rails: Rails,
     timers: Arc<Timers>,
     channel: Source,
     registrations: Arc<Registrations>,
@@ -129,7 +180,7 @@ pub(crate) struct VerbsLink {
     /// Payloads that are being landed, by the peer's number.
     incoming: HashMap<u32, Incoming>,
     /// Those among them with reads left to post, in turns.
-    reading: VecDeque<u32>,
+    reading: Turns,
     /// Memory has been registered to be landed into: once a turn is enough.
     has_registered: bool,
     /// One of those waits for its turn to do that.
@@ -152,25 +203,19 @@ pub(crate) struct VerbsLink {
 
 impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
-        let Opened { messenger, channel, registrations, alarm, lookout, .. } = opened;
-        let (received, options, timers, why) =
-            (opened.received, opened.options, opened.timers, opened.why);
-        let port = messenger.port().to_string();
+        let Opened { messenger, channel, rails, registrations, alarm, lookout, .. } = opened;
+        let Opened { received, options, timers, why, .. } = opened;
+        let rails = Rails::new(messenger.rate(), &registrations, rails);
+        let ways = ways(messenger.port(), &why, &rails);
         VerbsLink {
             messenger,
+            rails,
             timers,
             channel,
             registrations,
             alarm,
             lookout,
-            caps: Caps {
-                eager_max: options.eager_max.min(EAGER_BYTES_MAX),
-                ways: format!(
-                    "verbs at {port}, {why}; sends ≤ {} KiB, RDMA read ≥ {} KiB, chunks between",
-                    BODY_MAX >> 10,
-                    READ_BYTES_MIN >> 10
-                ),
-            },
+            caps: Caps { eager_max: options.eager_max.min(EAGER_BYTES_MAX), ways },
             max_payload: options.max_payload,
             bootstrap,
             broken: None,
@@ -179,7 +224,7 @@ impl VerbsLink {
             waiting: VecDeque::new(),
             open: HashMap::new(),
             incoming: HashMap::new(),
-            reading: VecDeque::new(),
+            reading: Turns::default(),
             has_registered: false,
             registers_next: false,
             outgoing: Outgoings::default(),
@@ -231,28 +276,9 @@ impl VerbsLink {
         }
     }
 
-    /// Why a request failed.
+    /// Why a request at the first rail failed.
     fn failed(&self, doing: &str, completion: &Completion) -> LinkError {
-        let kind = match completion.status {
-            ffi::IBV_WC_RETRY_EXC_ERR
-            | ffi::IBV_WC_RNR_RETRY_EXC_ERR
-            | ffi::IBV_WC_WR_FLUSH_ERR
-            // Soft-RoCE's word for a packet that it cannot get rid of: the interface is down.
-            | ffi::IBV_WC_LOC_QP_OP_ERR
-            | ffi::IBV_WC_REM_OP_ERR
-            | ffi::IBV_WC_REM_ABORT_ERR
-            // The peer's memory is registered no more: its link is at an end.
-            | ffi::IBV_WC_REM_ACCESS_ERR
-            | ffi::IBV_WC_REM_INV_REQ_ERR
-            | ffi::IBV_WC_RESP_TIMEOUT_ERR
-            | ffi::IBV_WC_FATAL_ERR => ErrorKind::ConnectionLost,
-            _ => ErrorKind::Io,
-        };
-        let port = self.messenger.port();
-        let what = port.device.verbs.describe(completion.status);
-        let Completion { status, vendor, .. } = completion;
-        let detail = format!("{doing} at {port}: {what} (status {status}, vendor error {vendor})");
-        error(kind, detail)
+        failed(doing, self.messenger.port(), completion)
     }
 
     /// A request has failed: the link ends once everything that came before has been handed up. One
@@ -296,24 +322,32 @@ impl VerbsLink {
                 self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended).map(|()| true)
             }
         };
+        if side == Side::Send {
+            self.rails.take();
+        }
         taken.map(drop).map_err(|error| io_error("taking completions", &error))
     }
 
     /// Deals with sends and reads that have ended. `true`: there were some.
     fn settle_ended(&mut self, sink: &mut dyn Sink) -> Result<bool, LinkError> {
         self.take(Side::Send)?;
-        let any = !self.ended.is_empty() || !self.reaches.ended.is_empty();
+        let mut any = self.has_posted_ended();
         while let Some(completion) = self.ended.pop_front() {
             let ended = self.messenger.ended(&completion);
+            let read = match ended {
+                Ended::Read(_) => self.rails.first_ended(),
+                Ended::Send | Ended::Reach(_) => None,
+            };
             if completion.status != ffi::IBV_WC_SUCCESS {
                 // What the peer sent before is handed up first.
                 self.breaks(doing(&ended), &completion);
                 continue;
             }
-            if let Ended::Read(id) = ended {
-                self.read_ended(id, sink)?;
+            if let Some((id, read)) = read {
+                self.read_ended(id, &read, sink)?;
             }
         }
+        any |= self.settle_rails(sink)?;
         self.settle_reaches(sink)?;
         self.starved &= !any;
         Ok(any)
@@ -398,21 +432,6 @@ impl VerbsLink {
         Ok(Post::Pending)
     }
 
-    fn read_ended(&mut self, id: u32, sink: &mut dyn Sink) -> Result<(), LinkError> {
-        match self.incoming.get_mut(&id).map(Incoming::read_ended) {
-            None | Some(Left::More) => return Ok(()),
-            Some(Left::All) => return self.pull(id),
-            Some(Left::Nothing) => {}
-        }
-        let Some(incoming) = self.incoming.remove(&id) else { return Ok(()) };
-        let op = incoming.op;
-        drop(incoming);
-        if op != OpId::NONE {
-            sink.done(op, Ok(()));
-        }
-        self.answer(Header::about(Kind::Release, id, 0))
-    }
-
     /// Hands up what has come. `Some`: something had, and whether the budget ended first.
     fn receive(
         &mut self,
@@ -468,15 +487,17 @@ impl VerbsLink {
         let Some((head, rest)) = body.split_at_checked(header.head_len.into()) else {
             return Err(protocol("a message shorter than its head"));
         };
-        let bare = body.is_empty() && header.pieces == 0;
+        let bare = body.is_empty() && header.pieces == 0 && header.rails == 0;
         let spent = header.kind != Kind::Credit;
         if spent && !self.messenger.peer_had_credit() {
             return Err(protocol("a message without credit"));
         }
         match header.kind {
-            Kind::Eager if header.pieces == 0 => self.eager(head, rest, budget, sink)?,
+            Kind::Eager if header.pieces == 0 && header.rails == 0 => {
+                self.eager(head, rest, budget, sink)?
+            }
             Kind::Offer | Kind::Bulk => self.offer(&header, head, rest, sink)?,
-            Kind::Chunk if head.is_empty() && header.pieces == 0 => {
+            Kind::Chunk if head.is_empty() && header.pieces == 0 && header.rails == 0 => {
                 self.chunk(&header, rest, budget, sink)?;
             }
             Kind::Pull if bare => {
@@ -493,7 +514,13 @@ impl VerbsLink {
                 }
             }
             Kind::Credit if bare => {}
-            Kind::Eager | Kind::Chunk | Kind::Pull | Kind::Release | Kind::Credit | Kind::Ping => {
+            Kind::Eager
+            | Kind::Chunk
+            | Kind::Pull
+            | Kind::Release
+            | Kind::Credit
+            | Kind::Ping
+            | Kind::Rails => {
                 return Err(protocol("a message of a form that may not be"));
             }
         }
@@ -539,9 +566,13 @@ impl VerbsLink {
         sink: &mut dyn Sink,
     ) -> Result<(), LinkError> {
         let len = offered_len(LinkKind::Verbs, header.len, self.max_payload)?;
-        let Some(pieces) = Piece::decode_all(pieces, header.pieces, header.len) else {
+        let rails = header.rails;
+        let Some(pieces) = Piece::decode_all(pieces, header.pieces, rails, header.len) else {
             return Err(protocol("an offer of memory that does not come to its length"));
         };
+        if !self.rails.has_all(rails) || rails != 0 && pieces.is_empty() {
+            return Err(protocol("an offer for ports that were not agreed upon"));
+        }
         // Before the driver is asked: what it wants landed is kept from then on.
         if self.incoming.contains_key(&header.id) {
             return Err(protocol("a payload's number is in use"));
@@ -552,7 +583,7 @@ impl VerbsLink {
         let payload = self.arrived();
         let how = if header.kind == Kind::Offer { How::Offer } else { How::Eager };
         let arrival = Arrival { head, len: header.len, payload, inline: None, views: None, how };
-        let offered = Offered { id: header.id, len, pieces };
+        let offered = Offered { id: header.id, len, pieces, rails };
         match arrivals::offer(LinkKind::Verbs, arrival, sink)? {
             arrivals::Offered::Land { to, op } => self.fetch(offered, to, op),
             arrivals::Offered::Hold => {
@@ -563,134 +594,27 @@ impl VerbsLink {
         }
     }
 
-    /// Lands a payload that waits at the peer.
-    fn fetch(&mut self, offered: Offered, to: Landing, op: OpId) -> Result<(), LinkError> {
-        let Offered { id, len, pieces } = offered;
-        if self.incoming.contains_key(&id) {
-            return Err(protocol("a payload's number is in use"));
-        }
-        let mut incoming = Incoming::new(op, filling(LinkKind::Verbs, to, len)?);
-        let reads = !pieces.is_empty() && worth_registering(&incoming.segments(), len);
-        if reads {
-            incoming.read_from(pieces);
-            self.reading.push_back(id);
-        }
-        self.incoming.insert(id, incoming);
-        if reads { self.post_reads() } else { self.pull(id) }
-    }
-
-    /// Asks for the next chunks of a payload, if it is time.
-    fn pull(&mut self, id: u32) -> Result<(), LinkError> {
-        match self.incoming.get_mut(&id).and_then(Incoming::grant) {
-            Some(upto) => self.answer(Header::about(Kind::Pull, id, upto)),
-            None => Ok(()),
-        }
-    }
-
-    /// Registers the pieces of a payload that is offered, if that is worth it and can be.
-    fn register(
-        &mut self,
-        memory: &[(*const u8, usize)],
-        len: usize,
-    ) -> Option<SmallVec<[Held; 1]>> {
+    /// Registers the pieces of a payload that is offered, if that is worth it and can be: with the
+    /// first device, and with those of further rails as far as that can be. Those rails are named.
+    fn register(&mut self, memory: &[(*const u8, usize)], len: usize) -> Option<Named> {
         if !worth_registering(memory, len) {
             return None;
         }
-        let mut all = SmallVec::new();
+        let mut named = Named::default();
         for (ptr, len) in memory {
-            let found = self.registrations.get(*ptr, *len, Use::Offer, true);
-            all.push(found.count(&mut self.counters)?.0);
+            let found = self.registered((*ptr, *len), Use::Offer, true);
+            let held = found.count(&mut self.counters)?.0;
+            let mut keys = [0; RAILS_MAX];
+            keys[0] = held.remote_key();
+            named.pieces.push(Piece { address: *ptr as u64, len: *len as u64, keys });
+            named.held.push(held);
         }
-        Some(all)
-    }
-
-    /// Posts reads, as far as there is room for them: one of each payload in turn. What they land in
-    /// is registered before them, one slice a turn.
-    fn post_reads(&mut self) -> Result<(), LinkError> {
-        let mut waiting = 0;
-        while self.broken.is_none()
-            && waiting < self.reading.len()
-            && self.messenger.queues().room(What::Read) > 0
-        {
-            let Some(id) = self.reading.pop_front() else { break };
-            match self.incoming.get_mut(&id).map_or(Next::Nothing, Incoming::next_read) {
-                Next::Nothing => {}
-                Next::Read(read) => {
-                    waiting = 0;
-                    self.post_read(id, &read)?;
-                }
-                Next::Register { ptr, bytes } => match self.register_slice(id, ptr, bytes)? {
-                    true => self.reading.push_front(id),
-                    false => {
-                        waiting += 1;
-                        self.reading.push_back(id);
-                    }
-                },
-            }
+        let are_kept = named.held.iter().all(Held::is_kept);
+        if len >= STRIPE_BYTES_MIN && self.rails.gain(are_kept) {
+            let Named { pieces, held, .. } = &mut named;
+            named.rails = self.rails.offer(pieces, held, &mut self.counters);
         }
-        self.registers_next = waiting > 0;
-        Ok(())
-    }
-
-    fn post_read(&mut self, id: u32, read: &Read) -> Result<(), LinkError> {
-        // SAFETY: within the landing, which the driver keeps until it is reported done; that
-        // happens when every read has completed or the queue pair is gone. It is registered for
-        // writing until then.
-        if let Err(error) = unsafe { self.messenger.read(id, read) } {
-            return Err(self.not_posted("posting a read", &error));
-        }
-        self.counters.rdma_bytes_received += u64::from(read.bytes);
-        if self.incoming.get(&id).is_some_and(Incoming::wants_reads) {
-            self.reading.push_back(id);
-        }
-        Ok(())
-    }
-
-    /// Registers what the next read of a payload lands in. `false`: not in this turn.
-    fn register_slice(&mut self, id: u32, ptr: *const u8, bytes: usize) -> Result<bool, LinkError> {
-        let found = self.registrations.get(ptr, bytes, Use::Land, !self.has_registered);
-        if matches!(found, Found::NotNow) {
-            return Ok(false);
-        }
-        self.has_registered |= !matches!(found, Found::Known(..));
-        let Some(incoming) = self.incoming.get_mut(&id) else { return Ok(true) };
-        match found.count(&mut self.counters) {
-            Some((held, covered)) => incoming.registered(held, covered),
-            None if incoming.refused() == Left::All => self.pull(id)?,
-            // What is under way ends first.
-            None => {}
-        }
-        Ok(true)
-    }
-
-    /// A piece of a payload that was pulled.
-    fn chunk(
-        &mut self,
-        header: &Header,
-        bytes: &[u8],
-        budget: &mut Budget,
-        sink: &mut dyn Sink,
-    ) -> Result<(), LinkError> {
-        let id = header.id;
-        let expected = |incoming: &&mut Incoming| incoming.expects(header.len, bytes.len());
-        let Some(incoming) = self.incoming.get_mut(&id).filter(expected) else {
-            return Err(protocol("a chunk that was not asked for"));
-        };
-        // SAFETY: it was asked for, and the driver keeps the landing.
-        unsafe { incoming.take(bytes) };
-        budget.bytes = budget.bytes.saturating_sub(bytes.len());
-        // Chunks are no parcels: their bytes limit a turn.
-        budget.parcels += 1;
-        self.counters.inline_bytes_received += bytes.len() as u64;
-        if incoming.is_over() {
-            let op = incoming.op;
-            self.incoming.remove(&id);
-            if op != OpId::NONE {
-                sink.done(op, Ok(()));
-            }
-            return Ok(());
-        }
-        self.pull(id)
+        Some(named)
     }
 
     /// Says something about a payload of the peer's.
@@ -809,18 +733,16 @@ impl VerbsLink {
         // SAFETY: the driver keeps the payload until `Sink::done`; a short one is copied.
         let mut outgoing = unsafe { Outgoing::new(op, class, offer, payload, len, COPIED_MAX) };
         let mut body = head.to_vec();
-        let mut pieces = 0;
-        if let Some(held) = self.register(outgoing.segments(), len) {
-            for ((ptr, len), held) in outgoing.segments().iter().zip(&held) {
-                let key = held.remote_key();
-                Piece { address: *ptr as u64, len: *len as u64, key }.append(&mut body);
-                pieces += 1;
-            }
-            outgoing.besides = held;
+        let (mut pieces, mut rails) = (0, 0);
+        if let Some(named) = self.register(outgoing.segments(), len) {
+            named.pieces.iter().for_each(|piece| piece.append(named.rails, &mut body));
+            (pieces, rails) = (named.pieces.len() as u8, named.rails);
+            outgoing.besides = named.held;
         }
         let id = self.outgoing.next_id();
         let head_len = head.len() as u16;
-        let header = Header { kind, class, head_len, credits: 0, pieces, id, len: len as u64 };
+        let header =
+            Header { kind, class, head_len, credits: 0, pieces, rails, id, len: len as u64 };
         self.outgoing.insert(outgoing);
         self.send_or_queue(header, || body)?;
         Ok(Post::Pending)
@@ -847,8 +769,7 @@ impl VerbsLink {
         }
         self.counters.inline_bytes_sent += len as u64;
         let head_len = head.len() as u16;
-        let header =
-            Header { kind: Kind::Eager, class, head_len, credits: 0, pieces: 0, id: 0, len: 0 };
+        let header = Header { class, head_len, ..Header::about(Kind::Eager, 0, 0) };
         let fill = |mut to: *mut u8| {
             // SAFETY: room for head and payload was asked for; the memory of a post is valid for
             // reads while it is made.
@@ -877,6 +798,7 @@ impl VerbsLink {
     fn waits_for_sends(&self) -> bool {
         self.starved
             || self.messenger.has_reads_under_way()
+            || self.rails.any_under_way()
             || self.reaches.any_under_way()
             || self.flush_goal.get().is_some()
     }
@@ -889,8 +811,8 @@ impl VerbsLink {
         let mut moved = false;
         self.has_registered = false;
         self.reaches.begin_turn();
-        let taken = !self.ended.is_empty() || !self.reaches.ended.is_empty();
-        if taken || self.waits_for_sends() || !self.messenger.has_spare_room() {
+        let news = self.has_posted_ended() || self.rails.has_failed();
+        if news || self.waits_for_sends() || !self.messenger.has_spare_room() {
             moved |= self.settle_ended(sink)?;
         }
         let received = self.receive(budget, sink)?;
@@ -915,7 +837,9 @@ impl VerbsLink {
         }
         let until = Instant::now() + KILL_PATIENCE;
         loop {
-            match self.messenger.end() {
+            // Each is tried, whatever became of the other.
+            let (first, further) = (self.messenger.end(), self.rails.end());
+            match first.and(further) {
                 Err(_) if Instant::now() < until => std::thread::sleep(KILL_STEP),
                 ended => return ended,
             }
@@ -945,7 +869,12 @@ impl VerbsLink {
 
     /// Whether completions have been taken that are not dealt with.
     fn has_taken(&self) -> bool {
-        !self.received.is_empty() || !self.ended.is_empty() || !self.reaches.ended.is_empty()
+        !self.received.is_empty() || self.has_posted_ended()
+    }
+
+    /// The same of what this side posted.
+    fn has_posted_ended(&self) -> bool {
+        !self.ended.is_empty() || !self.reaches.ended.is_empty() || self.rails.has_ended()
     }
 
     /// Registers with everything that may have news, unless there is some already.
@@ -953,14 +882,7 @@ impl VerbsLink {
         let failed = |error: io::Error| io_error("waiting for completions", &error);
         let sends = self.waits_for_sends();
         let queues = self.messenger.queues();
-        // What was told before is old news; each queue tells once until it is armed again.
-        while queues.is_armed() {
-            match queues.take_event() {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(failed(error)),
-            }
-        }
+        queues.forget_events().map_err(failed)?;
         queues.arm(Side::Receive).map_err(failed)?;
         if sends {
             queues.arm(Side::Send).map_err(failed)?;
@@ -969,7 +891,7 @@ impl VerbsLink {
         if sends {
             self.take(Side::Send)?;
         }
-        if self.has_taken() {
+        if self.rails.watch(cx) || self.has_taken() {
             return Ok(Armed::Busy);
         }
         let Self { messenger, channel, .. } = self;
@@ -1126,7 +1048,8 @@ impl Link for VerbsLink {
         }
         self.take(Side::Send)?;
         self.look_for_failures();
-        if self.broken.is_some() || !self.reaches.ended.is_empty() {
+        let rails_have_news = self.rails.has_ended() || self.rails.has_failed();
+        if self.broken.is_some() || !self.reaches.ended.is_empty() || rails_have_news {
             return Ok(Check::Drive);
         }
         let (posted, mut arrived) = self.messenger.counts();

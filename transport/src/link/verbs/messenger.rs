@@ -29,7 +29,7 @@ pub(super) const RECEIVES: usize = 64;
 /// Messages of this side's that may be under way.
 pub(super) const SENDS: usize = 32;
 /// Reads of this side's that may be under way.
-const READS: usize = 16;
+pub(super) const READS: usize = 16;
 /// Requests for puts and gets that may be under way.
 pub(super) const REACHES: usize = 16;
 /// Buffers that short puts and gets go by, and the one that the peer's beacon is read into.
@@ -98,7 +98,7 @@ impl Messenger {
     pub fn new(home: &Arc<Slabs>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
         let (receives, sends) = (RECEIVES as u32, SENDS as u32);
         let depths = Depths { receives, sends, reads: READS as u32, reaches: REACHES as u32 };
-        let queues = Queues::new(home.domain(), port, depths, INLINE_BYTES)?;
+        let queues = Queues::new(home.domain(), port, &Lane::ALL, depths, INLINE_BYTES)?;
         let slab = Some(home.take()?);
         let mut messenger = Messenger {
             queues,
@@ -131,6 +131,8 @@ impl Messenger {
             first_packet: self.first_packet,
             receives: RECEIVES as u16,
             reads: self.queues.port().device.limits.reads_answered,
+            trial_ms: 0,
+            rails: Vec::new(),
         }
     }
 
@@ -144,6 +146,16 @@ impl Messenger {
         self.credits = receives - RESERVE;
         self.credits_max = self.credits;
         Ok(())
+    }
+
+    /// See [`Queues::rate`].
+    pub fn rate(&self) -> u16 {
+        self.queues.rate()
+    }
+
+    /// The number of the first packet of each of this side's queue pairs.
+    pub fn first_packet(&self) -> u32 {
+        self.first_packet
     }
 
     pub fn port(&self) -> &LocalPort {
@@ -233,11 +245,8 @@ impl Messenger {
     ///
     /// As for [`Queues::post_rdma`].
     pub unsafe fn read(&mut self, id: u32, read: &super::bulk::Read) -> io::Result<()> {
-        let super::bulk::Read { to, local_key, from, remote_key, bytes } = *read;
-        let (writes, inline, local, remote) = (false, false, to, from);
-        let rdma = Rdma { writes, local, local_key, bytes, remote, remote_key, inline };
         // SAFETY: the caller's.
-        unsafe { self.queues.post_rdma(READ_BIT | u64::from(id), Lane::Reads, &rdma) }
+        unsafe { self.queues.post_rdma(READ_BIT | u64::from(id), Lane::Reads, &read.rdma()) }
     }
 
     /// Posts a part of a put or get.

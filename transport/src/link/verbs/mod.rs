@@ -15,13 +15,15 @@
 //! | `registrations` | the memory of payloads: registered, remembered, limited |
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads |
+//! | `rails` | the pairs of ports that long payloads are read by |
 //! | `onesided` | puts and gets by the adapter, regions that the peer's may reach |
 //! | `blob` | what sides tell each other, and the choice of ports |
 //! | `topology` | where a device lies in the host, and how fast its ports are |
 //! | `alarm` | what devices say by themselves |
 //! | `removal` | what the kernel says of devices that are taken away |
 //! | `lookout` | looking where a busy runtime does not get to look |
-//! | `engine` | devices of a node, set-up |
+//! | `engine` | devices of a node |
+//! | `setup` | trying a link's queues, and which rails work |
 //! | `link` | the link |
 //!
 //! # Ownership
@@ -56,8 +58,10 @@ mod lookout;
 mod messenger;
 mod onesided;
 mod queues;
+mod rails;
 mod registrations;
 mod removal;
+mod setup;
 mod slab;
 #[cfg(test)]
 mod tests;
@@ -66,6 +70,7 @@ mod wire;
 
 use std::time::Duration;
 
+pub(crate) use blob::RAILS_MAX;
 pub(crate) use engine::{Opened, Prepared, VerbsEngine};
 
 /// What a link is told when it is made.
@@ -79,4 +84,6 @@ pub(crate) struct VerbsOptions {
     pub setup_timeout: Duration,
     /// The devices that may be used; none: all.
     pub devices: Vec<String>,
+    /// How many pairs of ports a link may use, at most [`RAILS_MAX`].
+    pub rails: usize,
 }

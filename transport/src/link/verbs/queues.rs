@@ -1,7 +1,8 @@
-//! The queues of one link: four reliable connected queue pairs, the completion queues that they
-//! share, the channel that tells of completions.
+//! The queues of one link at one port: reliable connected queue pairs, the completion queues that
+//! they share, the channel that tells of completions.
 //!
-//! One pair carries messages both ways. Another one reads the peer's memory for messages: a long
+//! At its first port a link has four pairs; at others, which help with long payloads, it has only the
+//! one that reads. One pair carries messages both ways. Another one reads the peer's memory for messages: a long
 //! read does not hold up messages there. The third one puts and gets, and its other end is the
 //! peer's fourth, in a protection domain of its own; so a key that is refused takes neither of the
 //! others down, and what one peer was granted no other one can reach.
@@ -158,7 +159,7 @@ struct Pair {
 /// The queues of one link.
 pub(super) struct Queues {
     domain: Arc<Domain>,
-    /// What the peer may reach lies in this one.
+    /// What the peer may reach lies in this one; without the lane for that, it is the other again.
     reached: Arc<Domain>,
     port: LocalPort,
     channel: *mut ibv_comp_channel,
@@ -173,6 +174,8 @@ pub(super) struct Queues {
     unacknowledged: [u32; 2],
     /// What a message, and what a put may carry within the request.
     max_inline_bytes: [u32; 2],
+    /// The rate of the slower one of the two ports, in units of 100 Mb/s; 0: not known.
+    rate: u16,
     tracked: Option<Tracked>,
 }
 
@@ -189,11 +192,12 @@ fn check(code: i32) -> io::Result<()> {
 }
 
 impl Queues {
-    /// Makes them at a port; receives can be posted afterwards. `inline`: bytes that a send should
-    /// be able to carry within the request.
+    /// Makes them at a port, a pair for each of these lanes; receives can be posted afterwards.
+    /// `inline_bytes`: what a send should be able to carry within the request.
     pub fn new(
         domain: &Arc<Domain>,
         port: &LocalPort,
+        lanes: &[Lane],
         depths: Depths,
         inline_bytes: u32,
     ) -> io::Result<Queues> {
@@ -202,11 +206,15 @@ impl Queues {
         if deepest > queue_depth || depths.receives.max(depths.posted()) > completions {
             return Err(io::Error::other("the device has queues that are too short"));
         }
+        let reached = match lanes.contains(&Lane::Reached) {
+            true => Domain::new(&domain.device)?,
+            false => domain.clone(),
+        };
         let destroyed = || Pair { raw: std::ptr::null_mut(), state: State::Destroyed };
         // From here on, what has been made is ended if the next step fails.
         let mut queues = Queues {
             domain: domain.clone(),
-            reached: Domain::new(&domain.device)?,
+            reached,
             port: port.clone(),
             channel: std::ptr::null_mut(),
             completions: [std::ptr::null_mut(); 2],
@@ -216,6 +224,7 @@ impl Queues {
             armed: [false; 2],
             unacknowledged: [0; 2],
             max_inline_bytes: [0; 2],
+            rate: port.port.rate,
             tracked: None,
         };
         let device = domain.device.clone();
@@ -228,11 +237,11 @@ impl Queues {
             // SAFETY: a live context and channel; `null` is the context that events carry.
             let made = unsafe {
                 let create = functions.ibv_create_cq;
-                create(device.raw(), room as i32, std::ptr::null_mut(), queues.channel, 0)
+                create(device.raw(), room.max(1) as i32, std::ptr::null_mut(), queues.channel, 0)
             };
             queues.completions[side] = null_error(made)?;
         }
-        for lane in Lane::ALL {
+        for lane in lanes.iter().copied() {
             queues.pairs[lane as usize] = queues.make(lane, inline_bytes)?;
         }
         Ok(queues)
@@ -354,6 +363,11 @@ impl Queues {
         unsafe { (*pair.raw).qp_num }
     }
 
+    /// The rate of the slower one of the two ports, in units of 100 Mb/s; 0: not known.
+    pub fn rate(&self) -> u16 {
+        self.rate
+    }
+
     /// Connects one of the pairs to the peer's end of it.
     pub fn connect(&mut self, lane: Lane, first_packet: u32, to: &Remote) -> io::Result<()> {
         let pair = &self.pairs[lane as usize];
@@ -364,6 +378,7 @@ impl Queues {
         self.to_receive(raw, to)?;
         self.to_send(raw, first_packet, to)?;
         self.pairs[lane as usize].state = State::Connected;
+        self.rate = self.port.port.rate.min(to.port.rate);
         Ok(())
     }
 
@@ -502,7 +517,8 @@ impl Queues {
         posted
     }
 
-    /// Posts a request of one of the pairs that read and write the peer's memory.
+    /// Posts a request of one of the pairs that read and write the peer's memory. One of no bytes
+    /// touches none, and shows that the peer answers.
     ///
     /// # Safety
     ///
@@ -523,7 +539,8 @@ impl Queues {
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
         request.wr_id = id;
         request.sg_list = &raw mut piece;
-        request.num_sge = 1;
+        // One of no bytes names no memory.
+        request.num_sge = i32::from(rdma.bytes > 0);
         request.opcode = if rdma.writes { ffi::IBV_WR_RDMA_WRITE } else { ffi::IBV_WR_RDMA_READ };
         request.send_flags = ffi::IBV_SEND_SIGNALED;
         if rdma.inline {
@@ -588,7 +605,7 @@ impl Queues {
     }
 
     /// Whether an event may have come.
-    pub fn is_armed(&self) -> bool {
+    fn is_armed(&self) -> bool {
         self.armed[0] || self.armed[1]
     }
 
@@ -611,6 +628,19 @@ impl Queues {
         // Acknowledging takes a lock: in numbers.
         if self.unacknowledged[side] >= 64 {
             self.acknowledge(side);
+        }
+        Ok(())
+    }
+
+    /// Takes what the channel has told before: that is old news.
+    pub fn forget_events(&mut self) -> io::Result<()> {
+        // Each queue tells once until it is armed again.
+        while self.is_armed() {
+            match self.take_event() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

@@ -54,6 +54,11 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Whether the memory stays registered when this operation is over.
+    pub fn is_kept(&self) -> bool {
+        self.single.is_none()
+    }
+
     pub fn local_key(&self) -> u32 {
         self.registered.local_key()
     }
@@ -299,6 +304,27 @@ impl Registrations {
         Held { registered, single: None }
     }
 
+    /// Whether the kernel has refused something since something was let go of.
+    pub fn lacks_memory(&self) -> bool {
+        self.state().refused_bytes.is_some()
+    }
+
+    /// Others have let go of memory: the kernel may be asked again.
+    pub fn try_again(&self) {
+        self.state().refused_bytes = None;
+    }
+
+    /// Ends the registrations that are kept and that nobody uses. `false`: there are none.
+    pub fn let_go_of_idle(&self) -> bool {
+        let mut ended = Vec::new();
+        let mut state = self.state();
+        while let Some(kept) = state.forget_oldest_idle() {
+            ended.push(kept);
+        }
+        drop(state);
+        !ended.is_empty()
+    }
+
     /// Room for a region that a peer may reach by itself. `None`: there is none left.
     pub fn region_room(self: &Arc<Self>, bytes: usize) -> Option<RegionRoom> {
         let mut state = self.state();
@@ -364,15 +390,18 @@ impl State {
     /// Ends registrations that nobody uses, the oldest first, until `bytes` more can be kept.
     fn make_room(&mut self, bytes: usize, ended: &mut Vec<Kept>) -> bool {
         while self.kept_bytes + bytes > KEPT_BYTES_MAX {
-            let idle = |kept: &Kept| Arc::strong_count(&kept.registered) == 1;
-            let oldest = self.kept.iter().filter(|(_, kept)| idle(kept));
-            let Some(place) = oldest.min_by_key(|(_, kept)| kept.last_used).map(|(at, _)| *at)
-            else {
-                return false;
-            };
-            ended.extend(self.forget(place));
+            let Some(oldest) = self.forget_oldest_idle() else { return false };
+            ended.push(oldest);
         }
         true
+    }
+
+    /// The registration that nobody has used for longest. To be dropped without the lock.
+    fn forget_oldest_idle(&mut self) -> Option<Kept> {
+        let idle = |kept: &Kept| Arc::strong_count(&kept.registered) == 1;
+        let oldest = self.kept.iter().filter(|(_, kept)| idle(kept));
+        let place = oldest.min_by_key(|(_, kept)| kept.last_used).map(|(at, _)| *at)?;
+        self.forget(place)
     }
 
     fn forget(&mut self, place: Place) -> Option<Kept> {

@@ -11,11 +11,13 @@ use thalweg_ffi::ibverbs as ffi;
 
 use super::VerbsOptions;
 use super::alarm::{Alarm, Alarms};
+use super::blob::RAILS_MAX;
 use super::engine::{self, Opened};
 use super::fake::{Fake, VENDOR};
 use super::link::VerbsLink;
 use super::lookout::Lookout;
 use super::messenger::{Messenger, RECEIVES, RESERVE, SENDS};
+use super::rails::Rail;
 use super::registrations::{Found, Registrations, SLICE_BYTES, Use};
 use super::wire::{BODY_MAX, Header, Kind, Piece};
 use crate::error::{ErrorKind, LinkError};
@@ -27,8 +29,11 @@ use crate::memory::{Allocator, HostPool, MemoryKind};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
 mod onesided;
+mod rails;
 mod real;
 
+/// The keys of what the peer offers, by rail.
+const OFFERED_BY: [u32; RAILS_MAX] = [101, 103, 105, 107];
 const OP: OpId = OpId { index: 3, generation: 1 };
 
 #[derive(Default)]
@@ -82,13 +87,22 @@ struct Made {
 }
 
 fn link_of(messenger: Messenger, registrations: &Arc<Registrations>) -> Made {
-    let alarm = Alarms::default().add(0, [0; 2]);
-    link_with(messenger, registrations, alarm, Lookout::new(Weak::new()))
+    link_with_rails(messenger, registrations, |_| Vec::new())
+}
+
+fn link_with_rails(
+    mut messenger: Messenger,
+    registrations: &Arc<Registrations>,
+    rails: impl FnOnce(&Reactor) -> Vec<Rail>,
+) -> Made {
+    let alarm = Alarms::default().add(0, messenger.queues().identities(), None);
+    link_with(messenger, registrations, rails, alarm, Lookout::new(Weak::new()))
 }
 
 fn link_with(
     mut messenger: Messenger,
     registrations: &Arc<Registrations>,
+    rails: impl FnOnce(&Reactor) -> Vec<Rail>,
     alarm: Arc<Alarm>,
     lookout: Lookout,
 ) -> Made {
@@ -104,12 +118,14 @@ fn link_with(
         max_payload: 1 << 30,
         setup_timeout: Duration::from_secs(1),
         devices: Vec::new(),
+        rails: RAILS_MAX,
     };
     let opened = Opened {
         alarm,
         lookout,
         messenger,
         channel,
+        rails: rails(&reactor),
         registrations: registrations.clone(),
         received: VecDeque::new(),
         options,
@@ -185,10 +201,16 @@ impl Setting {
 
     /// The peer offers these bytes, of memory that it says it has registered.
     fn offer(&self, id: u32, bytes: &[u8]) {
+        self.offer_by(0, id, bytes);
+    }
+
+    /// The same, for these further rails as well.
+    fn offer_by(&self, rails: u8, id: u32, bytes: &[u8]) {
         let mut body = b"head".to_vec();
         let address = bytes.as_ptr() as u64;
-        Piece { address, len: bytes.len() as u64, key: 9 }.append(&mut body);
+        Piece { address, len: bytes.len() as u64, keys: OFFERED_BY }.append(rails, &mut body);
         let header = Header {
+            rails,
             class: Class::Message,
             head_len: 4,
             pieces: 1,
@@ -277,7 +299,7 @@ fn a_link_that_is_kept_busy_hears_that_its_device_goes() {
     let [fake] = fakes;
     let registrations = Registrations::new(fake.slabs.domain());
     let (alarm, lookout) = (engine::tests::alarm(&engine), Lookout::new(Arc::downgrade(&engine)));
-    let made = link_with(fake.messenger(), &registrations, alarm, lookout);
+    let made = link_with(fake.messenger(), &registrations, |_| Vec::new(), alarm, lookout);
     let mut setting = setting_of(fake, registrations, made);
     assert_eq!(setting.poll().expect("alive"), Progress::Idle);
     setting.fake.say(ffi::IBV_EVENT_DEVICE_FATAL);

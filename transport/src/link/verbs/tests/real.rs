@@ -35,8 +35,8 @@ fn connected(port: &LocalPort, domain: &Arc<Domain>) -> [End; 2] {
     let slabs = Arc::new(Slabs::new(domain, BUFFERS));
     let mut messengers = [1, 2].map(|first| Messenger::new(&slabs, port, first).expect("queues"));
     let terms = messengers.each_ref().map(|messenger| messenger.terms((0, 0)));
-    for (messenger, to) in messengers.iter_mut().zip([terms[1], terms[0]]) {
-        messenger.connect(port.port, &to).expect("connected");
+    for (messenger, to) in messengers.iter_mut().zip([&terms[1], &terms[0]]) {
+        messenger.connect(port.port, to).expect("connected");
     }
     let registrations = Registrations::new(domain);
     messengers.map(|messenger| {
