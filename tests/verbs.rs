@@ -678,7 +678,10 @@ fn lose_a_device(name: &str, lose: impl Fn() -> Option<Child>, restore: impl Fn(
                 reading(&b),
             ));
             let waiting = a.tag_recv(1, u64::MAX, vec![0; 64]);
-            thalweg_tests::until("some messages", || a.stats().messages_received > 4).await;
+            // The device's driver is the kernel's own, on emulated processors, and is kept busy by
+            // the puts: five messages of 1 MiB have taken eight seconds.
+            let some = || a.stats().messages_received > 1;
+            thalweg_tests::until_in(3 * LOST_MAX, "some messages", some).await;
             let (began, lost) = (Instant::now(), lose());
             let (ends, waiting) = tokio::time::timeout(LOST_MAX, async {
                 (ends.await.expect("its end"), waiting.await)

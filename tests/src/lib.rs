@@ -299,8 +299,13 @@ pub async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = T
 }
 
 /// Waits until `condition` holds, looking again and again while others run.
-pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    within(Duration::from_secs(20), what, async {
+pub async fn until(what: &str, condition: impl FnMut() -> bool) {
+    until_in(Duration::from_secs(20), what, condition).await;
+}
+
+/// The same, but no longer than `limit`.
+pub async fn until_in(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    within(limit, what, async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
