@@ -409,11 +409,12 @@ impl Core {
         let (mut revoked, overdue) = direct.notices.take();
         revoked.retain(|key| direct.granted.contains_key(key));
         direct.asked_back.extend(&revoked);
-        for key in revoked {
-            self.control(&Head::Revoke { key })?;
-        }
+        // First: it is not said again what is overdue, and to say what is revoked may fail.
         for key in overdue {
             self.cut(key);
+        }
+        for key in revoked {
+            self.control(&Head::Revoke { key })?;
         }
         Ok(())
     }

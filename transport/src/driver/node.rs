@@ -81,6 +81,8 @@ pub(crate) struct NodeShared {
     released: AtomicBool,
     /// The resident task is gone.
     gone: AtomicBool,
+    /// And so are the endpoints that it looked after.
+    wound_up: AtomicBool,
 }
 
 impl NodeShared {
@@ -160,6 +162,7 @@ impl NodeShared {
             totals: Mutex::new(Totals::default()),
             released: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            wound_up: AtomicBool::new(false),
         }))
     }
 
@@ -182,9 +185,9 @@ impl NodeShared {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// Whether the runtime has ended, and all endpoints with it.
+    /// Whether the runtime has ended, and with it all endpoints that there were.
     pub fn has_wound_up(&self) -> bool {
-        self.is_gone() && lock(&self.endpoints).is_empty()
+        self.wound_up.load(Ordering::Acquire)
     }
 
     /// Gives work to the resident task.
@@ -344,6 +347,7 @@ impl NodeShared {
         drop(left);
         drop(self.take_new_tasks());
         self.last_look(self.take_new_wards());
+        self.wound_up.store(true, Ordering::Release);
         self.wake_all_waiters();
     }
 

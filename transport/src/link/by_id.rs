@@ -53,6 +53,10 @@ impl<T> ById<T> {
         self.others.iter().map(|(id, value)| (*id, value)).chain(last)
     }
 
+    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.others.values_mut().chain(self.last.as_mut().map(|(_, value)| value))
+    }
+
     pub fn drain(&mut self) -> impl Iterator<Item = (u32, T)> {
         self.others.drain().chain(self.last.take())
     }

@@ -184,6 +184,11 @@ impl<T> Outgoings<T> {
         Some(outgoing)
     }
 
+    /// All of them, in no order.
+    pub fn for_each(&mut self, change: impl FnMut(&mut Outgoing<T>)) {
+        self.by_id.values_mut().for_each(change);
+    }
+
     /// The peer wants it in chunks, up to here. `false`: it may not ask for that.
     pub fn pulled(&mut self, id: u32, upto: u64) -> bool {
         let Some(outgoing) = self.by_id.get_mut(id) else { return false };

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::blob::RAILS_MAX;
 use super::queues::Rdma;
-use super::registrations::Held;
+use super::registrations::{Held, Registrations};
 use super::wire::Piece;
 use crate::link::OpId;
 use crate::link::chunks::{self, Filling};
@@ -282,6 +282,12 @@ impl Incoming {
             reading.refused = true;
         }
         self.left()
+    }
+
+    /// Lets go of what is registered there, where no read goes any more.
+    pub fn let_go(&mut self, there: &Registrations) {
+        let slices = self.reading.iter_mut().flat_map(|reading| &mut reading.slices);
+        slices.for_each(|slice| slice.ready.held.retain(|held| !held.is_of(there)));
     }
 
     /// Whether there is more to be read.

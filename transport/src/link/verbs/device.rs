@@ -360,14 +360,16 @@ impl Device {
     /// device that was heard to be gone: drivers have it for failures of the firmware's too, and
     /// then the object is still there.
     pub fn took_along(&self, error: &io::Error) -> bool {
-        match error.raw_os_error() {
-            Some(libc::ENODEV | libc::ENXIO) => {
-                self.set_gone();
-                true
-            }
-            Some(libc::EIO) => self.is_gone(),
-            _ => false,
+        self.is_no_more(error) || error.raw_os_error() == Some(libc::EIO) && self.is_gone()
+    }
+
+    /// Whether there was no device any more to destroy an object of.
+    pub fn is_no_more(&self, error: &io::Error) -> bool {
+        let gone = matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO));
+        if gone {
+            self.set_gone();
         }
+        gone
     }
 
     /// What the kernel says of a port's GID (`type`, `ndev`).
@@ -567,6 +569,10 @@ unsafe impl Send for Registered {}
 unsafe impl Sync for Registered {}
 
 impl Registered {
+    pub fn is_in(&self, domain: &Arc<Domain>) -> bool {
+        Arc::ptr_eq(&self.domain, domain)
+    }
+
     /// Pins the pages. They stay what they are for the device even if the memory is unmapped, so
     /// a registration must not outlive the memory's use for what it was registered for.
     pub fn new(

@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
@@ -421,7 +421,11 @@ impl VerbsEngine {
     /// is to be woken once no lock is held.
     pub(super) fn hear_now(&self) -> Vec<Waker> {
         // Whoever has it sets up a link, or hears by itself.
-        let Ok(mut adapters) = self.adapters.try_lock() else { return Vec::new() };
+        let mut adapters = match self.adapters.try_lock() {
+            Ok(adapters) => adapters,
+            Err(TryLockError::Poisoned(adapters)) => adapters.into_inner(),
+            Err(TryLockError::WouldBlock) => return Vec::new(),
+        };
         let mut after = After::default();
         // What is left is heard the next time.
         self.hear(&mut adapters, &mut Look::Now, &mut after);

@@ -658,6 +658,18 @@ impl Queues {
     /// Destroys the queue pairs. After `Ok` the device touches none of the memory that was posted,
     /// and the peer reads and writes nothing through them.
     pub fn destroy(&mut self) -> io::Result<()> {
+        // The kernel ends everything of a device that is taken away.
+        self.destroy_unless(Device::took_along)
+    }
+
+    /// The same while the link goes on, and hands out at once the memory that was posted. From a
+    /// device that is being taken away `EIO` may come before everything of it has ended: that does
+    /// not do.
+    pub fn destroy_for_sure(&mut self) -> io::Result<()> {
+        self.destroy_unless(Device::is_no_more)
+    }
+
+    fn destroy_unless(&mut self, went: impl Fn(&Device, &io::Error) -> bool) -> io::Result<()> {
         if self.device().forked() {
             return Err(io::Error::other("they are another process's"));
         }
@@ -671,8 +683,7 @@ impl Queues {
                 check(unsafe { (self.domain.device.verbs.functions.ibv_destroy_qp)(*raw) });
             match destroyed {
                 Ok(()) => *state = State::Destroyed,
-                // The kernel has ended everything of a device that was taken away.
-                Err(error) if self.domain.device.took_along(&error) => *state = State::Destroyed,
+                Err(error) if went(&self.domain.device, &error) => *state = State::Destroyed,
                 Err(error) => return Err(error),
             }
         }

@@ -448,15 +448,16 @@ impl Rails {
     }
 
     /// Gives up the rails that have failed, or of which somebody says that they do. What they were at
-    /// is to be read by the first rail. `Err`: a queue pair will not go, so that it may still write;
-    /// beside it, what had failed.
-    pub fn give_up_failed(&mut self) -> Result<(), String> {
+    /// is to be read by the first rail. What of others' memory was registered with a device that no
+    /// rail is left of is added to `left`: it is to be let go of, so that the device can go.
+    /// `Err`: a queue pair will not go, so that it may still write; beside it, what had failed.
+    pub fn give_up_failed(&mut self, left: &mut Vec<Arc<Registrations>>) -> Result<(), String> {
         for at in 0..self.further.len() {
             let further = &mut self.further[at];
             let Some(rail) = &mut further.rail else { continue };
             let Some(why) = further.failed.clone().or_else(|| rail.raised()) else { continue };
             let port = &further.port;
-            if let Err(error) = rail.queues.destroy() {
+            if let Err(error) = rail.queues.destroy_for_sure() {
                 return Err(format!(
                     "{port}: {why}; and its queue pair cannot be destroyed: {error}"
                 ));
@@ -471,7 +472,7 @@ impl Rails {
             for domain in 0..self.domains.len() {
                 let uses = |other: &Further| other.rail.is_some() && other.domain == Some(domain);
                 if !self.further.iter().any(uses) {
-                    self.domains[domain] = None;
+                    left.extend(self.domains[domain].take());
                 }
             }
             self.weigh();

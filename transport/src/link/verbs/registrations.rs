@@ -59,6 +59,11 @@ impl Held {
         self.single.is_none()
     }
 
+    /// Whether it is registered there.
+    pub fn is_of(&self, there: &Registrations) -> bool {
+        self.registered.is_in(&there.domain)
+    }
+
     pub fn local_key(&self) -> u32 {
         self.registered.local_key()
     }

@@ -35,8 +35,15 @@ impl VerbsLink {
         if self.broken.is_some() || !self.rails.has_failed() {
             return false;
         }
-        if let Err(why) = self.rails.give_up_failed() {
+        let mut left = Vec::new();
+        if let Err(why) = self.rails.give_up_failed(&mut left) {
             self.broken = Some(error(ErrorKind::ConnectionLost, why));
+        }
+        for registrations in left {
+            // This link's queue pairs at that device are gone, and nobody else was told the keys.
+            self.outgoing
+                .for_each(|payload| payload.besides.retain(|held| !held.is_of(&registrations)));
+            self.incoming.values_mut().for_each(|payload| payload.let_go(&registrations));
         }
         true
     }

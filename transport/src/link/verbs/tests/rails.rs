@@ -2,7 +2,7 @@
 
 use super::super::blob::Terms;
 use super::super::bulk::STRIPE_BYTES_MIN;
-use super::super::device::LocalPort;
+use super::super::device::{Event, LocalPort};
 use super::super::setup::{Candidate, Setup};
 use super::*;
 use crate::runtime::Source;
@@ -440,7 +440,6 @@ fn nothing_is_told_before_the_queue_pairs_of_every_rail_are_gone() {
 
 #[test]
 fn a_further_port_that_is_down_or_a_device_that_is_gone_is_done_without() {
-    use super::super::device::Event;
     let cases = [
         (Event::PortDown { port: 1, why: "fake1 is down".to_owned() }, true),
         (Event::PortDown { port: 2, why: "another port is down".to_owned() }, false),
@@ -475,7 +474,6 @@ fn a_further_port_that_is_down_or_a_device_that_is_gone_is_done_without() {
 
 #[test]
 fn a_port_that_is_down_is_heard_of() {
-    use super::super::device::Event;
     let fake = Fake::new();
     fake.say_of(ffi::IBV_EVENT_PORT_ERR, 2);
     let heard = fake.device.take_event().expect("an event");
@@ -910,4 +908,39 @@ fn what_a_peer_says_of_rails_is_checked() {
         trying.fake.deliver(Header::about(kind, 0, rails), &[]);
         assert!(matches!(trying.poll(), std::task::Poll::Ready(Err(_))), "{kind:?} {rails}");
     }
+}
+
+#[test]
+fn a_removed_device_is_let_go_of_though_an_offer_waits() {
+    let alarms = Alarms::default();
+    let mut rails = over_with(&alarms, &[100; 2]);
+    let bytes = pattern(2 << 20);
+    let posted = rails.setting.link.post(OP, Class::Tag, How::Offer, b"head", &[segment(&bytes)]);
+    assert_eq!(posted.expect("posted"), Post::Pending);
+    assert_eq!(registered(&rails.others[0]), 2 << 20, "offered by both");
+    let _ = alarms.hear(1, &Event::DeviceGone { why: "gone".into() });
+    rails.setting.settle();
+    assert_eq!(registered(&rails.others[0]), 0, "the device cannot go");
+}
+
+#[test]
+fn a_rail_of_which_nobody_knows_whether_it_is_at_rest_ends_the_link() {
+    let alarms = Alarms::default();
+    let mut rails = over_with(&alarms, &[1000; 2]);
+    let bytes = pattern(2 << 20);
+    let mut to = vec![0; bytes.len()];
+    being_read(&mut rails, &mut to, &bytes);
+    // Its device is being removed, and the kernel may not have come to this queue pair yet.
+    rails.others[0].device.set_gone();
+    rails.others[0].state().destroying = libc::EIO;
+    let _ = alarms.hear(1, &Event::DeviceGone { why: "fake1 is being removed".into() });
+    let ended = loop {
+        match rails.setting.poll() {
+            Ok(Progress::Idle) => panic!("the link goes on"),
+            Ok(_) => {}
+            Err(ended) => break ended,
+        }
+    };
+    assert_eq!(ended.kind, ErrorKind::ConnectionLost, "{ended:?}");
+    assert!(rails.setting.driver.done.is_empty(), "what may still be written is handed up");
 }
