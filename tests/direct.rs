@@ -189,13 +189,14 @@ fn from_a_peer_that_stays_silent_a_region_is_taken() {
 }
 
 /// What this process serves may last for as long as the peer likes: `revoke` does not, and can be
-/// asked again.
-fn a_peer_stops_in_the_middle_of_a_get(way: Way) {
+/// asked again. Over TCP, where a get of this size does not fit into what the kernel keeps: over
+/// shared memory it may be over in a poll.
+#[test]
+fn a_peer_stops_in_the_middle_of_a_get() {
     const PATIENCE: Duration = Duration::from_millis(300);
     const BYTES: usize = 64 << 20;
     let watch = Watch::new("a peer that stops in the middle of a get");
-    // What the peer does not copy nobody does.
-    let config = move || way.config().peer_write(false);
+    let config = || Way::Tcp.config();
     let (there, here) = (runtime(1), runtime(1));
     let (tell, key) = std::sync::mpsc::channel::<RemoteKey>();
     let (ask, asked) = std::sync::mpsc::channel::<()>();
@@ -253,16 +254,6 @@ fn a_peer_stops_in_the_middle_of_a_get(way: Way) {
         peer.join().expect("no panic");
     });
     drop(watch);
-}
-
-#[test]
-fn a_peer_stops_in_the_middle_of_a_get_over_tcp() {
-    a_peer_stops_in_the_middle_of_a_get(Way::Tcp);
-}
-
-#[test]
-fn a_peer_stops_in_the_middle_of_a_get_over_shm() {
-    a_peer_stops_in_the_middle_of_a_get(Way::ShmAll);
 }
 
 /// Nobody is left who could tell how long it takes.

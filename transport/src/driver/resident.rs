@@ -170,9 +170,14 @@ impl Resident {
             self.watched.push(Watched { pulse, last: None });
         }
         if std::mem::take(&mut self.rests) {
-            let node = &self.node;
+            let (node, patrolled) = (&self.node, &mut self.patrolled);
             self.watched.retain(|watched| {
-                node.endpoint(watched.pulse.id).is_some_and(|endpoint| !endpoint.rest())
+                let endpoint = node.endpoint(watched.pulse.id);
+                let stays = endpoint.is_some_and(|endpoint| !endpoint.rest());
+                if !stays {
+                    patrolled.entry(watched.pulse.id).or_insert_with(|| watched.pulse.clone());
+                }
+                stays
             });
         }
         if self.watched.is_empty() {
@@ -182,7 +187,7 @@ impl Resident {
         if self.before_tasks && !self.ticker.is_running() || !self.ticker.poll_tick(cx) {
             return;
         }
-        let node = &self.node;
+        let (node, patrolled) = (&self.node, &mut self.patrolled);
         self.watched.retain_mut(|watched| {
             let Some(endpoint) = node.endpoint(watched.pulse.id) else { return false };
             match endpoint.watch_turn(watched.last) {
@@ -190,7 +195,10 @@ impl Resident {
                     watched.last = Some(activity);
                     true
                 }
-                None => false,
+                None => {
+                    patrolled.entry(watched.pulse.id).or_insert_with(|| watched.pulse.clone());
+                    false
+                }
             }
         });
         if self.watched.is_empty() {
@@ -200,9 +208,11 @@ impl Resident {
 
     /// Looks for peers that have fallen silent with bytes unacknowledged. Only endpoints that were
     /// active lately are looked at: the others owe nothing, and the kernel's keepalive sees to
-    /// them.
+    /// them. Those on the watch list are polled by others, who may make them owe something after
+    /// they were found to owe nothing: they are looked at again each time, and once more when they
+    /// leave the list.
     fn patrol(&mut self, cx: &mut Context<'_>) {
-        if self.patrolled.is_empty() {
+        if self.patrolled.is_empty() && self.watched.is_empty() {
             return;
         }
         let every = self.patrol_every;
@@ -213,9 +223,12 @@ impl Resident {
             return;
         }
         self.next_patrol = None;
+        for Watched { pulse, .. } in &self.watched {
+            self.patrolled.entry(pulse.id).or_insert_with(|| pulse.clone());
+        }
         let node = &self.node;
         self.patrolled.retain(|id, _| node.endpoint(*id).is_some_and(|endpoint| endpoint.check()));
-        if !self.patrolled.is_empty() {
+        if !self.patrolled.is_empty() || !self.watched.is_empty() {
             let mut sleep = self.node.timers.sleep_until(Instant::now() + every);
             // Registers the waker; it cannot be over yet, and if it were the next turn sees it.
             if Pin::new(&mut sleep).poll(cx).is_ready() {

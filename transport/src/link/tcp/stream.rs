@@ -201,9 +201,7 @@ impl ByteStream for Plain {
     /// found something owed, because the last acknowledgement may be as old as the last message.
     fn unanswered_for(&mut self) -> Option<Duration> {
         let info = tcp_info(self.source.fd())?;
-        let in_flight = info.tcpi_unacked > 0;
-        let sent_since = info.tcpi_last_data_sent < info.tcpi_last_ack_recv;
-        if info.tcpi_probes == 0 && !(in_flight && sent_since) {
+        if info.tcpi_probes == 0 && info.tcpi_unacked == 0 {
             self.owed_since = None;
             return None;
         }
@@ -214,13 +212,23 @@ impl ByteStream for Plain {
         if quiet < owed {
             self.owed_since = now.checked_sub(quiet);
         }
-        Some(owed.min(quiet))
+        Some(if is_answered(&info) { Duration::ZERO } else { owed.min(quiet) })
     }
 
     fn shutdown(&mut self) {
         // Fails only when the connection is gone already.
         let _ = SockRef::from(&self.source.fd()).shutdown(std::net::Shutdown::Both);
     }
+}
+
+/// Whether the peer has answered what was sent last, though it has not taken all of it: one that
+/// does not read may drop what is sent again, and says so each time, as seldom as that may be. What
+/// is due to be sent again and cannot leave this host, its cable pulled, is never answered.
+fn is_answered(info: &libc::tcp_info) -> bool {
+    let sent_since = info.tcpi_last_data_sent < info.tcpi_last_ack_recv;
+    let again_ms = info.tcpi_rto / 1000;
+    let overdue = info.tcpi_last_data_sent > again_ms + again_ms / 4 + 100;
+    info.tcpi_probes == 0 && !sent_since && !overdue
 }
 
 /// The kernel's view of the connection; `None` for sockets of another family.
@@ -284,4 +292,29 @@ pub(crate) fn configure_socket(
         socket.set_recv_buffer_size(bytes)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Milliseconds since the last data was sent, and since an acknowledgement came; until data is
+    /// sent again.
+    fn info(sent: u32, acknowledged: u32, again: u32) -> libc::tcp_info {
+        // SAFETY: zero is valid for every field.
+        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+        info.tcpi_unacked = 40;
+        (info.tcpi_last_data_sent, info.tcpi_last_ack_recv) = (sent, acknowledged);
+        info.tcpi_rto = again * 1000;
+        info
+    }
+
+    #[test]
+    fn a_peer_that_drops_what_it_is_sent_is_told_from_a_cable_that_is_pulled() {
+        assert!(is_answered(&info(109, 109, 200)), "answered at once, and not due again");
+        assert!(is_answered(&info(40_000, 40_000, 51_200)), "the same, much later");
+        assert!(!is_answered(&info(10, 3_000, 200)), "sent, and not answered");
+        // As seen of a cable pulled in the millisecond of the last acknowledgement.
+        assert!(!is_answered(&info(9_100, 9_100, 6_528)), "it was due long ago");
+    }
 }
