@@ -168,6 +168,11 @@ impl Pulse {
     pub fn watched_again(&self) -> bool {
         !self.watched.swap(true, Ordering::AcqRel)
     }
+
+    /// Whether it is on the watch list.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Acquire)
+    }
 }
 
 impl Wake for Pulse {
@@ -193,10 +198,5 @@ impl Pulse {
     /// Whether it is before the resident task.
     pub fn is_queued(&self) -> bool {
         self.queued.load(Ordering::Acquire)
-    }
-
-    /// Whether it is on the watch list.
-    pub fn is_watched(&self) -> bool {
-        self.watched.load(Ordering::Acquire)
     }
 }

@@ -195,6 +195,14 @@ impl Meeting {
         self.keys.register(memory, ACCESS_READ | ACCESS_WRITE, Box::new(buffer)).expect("random")
     }
 
+    /// One that the peer has asked for, and was granted.
+    fn granted_region(&mut self) -> (u64, Arc<Entry>) {
+        let (key, entry) = self.region();
+        self.wanted(key);
+        self.drive();
+        (key, entry)
+    }
+
     fn wanted(&mut self, key: u64) {
         assert!(self.core.state.on_wanted(key).is_ok(), "asking is allowed");
     }
@@ -298,9 +306,7 @@ fn what_cannot_be_registered_is_not_tried_for_ever() {
 fn keys_that_were_asked_back_count_for_nothing() {
     let mut meeting = Meeting::new();
     for round in 1..=3 * VAIN_MAX {
-        let (key, entry) = meeting.region();
-        meeting.wanted(key);
-        meeting.drive();
+        let (key, entry) = meeting.granted_region();
         let _told = revoke(&entry);
         meeting.drive();
         assert!(meeting.says(|head| matches!(head, Head::Revoke { .. })));
@@ -314,9 +320,7 @@ fn keys_that_were_asked_back_count_for_nothing() {
 #[test]
 fn a_region_that_is_not_given_back_in_time_is_taken() {
     let mut meeting = Meeting::new();
-    let (key, entry) = meeting.region();
-    meeting.wanted(key);
-    meeting.drive();
+    let (key, entry) = meeting.granted_region();
     let told = revoke(&entry);
     meeting.drive();
     assert!(entry.revoke(Some(Waker::noop())).0.is_none(), "the peer may still reach it");
@@ -333,9 +337,7 @@ fn a_region_that_is_not_given_back_in_time_is_taken() {
 #[test]
 fn a_region_is_taken_of_an_endpoint_that_is_dead_and_lingers() {
     let mut meeting = Meeting::new();
-    let (key, entry) = meeting.region();
-    meeting.wanted(key);
-    meeting.drive();
+    let (_, entry) = meeting.granted_region();
     lock(&meeting.seen).lingers = true;
     meeting.core.fail(Error::new(ErrorKind::Closed, Phase::Close, "aborted"));
     let told = revoke(&entry);
@@ -354,9 +356,7 @@ fn a_region_is_taken_of_an_endpoint_that_is_dead_and_lingers() {
 #[test]
 fn what_comes_in_time_is_not_taken() {
     let mut meeting = Meeting::new();
-    let (key, entry) = meeting.region();
-    meeting.wanted(key);
-    meeting.drive();
+    let (key, entry) = meeting.granted_region();
     let told = revoke(&entry);
     meeting.drive();
     assert!(meeting.given_back(key));
@@ -371,17 +371,13 @@ fn what_comes_in_time_is_not_taken() {
 fn keys_that_were_taken_are_among_those_that_are_counted() {
     let mut meeting = Meeting::new();
     for _ in 0..GRANTS_MAX {
-        let (key, entry) = meeting.region();
-        meeting.wanted(key);
-        meeting.drive();
+        let (_, entry) = meeting.granted_region();
         let told = revoke(&entry);
         meeting.drive();
         told.cut();
         meeting.drive();
     }
-    let (key, _entry) = meeting.region();
-    meeting.wanted(key);
-    meeting.drive();
+    let (_, _entry) = meeting.granted_region();
     assert_eq!(meeting.registrations(), GRANTS_MAX);
     assert!(meeting.says(|head| matches!(head, Head::Refused { .. })));
 }

@@ -170,14 +170,9 @@ impl Resident {
             self.watched.push(Watched { pulse, last: None });
         }
         if std::mem::take(&mut self.rests) {
-            let (node, patrolled) = (&self.node, &mut self.patrolled);
+            let node = &self.node;
             self.watched.retain(|watched| {
-                let endpoint = node.endpoint(watched.pulse.id);
-                let stays = endpoint.is_some_and(|endpoint| !endpoint.rest());
-                if !stays {
-                    patrolled.entry(watched.pulse.id).or_insert_with(|| watched.pulse.clone());
-                }
-                stays
+                node.endpoint(watched.pulse.id).is_some_and(|endpoint| !endpoint.rest())
             });
         }
         if self.watched.is_empty() {
@@ -187,7 +182,7 @@ impl Resident {
         if self.before_tasks && !self.ticker.is_running() || !self.ticker.poll_tick(cx) {
             return;
         }
-        let (node, patrolled) = (&self.node, &mut self.patrolled);
+        let node = &self.node;
         self.watched.retain_mut(|watched| {
             let Some(endpoint) = node.endpoint(watched.pulse.id) else { return false };
             match endpoint.watch_turn(watched.last) {
@@ -195,10 +190,7 @@ impl Resident {
                     watched.last = Some(activity);
                     true
                 }
-                None => {
-                    patrolled.entry(watched.pulse.id).or_insert_with(|| watched.pulse.clone());
-                    false
-                }
+                None => false,
             }
         });
         if self.watched.is_empty() {
@@ -209,10 +201,9 @@ impl Resident {
     /// Looks for peers that have fallen silent with bytes unacknowledged. Only endpoints that were
     /// active lately are looked at: the others owe nothing, and the kernel's keepalive sees to
     /// them. Those on the watch list are polled by others, who may make them owe something after
-    /// they were found to owe nothing: they are looked at again each time, and once more when they
-    /// leave the list.
+    /// they were found to owe nothing: they stay.
     fn patrol(&mut self, cx: &mut Context<'_>) {
-        if self.patrolled.is_empty() && self.watched.is_empty() {
+        if self.patrolled.is_empty() {
             return;
         }
         let every = self.patrol_every;
@@ -223,12 +214,11 @@ impl Resident {
             return;
         }
         self.next_patrol = None;
-        for Watched { pulse, .. } in &self.watched {
-            self.patrolled.entry(pulse.id).or_insert_with(|| pulse.clone());
-        }
         let node = &self.node;
-        self.patrolled.retain(|id, _| node.endpoint(*id).is_some_and(|endpoint| endpoint.check()));
-        if !self.patrolled.is_empty() || !self.watched.is_empty() {
+        self.patrolled.retain(|id, pulse| {
+            node.endpoint(*id).is_some_and(|endpoint| endpoint.check() || pulse.is_watched())
+        });
+        if !self.patrolled.is_empty() {
             let mut sleep = self.node.timers.sleep_until(Instant::now() + every);
             // Registers the waker; it cannot be over yet, and if it were the next turn sees it.
             if Pin::new(&mut sleep).poll(cx).is_ready() {
