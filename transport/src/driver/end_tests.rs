@@ -1,18 +1,19 @@
-//! The end of an endpoint whose lane cannot let go of everything at once.
+//! Endpoints with a lane that cannot let go of everything at once, and that says how often it was
+//! asked whether the peer has fallen silent.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
 use crate::error::LinkError;
 use crate::link::{
-    Armed, Budget, Caps, Class, How, Killed, Landing, Link, LinkCounters, LinkKind, OpId,
+    Armed, Budget, Caps, Check, Class, How, Killed, Landing, Link, LinkCounters, LinkKind, OpId,
     PayloadId, Post, Progress, Segment, Sink,
 };
-use crate::{CloseReason, Config, Endpoint, ErrorKind, Node};
+use crate::{CloseReason, Config, Endpoint, ErrorKind, Node, Wake};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -21,6 +22,7 @@ struct Slow {
     caps: Caps,
     until: Killed,
     over: Arc<AtomicBool>,
+    checks: Arc<AtomicU32>,
 }
 
 impl Link for Slow {
@@ -79,6 +81,11 @@ impl Link for Slow {
         true
     }
 
+    fn check(&mut self) -> Result<Check, LinkError> {
+        self.checks.fetch_add(1, Ordering::SeqCst);
+        Ok(Check::Quiet)
+    }
+
     fn counters(&self) -> LinkCounters {
         LinkCounters::default()
     }
@@ -86,16 +93,27 @@ impl Link for Slow {
 
 /// A node with an endpoint that has such a lane, the endpoint and its peer's; and what ends the lane.
 async fn meet(until: Killed) -> (Node, (Endpoint, Endpoint, Node), Arc<AtomicBool>) {
-    let config = || Config::new().transports([LinkKind::Tcp]);
+    let (node, ends, over, _) = meet_with(Config::new(), until).await;
+    (node, ends, over)
+}
+
+/// With the number of times that the lane was asked about its peer.
+async fn meet_with(
+    config: Config,
+    until: Killed,
+) -> (Node, (Endpoint, Endpoint, Node), Arc<AtomicBool>, Arc<AtomicU32>) {
+    let config = || config.clone().transports([LinkKind::Tcp]);
     let (node_a, node_b) = (Node::new(config()).expect("a node"), Node::new(config()).expect("b"));
     let listener = node_b.listen("thalweg://127.0.0.1:0").await.expect("listening");
     let (a, b) = tokio::join!(node_a.connect(listener.address()), listener.accept());
     let (a, b) = (a.expect("connecting"), b.expect("accepting"));
     let shared = node_b.shared().all_endpoints().remove(0);
     let over = Arc::new(AtomicBool::new(false));
+    let checks = Arc::new(AtomicU32::new(0));
     let caps = Caps { eager_max: 0, ways: String::new() };
-    shared.core().lanes.push(Box::new(Slow { caps, until, over: over.clone() }));
-    (node_b, (b, a, node_a), over)
+    let slow = Slow { caps, until, over: over.clone(), checks: checks.clone() };
+    shared.core().lanes.push(Box::new(slow));
+    (node_b, (b, a, node_a), over, checks)
 }
 
 async fn end_with(until: Killed) {
@@ -141,4 +159,22 @@ async fn a_lane_that_only_keeps_memory_holds_nobody_up() {
 async fn a_lane_that_lingers_is_waited_for() {
     let ended = tokio::time::timeout(PATIENCE, end_with(Killed::Lingers)).await;
     ended.expect("it ends");
+}
+
+/// Whoever polls it may make it owe something at any time.
+#[tokio::test]
+async fn an_endpoint_that_is_being_polled_is_asked_about_its_peer_again_and_again() {
+    let often = Duration::from_secs(3);
+    let config = Config::new().keepalive(often).wake(Wake::Spin).spin_limit(10 * PATIENCE);
+    let (_node_b, (b, _a, _node_a), over, checks) = meet_with(config, Killed::Over).await;
+    over.store(true, Ordering::SeqCst);
+    let asked = async {
+        while checks.load(Ordering::SeqCst) < 4 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        asked = tokio::time::timeout(PATIENCE, asked) => asked.expect("it is asked again"),
+        received = b.recv() => panic!("nothing was sent: {received:?}"),
+    }
 }
