@@ -17,7 +17,8 @@
 #   125   the machine died
 #
 # The kernel is Debian's package, fetched once (not installed) into $THALWEG_TEST_VM_CACHE, by
-# default ~/.cache/thalweg-vm.
+# default ~/.cache/thalweg-vm. So is qemu, unless it is installed: its package cannot be where newer
+# ones of qemu's that are there already would have to go.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -36,7 +37,7 @@ shift $((OPTIND - 1))
 [ "${1-}" != -- ] || shift
 [ $# -gt 0 ] || { echo "which program?" >&2; exit 2; }
 
-for tool in qemu-system-x86_64 busybox cpio modprobe depmod xz zstd ip tc ${rdma:+rdma}; do
+for tool in busybox cpio modprobe depmod xz zstd ip tc ${rdma:+rdma}; do
   command -v "$tool" >/dev/null || cannot "there is no $tool"
 done
 libraries=/usr/lib/x86_64-linux-gnu
@@ -72,25 +73,43 @@ extract_kernel() { # FROM TO
   esac >"$2"
 }
 
-fetch_package() {
+# Tries it, and once more with new lists of packages.
+fetch() {
+  command -v apt-get >/dev/null || cannot "there is no apt-get to fetch packages with"
+  "$@" || { apt-get -qq update >&2 || :; "$@"; }
+}
+
+fetch_kernel() {
   local package
-  find_package() {
-    apt-cache depends linux-image-amd64 2>/dev/null |
-      sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1
-  }
-  download() { (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$1") >&2; }
-  package=$(find_package)
-  if [ -z "$package" ] || ! download "$package"; then
-    apt-get -qq update >&2 || :
-    package=$(find_package)
-    [ -n "$package" ] && download "$package"
-  fi
+  package=$(apt-cache depends linux-image-amd64 2>/dev/null |
+    sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
+  [ -n "$package" ] || return 1
+  (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package") >&2
+}
+
+# Of what it needs, what is not installed as well. Nothing is changed by this, so no lock is needed.
+fetch_qemu() {
+  mkdir -p "$work/qemu-packages/partial"
+  apt-get -qq -y --download-only --no-install-recommends -o Debug::NoLocking=1 \
+    -o APT::Sandbox::User=root -o Dir::Cache::archives="$work/qemu-packages" \
+    install qemu-system-x86 >&2
+}
+
+# Unpacks qemu into the cache.
+prepare_qemu() {
+  local package
+  fetch fetch_qemu || cannot "the package of qemu cannot be fetched"
+  rm -rf "$cache/qemu"
+  mkdir -p "$work/qemu"
+  for package in "$work"/qemu-packages/*.deb; do
+    dpkg-deb -x "$package" "$work/qemu"
+  done
+  mv "$work/qemu" "$cache/qemu"
 }
 
 # Fills the cache: `kernel`, and `modules`, a folder with those that are needed and their order.
 prepare() {
-  command -v apt-get >/dev/null || cannot "there is no apt-get to fetch a kernel with"
-  fetch_package || cannot "the package of a kernel cannot be fetched"
+  fetch fetch_kernel || cannot "the package of a kernel cannot be fetched"
   local root=$work/package release module file
   mkdir -p "$root"
   dpkg-deb --fsys-tarfile "$work"/linux-image-*.deb |
@@ -122,6 +141,18 @@ prepare() {
 
 exec 9>"$cache/lock"
 flock 9
+qemu=(qemu-system-x86_64)
+if ! command -v "${qemu[0]}" >/dev/null; then
+  here=$cache/qemu
+  paths=$here$libraries:$here${libraries#/usr} # packages of before the two became one
+  qemu=(env LD_LIBRARY_PATH="$paths" "$here/usr/bin/qemu-system-x86_64"
+    -L "$here/usr/share/qemu" -L "$here/usr/share/seabios")
+  starts() { "${qemu[@]}" --version >"$work/version" 2>&1; }
+  if ! starts; then
+    prepare_qemu
+    starts || cannot "qemu does not start: $(head -1 "$work/version")"
+  fi
+fi
 [ -s "$cache/kernel" ] || prepare
 exec 9>&-
 
@@ -202,7 +233,7 @@ chmod +x "$root/init"
 (cd "$root" && find . | cpio -o -H newc --quiet) >"$work/initrd"
 
 state=0
-timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 \
+timeout -k 5 "$limit" "${qemu[@]}" -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 \
   -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
   -append "console=ttyS0 panic=-1 mitigations=off loglevel=4 tsc=reliable clocksource=tsc" \
   -serial "file:$work/log" -serial "file:$work/output" -serial "file:$work/status" \

@@ -82,7 +82,7 @@ fn test(install: bool) -> Summary {
     let mut summary = Summary::new();
     setup::tools(install, &mut summary);
     let build = cargo(&["build", "--workspace", "--all-targets"]).with(&FEATURES);
-    let built = Step::new("build", minutes(15)).run(build);
+    let built = Step::new("build", minutes(25)).run(build);
     let failed = built.failed();
     summary.add(built);
     if failed {
@@ -121,10 +121,10 @@ fn lint() -> Summary {
     let clippy = cargo(&["clippy", "--workspace", "--all-targets"])
         .with(&FEATURES)
         .with(&["--", "-D", "warnings"]);
-    summary.add(Step::new("clippy", minutes(10)).run(clippy));
+    summary.add(Step::new("clippy", minutes(15)).run(clippy));
     let mut doc = cargo(&["doc", "--workspace", "--no-deps"]).with(&FEATURES);
     doc.env("RUSTDOCFLAGS", "-D warnings");
-    summary.add(Step::new("documentation", minutes(10)).run(doc));
+    summary.add(Step::new("documentation", minutes(15)).run(doc));
     summary.add(deny::check(&root()));
     summary
 }

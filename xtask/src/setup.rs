@@ -31,11 +31,10 @@ const PERFTEST: &str = "the baselines ib-send-lat, ib-write-lat and ib-write-bw"
 
 const BROWSER: &str = "the test that looks at the page for Dask's dashboard";
 
-const TOOLS: [Tool; 15] = [
+const TOOLS: [Tool; 14] = [
     tool("ip", "iproute2", NETWORKS),
     tool("tc", "iproute2", NETWORKS),
     tool("ucx_perftest", "ucx-utils", BASELINE),
-    tool("qemu-system-x86_64", "qemu-system-x86", GUEST),
     tool("busybox", "busybox-static", GUEST),
     tool("modprobe", "kmod", GUEST),
     tool("rdma", "iproute2", GUEST),
