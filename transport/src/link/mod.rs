@@ -10,6 +10,7 @@
 mod arrivals;
 mod by_id;
 mod chunks;
+mod linger;
 #[cfg(feature = "mock")]
 pub(crate) mod mock;
 pub(crate) mod shm;

@@ -4,9 +4,7 @@ mod fetching;
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
-use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -28,13 +26,14 @@ use super::registrations::{Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, end_of_peer, end_of_peer_now, offered_len, sent_len};
+use crate::link::linger::Linger;
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
     LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
     Segment, SegmentMut, Sink,
 };
 use crate::memory::MemoryKind;
-use crate::runtime::{Attempt, Sleep, Source, Timers, is_runtime_gone};
+use crate::runtime::{Attempt, Source, Timers, is_runtime_gone};
 
 /// Payloads of this many bytes or more are read, if that can be: below, registering and a round
 /// trip take longer than copying.
@@ -150,12 +149,6 @@ struct Waiting {
     body: Vec<u8>,
 }
 
-/// Until when queue pairs that will not go are left alone.
-struct Linger {
-    pause: Duration,
-    over: Sleep,
-}
-
 /// A lane; see the module.
 pub(crate) struct VerbsLink {
     messenger: Messenger,
@@ -197,6 +190,7 @@ pub(crate) struct VerbsLink {
     dead: Option<LinkError>,
     killed: bool,
     /// The queue pairs of a link that was killed are still there.
+    /// Queue pairs that will not go are left alone for a while.
     lingers: Option<Linger>,
     counters: LinkCounters,
 }
@@ -848,23 +842,16 @@ impl VerbsLink {
 
     /// The queue pairs are left alone for a while.
     fn linger(&mut self, why: &io::Error) {
-        let pause = match &self.lingers {
-            Some(before) => (before.pause * 2).min(PAUSE_MAX),
-            None => {
-                tracing::warn!(error = %why, "a queue pair cannot be destroyed yet");
-                PAUSE_MIN
-            }
-        };
-        let over = self.timers.sleep_until(Instant::now() + pause);
-        self.lingers = Some(Linger { pause, over });
+        if let Some(lingers) = &mut self.lingers {
+            return lingers.in_vain();
+        }
+        tracing::warn!(error = %why, "a queue pair cannot be destroyed yet");
+        self.lingers = Some(Linger::new(&self.timers, PAUSE_MIN, PAUSE_MAX));
     }
 
     /// Arms a link that was killed: until it is time to try to destroy its queue pairs again.
     fn arm_to_end(&mut self, cx: &mut Context<'_>) -> Armed {
-        match self.lingers.as_mut().map(|linger| Pin::new(&mut linger.over).poll(cx)) {
-            Some(Poll::Ready(())) => Armed::Busy,
-            Some(Poll::Pending) | None => Armed::Yes,
-        }
+        self.lingers.as_mut().map_or(Armed::Yes, |lingers| lingers.arm(cx))
     }
 
     /// Whether completions have been taken that are not dealt with.

@@ -18,8 +18,8 @@
 //! is that the process has become another program by `exec`.)
 
 use std::task::{Context, Poll};
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{pin::Pin, thread};
 
 use smallvec::SmallVec;
 
@@ -30,8 +30,8 @@ use super::super::wire::{Builder, Fixed, Kind, PULLS_MAX, Piece, Reader, flags};
 use super::incoming::check_pieces;
 use super::{ShmLink, protocol};
 use crate::error::LinkError;
+use crate::link::linger::Linger;
 use crate::link::{Armed, Budget, How, Killed, OpId, Sink};
-use crate::runtime::Sleep;
 
 /// Shorter payloads are as good as copied when a helper is awake. With two cores, both in a window of
 /// 4, against the receiver alone: 512 KiB 12.9 against 10.5 GB/s, 1 MiB 16.5 against 9.6, 2 MiB 19.6
@@ -73,9 +73,7 @@ pub(super) struct Helping {
 /// A landing that outlives the link.
 pub(super) struct Lingering {
     op: OpId,
-    pause: Duration,
-    next: Instant,
-    over: Sleep,
+    until: Linger,
 }
 
 fn piece(left: u64) -> u64 {
@@ -179,19 +177,20 @@ impl ShmLink {
         if let Some(asked) = self.asked.take()
             && let Some(landing) = self.incoming.remove(asked.key).and_then(|open| open.landing)
         {
-            let next = Instant::now() + PAUSE_MIN;
-            let over = self.timers.sleep_until(next);
-            self.lingering = Some(Lingering { op: landing.op, pause: PAUSE_MIN, next, over });
+            let until = Linger::new(&self.timers, PAUSE_MIN, PAUSE_MAX);
+            self.lingering = Some(Lingering { op: landing.op, until });
             self.wait_for_writer();
         }
-        let Some(lingering) = &self.lingering else { return Killed::Over };
-        let op = lingering.op;
-        if !self.writer_has_stopped() {
-            self.linger();
-            return Killed::Keeps;
+        let stopped = self.lingering.is_none() || self.writer_has_stopped();
+        match &mut self.lingering {
+            Some(lingering) if !stopped => {
+                lingering.until.in_vain();
+                return Killed::Keeps;
+            }
+            Some(lingering) => sink.done(lingering.op, Err(error.clone())),
+            None => {}
         }
         self.lingering = None;
-        sink.done(op, Err(error.clone()));
         Killed::Over
     }
 
@@ -208,21 +207,10 @@ impl ShmLink {
         }
     }
 
-    /// Looks ever more seldom, however often it is asked meanwhile.
-    fn linger(&mut self) {
-        let Some(lingering) = &mut self.lingering else { return };
-        let now = Instant::now();
-        if now >= lingering.next {
-            lingering.pause = (lingering.pause * 2).min(PAUSE_MAX);
-            lingering.next = now + lingering.pause;
-            lingering.over = self.timers.sleep_until(lingering.next);
-        }
-    }
-
     /// Arms a link that lingers: until its peer's process ends, or it is time to look again.
     pub(super) fn arm_to_end(&mut self, cx: &mut Context<'_>) -> Armed {
         let Some(lingering) = &mut self.lingering else { return Armed::Yes };
-        if Pin::new(&mut lingering.over).poll(cx).is_ready() {
+        if lingering.until.arm(cx) == Armed::Busy {
             return Armed::Busy;
         }
         match self.process.poll_readable(cx) {
