@@ -192,10 +192,16 @@ impl Peer {
 
     /// Waits until the peer says a line that begins with this word: the rest of it.
     pub fn said(&mut self, word: &str) -> String {
-        self.said_by(word, Instant::now() + PATIENCE).unwrap_or_else(|| {
-            let status = self.child.try_wait();
-            panic!("the peer did not say {word} ({status:?}): {}", self.complaints())
-        })
+        let until = Instant::now() + PATIENCE;
+        let mut others = Vec::new();
+        while let Some(line) = self.line(until) {
+            if let Some(rest) = line.strip_prefix(word) {
+                return rest.trim().to_owned();
+            }
+            others.push(line);
+        }
+        let (status, complaints) = (self.child.try_wait(), self.complaints());
+        panic!("the peer did not say {word} ({status:?}), but {others:#?}: {complaints}")
     }
 
     /// What it has complained of so far.
