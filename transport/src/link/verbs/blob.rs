@@ -9,7 +9,7 @@ use super::queues::Lane;
 use super::wire::CHUNKS_LEAVE;
 
 /// The form of the blob and of what follows from it.
-const FORM: u8 = 4;
+const FORM: u8 = 5;
 /// Addresses of ports that a node offers.
 pub(super) const PORTS_MAX: usize = 32;
 /// Pairs of ports that one link may use.

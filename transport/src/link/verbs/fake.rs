@@ -84,6 +84,12 @@ pub(super) struct State {
     pub access: Vec<c_uint>,
     /// Sends that have not ended: request, message.
     pub sent: VecDeque<(u64, Vec<u8>)>,
+    /// Markers that have not arrived: requests.
+    pub markers: VecDeque<u64>,
+    /// They arrive when the test says so, and not at once.
+    pub holds_markers: bool,
+    /// Room for the peer's markers.
+    marked: VecDeque<u64>,
     /// Buffers for messages: request, address.
     receives: VecDeque<(u64, u64)>,
     queues: Vec<usize>,
@@ -180,6 +186,13 @@ impl State {
                 && at + bytes <= start + len
                 && *access as u32 & ffi::IBV_ACCESS_LOCAL_WRITE != 0
         })
+    }
+
+    /// A marker that was held ends.
+    fn end_marker(&mut self, status: ibv_wc_status) {
+        let id = self.markers.pop_front().expect("a marker was posted");
+        let queue = self.queues[1];
+        self.completions.entry(queue).or_default().push_back(completion(id, status, 0));
     }
 
     /// A read that was held ends.
@@ -477,9 +490,14 @@ unsafe extern "C" fn post_recv(
     request: *mut ibv_recv_wr,
     _: *mut *mut ibv_recv_wr,
 ) -> c_int {
-    // SAFETY: a pair of ours; a request with one piece.
-    let (mut state, request, piece) =
-        unsafe { (state((*pair).context), &*request, &*(*request).sg_list) };
+    // SAFETY: a pair of ours, and a request to read.
+    let (mut state, request) = unsafe { (state((*pair).context), &*request) };
+    if request.num_sge == 0 {
+        state.marked.push_back(request.wr_id);
+        return 0;
+    }
+    // SAFETY: a request with one piece.
+    let piece = unsafe { &*request.sg_list };
     state.receives.push_back((request.wr_id, piece.addr));
     0
 }
@@ -489,15 +507,23 @@ unsafe extern "C" fn post_send(
     request: *mut ibv_send_wr,
     _: *mut *mut ibv_send_wr,
 ) -> c_int {
-    // SAFETY: a pair of ours; a request with one piece.
-    let (which, pair) = unsafe { (pair as usize, &*pair) };
-    // SAFETY: a request with one piece.
-    let (request, piece) = unsafe { (&*request, &*(*request).sg_list) };
+    // SAFETY: a pair of ours, and a request to read.
+    let (which, pair, request) = unsafe { (pair as usize, &*pair, &*request) };
     // SAFETY: a context of ours.
     let mut state = unsafe { state(pair.context) };
     if state.posting != 0 {
         return state.posting;
     }
+    if request.opcode == ffi::IBV_WR_SEND && request.num_sge == 0 {
+        assert_eq!(state.pairs[1], which, "a marker has to follow the reads");
+        state.markers.push_back(request.wr_id);
+        if !state.holds_markers {
+            state.end_marker(ffi::IBV_WC_SUCCESS);
+        }
+        return 0;
+    }
+    // SAFETY: any other request has one piece.
+    let piece = unsafe { &*request.sg_list };
     let (at, bytes) = (piece.addr as usize, piece.length as usize);
     if state.pairs.iter().position(|known| *known == which) == Some(2) {
         let writes = request.opcode == ffi::IBV_WR_RDMA_WRITE;
@@ -661,6 +687,20 @@ impl Fake {
         unsafe { std::ptr::copy_nonoverlapping(message.as_ptr(), at as *mut u8, message.len()) };
         let done = completion(id, ffi::IBV_WC_SUCCESS, message.len());
         let queue = state.queues[0];
+        state.completions.entry(queue).or_default().push_back(done);
+    }
+
+    /// The marker that is under way ends.
+    pub fn end_marker(&self, status: ibv_wc_status) {
+        self.state().end_marker(status);
+    }
+
+    /// A marker of the peer's comes. There has to be room for it.
+    pub fn deliver_marker(&self) {
+        let mut state = self.state();
+        let id = state.marked.pop_front().expect("there is room");
+        let queue = state.queues[0];
+        let done = completion(id, ffi::IBV_WC_SUCCESS, 0);
         state.completions.entry(queue).or_default().push_back(done);
     }
 

@@ -18,6 +18,7 @@ use super::bulk::{Incoming, Outgoing, Outgoings, STRIPE_BYTES_MIN, Turns};
 use super::device::{Access, LocalPort, is_removed};
 use super::engine::Opened;
 use super::lookout::Lookout;
+use super::markers::Markers;
 use super::messenger::{Ended, Messenger};
 use super::onesided::{Means, Outcome, Reachable, Reaches};
 use super::queues::{Completion, Side};
@@ -120,7 +121,7 @@ fn failed(doing: &str, port: &LocalPort, completion: &Completion) -> LinkError {
 fn doing(ended: &Ended) -> &'static str {
     match ended {
         Ended::Send => "sending",
-        Ended::Read(_) => "reading",
+        Ended::Read(_) | Ended::Marker => "reading",
         Ended::Reach(_) => "putting or getting",
     }
 }
@@ -190,6 +191,7 @@ pub(crate) struct VerbsLink {
     dead: Option<LinkError>,
     killed: bool,
     /// The queue pairs of a link that was killed are still there.
+    markers: Markers,
     /// Queue pairs that will not go are left alone for a while.
     lingers: Option<Linger>,
     counters: LinkCounters,
@@ -229,6 +231,7 @@ impl VerbsLink {
             flush_goal: Cell::new(None),
             dead: None,
             killed: false,
+            markers: Markers::default(),
             lingers: None,
             counters: LinkCounters::default(),
         }
@@ -312,14 +315,12 @@ impl VerbsLink {
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
         let taken = match side {
             Side::Receive => self.messenger.take(side, &mut self.received),
-            Side::Send => {
-                self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended).map(|()| true)
-            }
+            Side::Send => self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended),
         };
         if side == Side::Send {
             self.rails.take();
         }
-        taken.map(drop).map_err(|error| io_error("taking completions", &error))
+        taken.map_err(|error| io_error("taking completions", &error))
     }
 
     /// Deals with sends and reads that have ended. `true`: there were some.
@@ -330,7 +331,7 @@ impl VerbsLink {
             let ended = self.messenger.ended(&completion);
             let read = match ended {
                 Ended::Read(_) => self.rails.first_ended(),
-                Ended::Send | Ended::Reach(_) => None,
+                Ended::Send | Ended::Reach(_) | Ended::Marker => None,
             };
             if completion.status != ffi::IBV_WC_SUCCESS {
                 // What the peer sent before is handed up first.
@@ -339,6 +340,9 @@ impl VerbsLink {
             }
             if let Some((id, read)) = read {
                 self.read_ended(id, &read, sink)?;
+            }
+            if ended == Ended::Marker {
+                self.marker_arrived()?;
             }
         }
         any |= self.settle_rails(sink)?;
@@ -571,7 +575,7 @@ impl VerbsLink {
         if self.incoming.contains_key(&header.id) {
             return Err(protocol("a payload's number is in use"));
         }
-        if self.open.len() + self.incoming.len() >= OPEN_MAX {
+        if self.open.len() + self.incoming.len() + self.markers.len() >= OPEN_MAX {
             return Err(protocol("too many open payloads"));
         }
         let payload = self.arrived();
@@ -793,6 +797,7 @@ impl VerbsLink {
         self.starved
             || self.messenger.has_reads_under_way()
             || self.rails.any_under_way()
+            || self.markers.is_under_way()
             || self.reaches.any_under_way()
             || self.flush_goal.get().is_some()
     }
@@ -812,6 +817,7 @@ impl VerbsLink {
         let received = self.receive(budget, sink)?;
         self.send_waiting()?;
         self.post_reads()?;
+        self.post_marker()?;
         self.post_reaches()?;
         let sent = self.send_chunks(budget, sink)?;
         self.return_credit()?;
@@ -1000,6 +1006,7 @@ impl Link for VerbsLink {
         self.lingers = None;
         self.open.clear();
         self.waiting.clear();
+        self.markers.clear();
         let landings: Vec<_> = self.incoming.drain().map(|(_, incoming)| incoming.op).collect();
         let reaches = self.reaches.clear();
         for op in landings.into_iter().chain(self.outgoing.clear(|_| true)).chain(reaches) {
@@ -1020,7 +1027,7 @@ impl Link for VerbsLink {
             return false;
         }
         let (posted, arrived) = self.messenger.counts();
-        let everything = posted + self.waiting.len() as u64;
+        let everything = posted + (self.waiting.len() + self.markers.releases()) as u64;
         let goal = self.flush_goal.get().unwrap_or(everything);
         let flushed = arrived >= goal && !self.outgoing.any_owed();
         self.flush_goal.set(Some(goal).filter(|_| !flushed));

@@ -32,6 +32,8 @@ pub(super) const SENDS: usize = 32;
 pub(super) const READS: usize = 16;
 /// Requests for puts and gets that may be under way.
 pub(super) const REACHES: usize = 16;
+/// Markers of the peer's that there is room for: see `markers`.
+const MARKERS: usize = RECEIVES;
 /// Buffers that short puts and gets go by, and the one that the peer's beacon is read into.
 pub(super) const REACH_BUFFERS: usize = 8;
 /// Buffers of a link.
@@ -46,6 +48,8 @@ const READ_BIT: u64 = 1 << 63;
 const CREDIT_BIT: u64 = 1 << 62;
 /// Tells the requests of puts and gets.
 const REACH_BIT: u64 = 1 << 61;
+/// Tells markers, of either side.
+const MARKER_BIT: u64 = 1 << 60;
 
 /// The queues and buffers of one link.
 pub(super) struct Messenger {
@@ -66,6 +70,8 @@ pub(super) struct Messenger {
     /// credit.
     posted: u64,
     arrived: u64,
+    /// Markers that have come since the last message.
+    markers: usize,
     taken: Vec<Completion>,
 }
 
@@ -78,6 +84,8 @@ pub(super) enum Ended {
     Read(u32),
     /// A part of a put or get has: the request with this number.
     Reach(u32),
+    /// A marker has arrived, or will not.
+    Marker,
 }
 
 /// What the request with this number was.
@@ -85,6 +93,7 @@ fn what(id: u64) -> What {
     match id {
         id if id & READ_BIT != 0 => What::Read,
         id if id & REACH_BIT != 0 => What::Reach,
+        id if id & MARKER_BIT != 0 => What::Marker,
         _ => What::Send,
     }
 }
@@ -97,7 +106,8 @@ impl Messenger {
     /// Makes queues at a port and posts every buffer for receiving.
     pub fn new(home: &Arc<Slabs>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
         let (receives, sends) = (RECEIVES as u32, SENDS as u32);
-        let depths = Depths { receives, sends, reads: READS as u32, reaches: REACHES as u32 };
+        let (reads, reaches, markers) = (READS as u32, REACHES as u32, MARKERS as u32);
+        let depths = Depths { receives, sends, reads, reaches, markers };
         let queues = Queues::new(home.domain(), port, &Lane::ALL, depths, INLINE_BYTES)?;
         let slab = Some(home.take()?);
         let mut messenger = Messenger {
@@ -111,10 +121,14 @@ impl Messenger {
             owed: 0,
             posted: 0,
             arrived: 0,
+            markers: 0,
             taken: Vec::with_capacity(super::queues::BATCH),
         };
         for index in 0..RECEIVES {
             messenger.post_receive(index as u64)?;
+        }
+        for _ in 0..MARKERS {
+            messenger.queues.post_marked(MARKER_BIT)?;
         }
         Ok(messenger)
     }
@@ -249,6 +263,11 @@ impl Messenger {
         unsafe { self.queues.post_rdma(READ_BIT | u64::from(id), Lane::Reads, &read.rdma()) }
     }
 
+    /// Posts a marker behind the reads.
+    pub fn mark(&mut self) -> io::Result<()> {
+        self.queues.post_marker(MARKER_BIT)
+    }
+
     /// Posts a part of a put or get.
     ///
     /// # Safety
@@ -266,12 +285,37 @@ impl Messenger {
         Some((slab.buffer(RECEIVES + SENDS + index), slab.key()))
     }
 
-    /// Takes completions of one side, at the end of `into`.
-    pub fn take(&mut self, side: Side, into: &mut VecDeque<Completion>) -> io::Result<bool> {
-        self.taken.clear();
-        self.queues.take(side, &mut self.taken, what)?;
-        into.extend(self.taken.iter().copied());
-        Ok(!self.taken.is_empty())
+    /// Takes completions of one side, at the end of `into`: all that there are, or some. The peer's
+    /// markers are dealt with.
+    pub fn take(&mut self, side: Side, into: &mut VecDeque<Completion>) -> io::Result<()> {
+        loop {
+            self.taken.clear();
+            self.queues.take(side, &mut self.taken, what)?;
+            let mut markers = 0;
+            for completion in &self.taken {
+                let good = completion.status == ffi::IBV_WC_SUCCESS;
+                match side {
+                    Side::Receive if good && completion.id == MARKER_BIT => markers += 1,
+                    Side::Receive | Side::Send => into.push_back(*completion),
+                }
+            }
+            for _ in 0..markers {
+                self.marked()?;
+            }
+            if !into.is_empty() || self.taken.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One of the peer's markers has come.
+    fn marked(&mut self) -> io::Result<()> {
+        // Behind each something is said, for which there has to be credit.
+        self.markers += 1;
+        if self.markers > MARKERS {
+            return Err(io::Error::other("markers with nothing behind them"));
+        }
+        self.queues.post_marked(MARKER_BIT)
     }
 
     /// Takes completions of what this side posted: those of puts and gets apart from all others.
@@ -285,7 +329,9 @@ impl Messenger {
         for completion in &self.taken {
             match what(completion.id) {
                 What::Reach => reaches.push_back(*completion),
-                What::Receive | What::Send | What::Read => into.push_back(*completion),
+                What::Receive | What::Send | What::Read | What::Marker | What::Marked => {
+                    into.push_back(*completion);
+                }
             }
         }
         Ok(())
@@ -302,6 +348,7 @@ impl Messenger {
             What::Receive | What::Send => Ended::Send,
             What::Read => Ended::Read(completion.id as u32),
             What::Reach => Ended::Reach(completion.id as u32),
+            What::Marker | What::Marked => Ended::Marker,
         }
     }
 
@@ -317,7 +364,7 @@ impl Messenger {
 
     /// Whether a completion on the sending side is that of a message which has arrived.
     pub fn has_arrived(&self, completion: &Completion) -> bool {
-        completion.id & (READ_BIT | CREDIT_BIT | REACH_BIT) == 0
+        completion.id & (READ_BIT | CREDIT_BIT | REACH_BIT | MARKER_BIT) == 0
             && completion.status == ffi::IBV_WC_SUCCESS
     }
 
@@ -329,6 +376,7 @@ impl Messenger {
         let bytes = completion.bytes.min(BUFFER_BYTES);
         // SAFETY: the device has written it, and is finished with it.
         let header = Header::decode(unsafe { std::slice::from_raw_parts(ptr, bytes) })?;
+        self.markers = 0;
         self.credits = self.credits.checked_add(header.credits)?;
         (self.credits <= self.credits_max).then_some((header, ptr, bytes))
     }

@@ -55,6 +55,7 @@ mod engine;
 mod fake;
 mod link;
 mod lookout;
+mod markers;
 mod messenger;
 mod onesided;
 mod queues;

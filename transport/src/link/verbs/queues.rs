@@ -88,6 +88,10 @@ pub(super) enum What {
     Send = 1,
     Read = 2,
     Reach = 3,
+    /// A send of no bytes behind reads; see `markers`.
+    Marker = 4,
+    /// Room for one of the peer's.
+    Marked = 5,
 }
 
 /// A request to write or read memory of the peer's.
@@ -132,12 +136,23 @@ pub(super) struct Depths {
     pub reads: u32,
     /// Requests for puts and gets.
     pub reaches: u32,
+    /// Markers of the peer's. Where there may be some, this side posts them as well, one at a time.
+    pub markers: u32,
 }
 
 impl Depths {
+    fn own_markers(&self) -> u32 {
+        self.markers.min(1)
+    }
+
+    /// Requests that end in the completion queue for what comes.
+    fn received(&self) -> u32 {
+        self.receives + self.markers
+    }
+
     /// Requests that end in the completion queue for what this side posts.
     fn posted(&self) -> u32 {
-        self.sends + self.reads + self.reaches
+        self.sends + self.reads + self.reaches + self.own_markers()
     }
 }
 
@@ -167,7 +182,7 @@ pub(super) struct Queues {
     pairs: [Pair; Lane::COUNT],
     depths: Depths,
     /// Requests whose completions have not been taken, by [`What`].
-    under_way: [u32; 4],
+    under_way: [u32; 6],
     /// The queue will tell the channel of its next completion.
     armed: [bool; 2],
     /// Events of the queue that have been taken and not acknowledged.
@@ -202,8 +217,10 @@ impl Queues {
         inline_bytes: u32,
     ) -> io::Result<Queues> {
         let Limits { queue_depth, completions, .. } = domain.device.limits;
-        let deepest = depths.receives.max(depths.sends).max(depths.reads).max(depths.reaches);
-        if deepest > queue_depth || depths.receives.max(depths.posted()) > completions {
+        let Depths { receives, sends, reads, reaches, markers } = depths;
+        let deepest = [receives, sends, reads + depths.own_markers(), reaches, markers];
+        let too_deep = deepest.into_iter().any(|depth| depth > queue_depth);
+        if too_deep || depths.received().max(depths.posted()) > completions {
             return Err(io::Error::other("the device has queues that are too short"));
         }
         let reached = match lanes.contains(&Lane::Reached) {
@@ -220,7 +237,7 @@ impl Queues {
             completions: [std::ptr::null_mut(); 2],
             pairs: [(); Lane::COUNT].map(|()| destroyed()),
             depths,
-            under_way: [0; 4],
+            under_way: [0; 6],
             armed: [false; 2],
             unacknowledged: [0; 2],
             max_inline_bytes: [0; 2],
@@ -233,7 +250,7 @@ impl Queues {
         queues.channel = null_error(unsafe { (functions.ibv_create_comp_channel)(device.raw()) })?;
         queues.tracked = Some(Tracked::new(queues.channel_fd()));
         set_nonblocking(queues.descriptor())?;
-        for (side, room) in [depths.receives, depths.posted()].into_iter().enumerate() {
+        for (side, room) in [depths.received(), depths.posted()].into_iter().enumerate() {
             // SAFETY: a live context and channel; `null` is the context that events carry.
             let made = unsafe {
                 let create = functions.ibv_create_cq;
@@ -249,10 +266,10 @@ impl Queues {
 
     /// A queue pair that takes receives.
     fn make(&mut self, lane: Lane, inline: u32) -> io::Result<Pair> {
-        let Depths { receives, sends, reads, reaches } = self.depths;
+        let Depths { receives, sends, reads, reaches, markers } = self.depths;
         let (sends, receives, inline) = match lane {
             Lane::Messages => (sends, receives, inline),
-            Lane::Reads => (reads, 0, 0),
+            Lane::Reads => (reads + self.depths.own_markers(), markers, 0),
             Lane::Reach => (reaches, 0, inline),
             // One that could post nothing at all is not everybody's.
             Lane::Reached => (1, 0, 0),
@@ -429,12 +446,14 @@ impl Queues {
 
     /// Requests of a kind that can be posted now.
     pub fn room(&self, what: What) -> u32 {
-        let Depths { receives, sends, reads, reaches } = self.depths;
+        let Depths { receives, sends, reads, reaches, markers } = self.depths;
         let max = match what {
             What::Receive => receives,
             What::Send => sends,
             What::Read => reads,
             What::Reach => reaches,
+            What::Marker => self.depths.own_markers(),
+            What::Marked => markers,
         };
         max - self.under_way[what as usize]
     }
@@ -481,6 +500,36 @@ impl Queues {
         // caller.
         let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
         self.under_way[What::Receive as usize] -= u32::from(posted.is_err());
+        posted
+    }
+
+    /// Posts room for one of the peer's markers. No memory belongs to it.
+    pub fn post_marked(&mut self, id: u64) -> io::Result<()> {
+        let Pair { raw, state } = self.pairs[Lane::Reads as usize];
+        if state == State::Destroyed {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.begin(What::Marked)?;
+        let (next, sg_list) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 0 };
+        // SAFETY: a live pair; the request is live for the call, and names no memory.
+        let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
+        self.under_way[What::Marked as usize] -= u32::from(posted.is_err());
+        posted
+    }
+
+    /// Posts a marker, behind all reads that were posted.
+    pub fn post_marker(&mut self, id: u64) -> io::Result<()> {
+        let raw = self.connected(Lane::Reads)?;
+        self.begin(What::Marker)?;
+        // SAFETY: zero is valid for every field.
+        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        request.wr_id = id;
+        request.opcode = ffi::IBV_WR_SEND;
+        request.send_flags = ffi::IBV_SEND_SIGNALED;
+        // SAFETY: as in `post_marked`.
+        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
+        self.under_way[What::Marker as usize] -= u32::from(posted.is_err());
         posted
     }
 
@@ -562,7 +611,7 @@ impl Queues {
     }
 
     /// Takes completions, up to [`BATCH`]. `what` tells what a request of this side's was from its
-    /// number.
+    /// number: of what comes, whether it is a marker.
     pub fn take(
         &mut self,
         side: Side,
@@ -579,6 +628,7 @@ impl Queues {
             // SAFETY: the call has filled in the first `count`.
             let entry = unsafe { entry.assume_init_ref() };
             let what = match side {
+                Side::Receive if what(entry.wr_id) == What::Marker => What::Marked,
                 Side::Receive => What::Receive,
                 Side::Send => what(entry.wr_id),
             };
@@ -687,7 +737,7 @@ impl Queues {
                 Err(error) => return Err(error),
             }
         }
-        self.under_way = [0; 4];
+        self.under_way = [0; 6];
         Ok(())
     }
 }

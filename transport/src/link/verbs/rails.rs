@@ -88,7 +88,7 @@ pub(super) struct Rail {
 impl Rail {
     /// The queues of one, at a port.
     pub fn queues(domain: &Arc<Domain>, port: &LocalPort) -> io::Result<Queues> {
-        let depths = Depths { receives: 0, sends: 0, reads: READS as u32, reaches: 0 };
+        let depths = Depths { receives: 0, sends: 0, reads: READS as u32, reaches: 0, markers: 0 };
         Queues::new(domain, port, &[Lane::Reads], depths, 0)
     }
 

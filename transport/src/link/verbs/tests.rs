@@ -28,6 +28,7 @@ use crate::link::{
 use crate::memory::{Allocator, HostPool, MemoryKind};
 use crate::runtime::{Fd, HostLoop, Interest, Reactor, Timers};
 
+mod marked;
 mod onesided;
 mod rails;
 mod real;

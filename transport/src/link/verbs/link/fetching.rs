@@ -4,6 +4,7 @@
 use thalweg_ffi::ibverbs as ffi;
 
 use super::super::bulk::{FIRST, Incoming, Left, Next, Read};
+use super::super::markers::Then;
 use super::super::queues::What;
 use super::super::registrations::{Found, Use};
 use super::super::wire::{Header, Kind};
@@ -57,7 +58,7 @@ impl VerbsLink {
     ) -> Result<(), LinkError> {
         match self.incoming.get_mut(&id).map(|incoming| incoming.read_ended(read.slice)) {
             None | Some(Left::More) => return Ok(()),
-            Some(Left::All) => return self.pull(id),
+            Some(Left::All) => return self.behind_reads(id, Then::Pull),
             Some(Left::Nothing) => {}
         }
         let Some(incoming) = self.incoming.remove(&id) else { return Ok(()) };
@@ -66,7 +67,37 @@ impl VerbsLink {
         if op != OpId::NONE {
             sink.done(op, Ok(()));
         }
-        self.answer(Header::about(Kind::Release, id, 0))
+        self.behind_reads(id, Then::Release)
+    }
+
+    /// Nothing more is read of a payload: says what there is to be said then, once that cannot be
+    /// overtaken by what an adapter asks for again.
+    fn behind_reads(&mut self, id: u32, then: Then) -> Result<(), LinkError> {
+        self.markers.push(id, then);
+        self.post_marker()
+    }
+
+    /// Posts a marker, if one is wanted. What was to be said behind the last one goes first.
+    pub(super) fn post_marker(&mut self) -> Result<(), LinkError> {
+        if self.broken.is_some() || !self.waiting.is_empty() || !self.markers.begin() {
+            return Ok(());
+        }
+        let posted = self.messenger.mark();
+        posted.map_err(|error| {
+            let doing = format!("posting a marker at {}", self.messenger.port());
+            self.not_posted(&doing, &error)
+        })
+    }
+
+    /// The marker has arrived.
+    pub(super) fn marker_arrived(&mut self) -> Result<(), LinkError> {
+        for (id, then) in self.markers.arrived() {
+            match then {
+                Then::Release => self.answer(Header::about(Kind::Release, id, 0))?,
+                Then::Pull => self.pull(id)?,
+            }
+        }
+        self.post_marker()
     }
 
     /// Lands a payload that waits at the peer.
@@ -214,7 +245,7 @@ impl VerbsLink {
             self.has_registered = true;
             // What is under way ends first.
             return match incoming.refused() {
-                Left::All => self.pull(id).map(|()| true),
+                Left::All => self.behind_reads(id, Then::Pull).map(|()| true),
                 _ => Ok(true),
             };
         };
