@@ -3,12 +3,17 @@
 # rxe0 talks to itself. Between rxa and rxb lies a wire, though both are here: their addresses are
 # taken off the kernel's list of local ones for packets from one to the other, so that what is sent
 # leaves by one end (va) and comes in by the other (vb). Between rxc and rxd lies another one.
+#
+# A wire keeps packets in order, and loses none of its own accord. The kernel's has a queue for each
+# processor that sends, so that packets overtake each other, and drops what is more than a thousand;
+# adapters then ask for things again and again. So there is one queue, and a long one.
 
 . /tools
 ip() { "$IP" "$@"; }
 
 # A device, once its address is one by which it can be reached.
 device() { # INTERFACE DEVICE ADDRESS
+  echo 1 >/sys/class/net/$1/queues/rx-0/rps_cpus
   echo 0 >/proc/sys/net/ipv6/conf/$1/accept_dad
   ip address add "$3/24" dev "$1"
   ip link set "$1" up
@@ -21,6 +26,7 @@ device() { # INTERFACE DEVICE ADDRESS
   done
 }
 
+echo 100000 >/proc/sys/net/core/netdev_max_backlog
 ip link show dummy0 >/dev/null 2>&1 || ip link add dummy0 type dummy
 ip link set dummy0 mtu 9000
 device dummy0 rxe0 10.77.0.1
