@@ -30,6 +30,9 @@ const BULK_MIN_BYTES: usize = 1 << 20;
 /// left, not when it has landed, so nothing stands still between them (8 MiB over posix, four in
 /// flight: 8.1 GB/s, with two open 6.4).
 const BULK_MAX: usize = 1;
+/// Of the place of the next chunk so much is fetched into the caches: a chunk of shared memory. 8 MiB over
+/// posix, in turn: 6.73 GB/s with it, 6.23 without (medians of seven).
+const FETCHED_BYTES: usize = 8192;
 /// Pieces of memory shorter than this are copied together.
 const GATHERED_BELOW: usize = 1024;
 
@@ -255,6 +258,7 @@ impl Incomings {
         // SAFETY: the driver keeps landings until they are reported, or have been taken from here
         // by `clear`; the rest is the caller's promise.
         unsafe { incoming.filling.take(from, len) };
+        incoming.filling.fetch_place(len.min(FETCHED_BYTES));
         let over = incoming.filling.is_full().then_some(incoming.op);
         if !incoming.waits && incoming.filling.wants(WINDOW_BYTES) {
             incoming.waits = true;
