@@ -190,9 +190,9 @@ pub(crate) struct VerbsLink {
     flush_goal: Cell<Option<u64>>,
     dead: Option<LinkError>,
     killed: bool,
-    /// The queue pairs of a link that was killed are still there.
+    /// What is said behind the reads.
     markers: Markers,
-    /// Queue pairs that will not go are left alone for a while.
+    /// The queue pairs of a link that was killed will not go, and are left alone for a while.
     lingers: Option<Linger>,
     counters: LinkCounters,
 }
@@ -314,7 +314,18 @@ impl VerbsLink {
 
     fn take(&mut self, side: Side) -> Result<(), LinkError> {
         let taken = match side {
-            Side::Receive => self.messenger.take(side, &mut self.received),
+            Side::Receive => {
+                let taken = self.messenger.take(side, &mut self.received);
+                if let Err(error) = taken {
+                    // What came before is handed up first.
+                    let why = match error.kind() {
+                        io::ErrorKind::InvalidData => protocol("markers with nothing behind them"),
+                        _ => io_error("taking what has come", &error),
+                    };
+                    self.broken.get_or_insert(why);
+                }
+                Ok(())
+            }
             Side::Send => self.messenger.take_posted(&mut self.ended, &mut self.reaches.ended),
         };
         if side == Side::Send {
@@ -884,7 +895,7 @@ impl VerbsLink {
         if sends {
             self.take(Side::Send)?;
         }
-        if self.rails.watch(cx) || self.has_taken() {
+        if self.rails.watch(cx) || self.has_taken() || self.broken.is_some() {
             return Ok(Armed::Busy);
         }
         let Self { messenger, channel, .. } = self;
@@ -1027,9 +1038,11 @@ impl Link for VerbsLink {
             return false;
         }
         let (posted, arrived) = self.messenger.counts();
-        let everything = posted + (self.waiting.len() + self.markers.releases()) as u64;
+        let everything = posted + self.waiting.len() as u64;
         let goal = self.flush_goal.get().unwrap_or(everything);
-        let flushed = arrived >= goal && !self.outgoing.any_owed();
+        // What is said behind a marker is said before whatever is posted after this, then.
+        let said = self.markers.is_empty();
+        let flushed = arrived >= goal && said && !self.outgoing.any_owed();
         self.flush_goal.set(Some(goal).filter(|_| !flushed));
         flushed
     }

@@ -63,10 +63,8 @@ impl Markers {
         self.waiting.len() + self.behind.len()
     }
 
-    /// Those that the peer is still to be told of as being here.
-    pub fn releases(&self) -> usize {
-        let all = self.waiting.iter().chain(&self.behind);
-        all.filter(|(_, then)| *then == Then::Release).count()
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     pub fn clear(&mut self) {
@@ -87,10 +85,10 @@ mod tests {
         assert!(markers.begin() && markers.is_under_way());
         markers.push(3, Then::Release);
         assert!(!markers.begin(), "one at a time");
-        assert_eq!((markers.len(), markers.releases()), (3, 2));
+        assert_eq!(markers.len(), 3);
         assert_eq!(markers.arrived(), [(1, Then::Release), (2, Then::Pull)]);
         assert!(markers.begin());
         assert_eq!(markers.arrived(), [(3, Then::Release)]);
-        assert!(!markers.begin() && markers.len() == 0);
+        assert!(!markers.begin() && markers.is_empty());
     }
 }

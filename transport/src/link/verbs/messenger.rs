@@ -308,12 +308,12 @@ impl Messenger {
         }
     }
 
-    /// One of the peer's markers has come.
+    /// One of the peer's markers has come. `InvalidData`: it may not send so many.
     fn marked(&mut self) -> io::Result<()> {
         // Behind each something is said, for which there has to be credit.
         self.markers += 1;
         if self.markers > MARKERS {
-            return Err(io::Error::other("markers with nothing behind them"));
+            return Err(io::ErrorKind::InvalidData.into());
         }
         self.queues.post_marked(MARKER_BIT)
     }

@@ -1,6 +1,6 @@
 //! Markers: when a peer is told that it may have its memory back.
 
-use super::super::messenger::RECEIVES;
+use super::super::messenger::{RECEIVES, RESERVE};
 use super::*;
 
 /// A link that lands this from a peer whose markers the test ends.
@@ -36,6 +36,11 @@ fn memory_is_given_back_behind_a_marker() {
     setting.fake.state().notified.clear();
     assert_eq!(setting.arm(), Armed::Yes);
     assert!(setting.fake.state().notified.contains(&queue));
+    // Whatever else is said meanwhile.
+    assert_eq!(setting.post(b"x").expect("alive"), Post::Done);
+    assert_eq!(said(&setting), [(Kind::Eager, 0)]);
+    setting.settle();
+    assert!(!setting.link.flushed());
     setting.fake.end_marker(ffi::IBV_WC_SUCCESS);
     setting.settle();
     assert_eq!(said(&setting), [(Kind::Release, 1)]);
@@ -73,22 +78,31 @@ fn a_marker_waits_for_what_is_said_behind_the_one_before() {
     let mut to = vec![0; bytes.len()];
     let mut again = vec![0; bytes.len()];
     let mut setting = landing(&bytes, &mut to);
-    // All credit is used up.
-    while setting.post(b"x").expect("alive") == Post::Done {}
-    setting.fake.end_marker(ffi::IBV_WC_SUCCESS);
+    // All credit is used up, and all buffers are free again.
+    let mut used = 0;
+    loop {
+        while setting.post(b"x").expect("alive") == Post::Done {}
+        let arrived = said(&setting).len();
+        used += arrived;
+        setting.settle();
+        if arrived == 0 {
+            break;
+        }
+    }
+    assert_eq!(used, RECEIVES - usize::from(RESERVE));
     setting.driver.landings.push_back(place(&mut again));
     setting.offer(2, &bytes);
+    setting.fake.end_marker(ffi::IBV_WC_SUCCESS);
     setting.settle();
     assert_eq!(setting.driver.done.len(), 2);
+    assert_eq!(said(&setting), []);
     assert!(setting.fake.state().markers.is_empty(), "the peer may have no room for it");
-    let mut all = Vec::new();
-    while !all.contains(&(Kind::Release, 1)) {
-        let more = said(&setting);
-        let header = Header { credits: more.len() as u16, ..Header::about(Kind::Credit, 0, 0) };
-        setting.fake.deliver(header, &[]);
-        all.extend(more);
-        setting.settle();
-    }
+    assert_eq!(setting.arm(), Armed::Yes);
+    let header = Header { credits: 1, ..Header::about(Kind::Credit, 0, 0) };
+    setting.fake.deliver(header, &[]);
+    assert_eq!(setting.arm(), Armed::Busy);
+    setting.settle();
+    assert_eq!(said(&setting), [(Kind::Release, 1)]);
     assert_eq!(setting.fake.state().markers.len(), 1);
 }
 
@@ -130,5 +144,24 @@ fn markers_with_nothing_behind_them_end_the_link() {
         setting.fake.deliver_marker();
         setting.poll().err()
     });
-    assert!(ended.is_some(), "a peer may keep this side busy for ever");
+    assert_eq!(ended.expect("a peer may keep this side busy for ever").kind, ErrorKind::Protocol);
+}
+
+#[test]
+fn what_comes_in_chunks_after_all_is_pulled_behind_a_marker() {
+    let mut setting = setting();
+    setting.fake.state().holds_markers = true;
+    let bytes = pattern(SLICE_BYTES + SLICE_BYTES / 2);
+    let mut to = vec![0; bytes.len()];
+    setting.driver.landings.push_back(place(&mut to));
+    setting.offer(1, &bytes);
+    setting.poll().expect("alive");
+    // The first slice is being read; the second one is refused.
+    setting.fake.state().registers_max = Some(1);
+    setting.settle();
+    assert_eq!(said(&setting), []);
+    assert_eq!(setting.fake.state().markers.len(), 1);
+    setting.fake.end_marker(ffi::IBV_WC_SUCCESS);
+    setting.settle();
+    assert!(matches!(said(&setting)[..], [(Kind::Pull, 1)]));
 }
