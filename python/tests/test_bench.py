@@ -407,8 +407,8 @@ def test_a_profile_of_both_protocols(tmp_path):
             loop_s = sum(cpu.values()) - cpu["threads_cpu_s"]
             assert loop_s + figures["waits_s"] < 1.1 * figures["wall_s"] + 0.1
             assert figures["waits_s"] > 0
-        # 50 tasks, one after the other: a batch each, which waits for the last one's interval;
-        # heartbeats add some, and counting twice would make a hundred.
+        # 50 tasks, one after the other: a batch each, which waits for the last one's interval; some
+        # more on a busy machine (62 were seen). Counting twice would make a hundred.
         assert 50 <= row["profile"]["client"]["batches"] < 100
         assert 0 < row["profile"]["client"]["held_s"] < row["value"]
     assert all(word in done.stdout for word in ("comm's share", "scheduler", "workers", "client"))

@@ -192,16 +192,10 @@ impl Peer {
 
     /// Waits until the peer says a line that begins with this word: the rest of it.
     pub fn said(&mut self, word: &str) -> String {
-        let until = Instant::now() + PATIENCE;
-        let mut others = Vec::new();
-        while let Some(line) = self.line(until) {
-            if let Some(rest) = line.strip_prefix(word) {
-                return rest.trim().to_owned();
-            }
-            others.push(line);
-        }
-        let (status, complaints) = (self.child.try_wait(), self.complaints());
-        panic!("the peer did not say {word} ({status:?}), but {others:#?}: {complaints}")
+        self.find(word, Instant::now() + PATIENCE).unwrap_or_else(|others| {
+            let (status, complaints) = (self.child.try_wait(), self.complaints());
+            panic!("the peer did not say {word} ({status:?}), but {others:#?}: {complaints}")
+        })
     }
 
     /// What it has complained of so far.
@@ -214,12 +208,19 @@ impl Peer {
 
     /// As `said`, until a point in time.
     pub fn said_by(&mut self, word: &str, until: Instant) -> Option<String> {
-        loop {
-            let line = self.line(until)?;
+        self.find(word, until).ok()
+    }
+
+    /// The rest of the next line that begins with this word. `Err`: what was said instead.
+    fn find(&mut self, word: &str, until: Instant) -> Result<String, Vec<String>> {
+        let mut others = Vec::new();
+        while let Some(line) = self.line(until) {
             if let Some(rest) = line.strip_prefix(word) {
-                return Some(rest.trim().to_owned());
+                return Ok(rest.trim().to_owned());
             }
+            others.push(line);
         }
+        Err(others)
     }
 
     /// Sends it a signal.

@@ -28,9 +28,8 @@ pub(super) enum Then {
 pub(super) struct Markers {
     /// Finished since the last one was posted.
     waiting: Vec<(u32, Then)>,
-    /// Those that the one under way stands for.
+    /// Those that the one under way stands for; none if there is none.
     behind: Vec<(u32, Then)>,
-    under_way: bool,
 }
 
 impl Markers {
@@ -40,22 +39,20 @@ impl Markers {
 
     /// Whether one is to be posted now. If so it counts as posted.
     pub fn begin(&mut self) -> bool {
-        let begins = !self.under_way && !self.waiting.is_empty();
+        let begins = !self.is_under_way() && !self.waiting.is_empty();
         if begins {
             std::mem::swap(&mut self.behind, &mut self.waiting);
-            self.under_way = true;
         }
         begins
     }
 
     /// The one under way has arrived: what it stands for.
     pub fn arrived(&mut self) -> Vec<(u32, Then)> {
-        self.under_way = false;
         std::mem::take(&mut self.behind)
     }
 
     pub fn is_under_way(&self) -> bool {
-        self.under_way
+        !self.behind.is_empty()
     }
 
     /// Payloads of which something is still to be said.

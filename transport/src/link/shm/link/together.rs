@@ -181,17 +181,14 @@ impl ShmLink {
             self.lingering = Some(Lingering { op: landing.op, until });
             self.wait_for_writer();
         }
-        let stopped = self.lingering.is_none() || self.writer_has_stopped();
-        match &mut self.lingering {
-            Some(lingering) if !stopped => {
-                lingering.until.in_vain();
-                return Killed::Keeps;
-            }
-            Some(lingering) => sink.done(lingering.op, Err(error.clone())),
-            None => {}
+        let Some(mut lingering) = self.lingering.take() else { return Killed::Over };
+        if self.writer_has_stopped() {
+            sink.done(lingering.op, Err(error.clone()));
+            return Killed::Over;
         }
-        self.lingering = None;
-        Killed::Over
+        lingering.until.in_vain();
+        self.lingering = Some(lingering);
+        Killed::Keeps
     }
 
     fn writer_has_stopped(&self) -> bool {
