@@ -11,11 +11,11 @@ use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use thalweg::{
     Access, Cancel, CloseReason, Endpoint, ErrorKind, Family, Frame, Message, Node, RemoteKey,
-    Verdict,
+    Verdict, Wake,
 };
 use thalweg_tests::{
-    Pair, Random, Way, check_pattern, connect, pair, pair_of, pair_with, pattern, poll_times, run,
-    runtime, skipped, until, within,
+    PATIENCE, Pair, Random, Way, check_pattern, connect, pair, pair_of, pair_with, pattern,
+    poll_times, run, runtime, skipped, until, within,
 };
 
 /// One test for each case and way.
@@ -102,6 +102,7 @@ cases! {
     close_while_the_peer_asks
     dropping_the_last_handle_flushes
     abort_ends_at_once
+    abort_ends_what_spins
     drain_waits_for_the_peer
     timeouts_give_back_what_is_free
     many_threads_and_runtimes
@@ -1535,6 +1536,16 @@ async fn abort_ends_at_once(way: Way) {
         pair.node_a.stats().endpoints == 0 && pair.node_b.stats().endpoints == 0
     })
     .await;
+}
+
+/// Also where it is left to the bootstrap connection to tell, and nobody sleeps.
+async fn abort_ends_what_spins(way: Way) {
+    let pair = pair_with(way, |config| config.wake(Wake::Spin).spin_limit(PATIENCE)).await;
+    let mut receive = pair.b.recv();
+    assert!(poll_times(&mut receive, 3).await.is_none());
+    pair.a.abort();
+    let there = within(Duration::from_secs(5), "noticing an abort", receive).await;
+    assert!(there.is_err());
 }
 
 async fn drain_waits_for_the_peer(way: Way) {

@@ -3,13 +3,13 @@
 //! to hear of the peer's end.
 
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::task::{Context, Poll};
+use std::task::Poll;
 
 use super::chunks::Filling;
+use super::lookout::Look;
 use super::{Arrival, Budget, Disposition, How, Landing, LinkKind, OpId, Segment, Sink};
 use crate::error::{ErrorKind, LinkError};
-use crate::runtime::{Attempt, Source};
+use crate::runtime::Source;
 
 fn internal(kind: LinkKind, detail: &str) -> LinkError {
     LinkError::new(ErrorKind::Io, kind, detail)
@@ -109,36 +109,13 @@ pub(super) fn sent_len(kind: LinkKind, payload: &[Segment<'_>]) -> Result<usize,
 pub(super) fn end_of_peer(
     kind: LinkKind,
     bootstrap: &Source,
-    cx: &mut Context<'_>,
+    mut look: Look<'_, '_>,
     io_error: impl FnOnce(&str, &io::Error) -> LinkError,
 ) -> Option<LinkError> {
-    let looked = bootstrap.poll_read(cx, |fd| read_byte(fd).map(Attempt::More));
-    judge(kind, looked, io_error)
-}
-
-/// As [`end_of_peer`], at the connection itself: the runtime may not have come to look at it.
-pub(super) fn end_of_peer_now(
-    kind: LinkKind,
-    bootstrap: &Source,
-    io_error: impl FnOnce(&str, &io::Error) -> LinkError,
-) -> Option<LinkError> {
-    let looked = match read_byte(bootstrap.fd()) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
-        read => Poll::Ready(read),
-    };
-    judge(kind, looked, io_error)
-}
-
-fn read_byte(fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut byte = [0];
-    Ok(rustix::io::read(fd, &mut byte)?)
-}
-
-fn judge(
-    kind: LinkKind,
-    looked: Poll<io::Result<usize>>,
-    io_error: impl FnOnce(&str, &io::Error) -> LinkError,
-) -> Option<LinkError> {
+    let looked = look.read(bootstrap, |fd| {
+        let mut byte = [0];
+        Ok(rustix::io::read(fd, &mut byte)?)
+    });
     match looked {
         Poll::Pending => None,
         Poll::Ready(Ok(0)) => Some(LinkError::new(

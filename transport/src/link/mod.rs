@@ -11,6 +11,7 @@ mod arrivals;
 mod by_id;
 mod chunks;
 mod linger;
+mod lookout;
 #[cfg(feature = "mock")]
 pub(crate) mod mock;
 pub(crate) mod shm;

@@ -18,6 +18,7 @@ use super::worker::{Ep, Locked, Sent, Worker};
 use super::{UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, Offered, end_of_peer, filling, offered_len, sent_len};
+use crate::link::lookout::{Look, Lookout};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Class, HEAD_MAX, How, Killed, Landing, Link,
     LinkCounters, LinkKind, OpId, PayloadId, Post, Progress, Segment, Sink,
@@ -79,6 +80,7 @@ pub(crate) struct UcxLink {
     max_payload: u64,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
     bootstrap: Source,
+    lookout: Lookout,
     /// The peer has hung up; told when everything that it sent before has been handed up.
     hung_up: Option<LinkError>,
     /// The endpoint's waker, once it was armed.
@@ -136,6 +138,7 @@ impl UcxLink {
             },
             max_payload,
             bootstrap,
+            lookout: Lookout::new(),
             hung_up: None,
             waker: None,
             arrived: VecDeque::new(),
@@ -188,11 +191,10 @@ impl UcxLink {
     }
 
     /// Whether the peer's process still holds its end of the bootstrap connection.
-    fn look_at_bootstrap(&mut self, cx: &mut Context<'_>) {
-        if self.hung_up.is_some() {
-            return;
+    fn look_at_bootstrap(&mut self, look: Look<'_, '_>) {
+        if self.hung_up.is_none() {
+            self.hung_up = end_of_peer(LinkKind::Ucx, &self.bootstrap, look, io_error);
         }
-        self.hung_up = end_of_peer(LinkKind::Ucx, &self.bootstrap, cx, io_error);
     }
 
     /// Moves the worker on, and takes over what callbacks have left. Does nothing if somebody else
@@ -262,6 +264,53 @@ impl UcxLink {
             sink.wake(waker);
         }
         Ok(news)
+    }
+
+    /// Moves everything on that can be moved.
+    fn turn(
+        &mut self,
+        spinning: bool,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Progress, LinkError> {
+        let news = self.progress(spinning, budget, sink);
+        let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
+        // Something is left for what is not landed: chunks come without end for a while.
+        budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
+        self.count.counters.inline_bytes_received += landed_bytes as u64;
+        if spinning && handed_up && !self.has_taken() && !self.outgoing.has_work() {
+            return Ok(Progress::Some);
+        }
+        let mut moved = handed_up || landed_bytes > 0;
+        moved |= self.report_finished(sink, None);
+        if wants {
+            let granted = self.grant();
+            self.ended(granted)?;
+        }
+        moved |= !self.arrived.is_empty();
+        let spent = self.hand_up(budget, sink);
+        let spent = self.ended(spent)?;
+        let unsent = self.send_pulled(budget, sink);
+        let unsent = self.ended(unsent)?;
+        moved |= unsent.is_some();
+        if more || spent || unsent == Some(true) {
+            return Ok(Progress::More);
+        }
+        if moved {
+            return Ok(Progress::Some);
+        }
+        let broken = match (fault, &self.hung_up) {
+            (Some(Fault::Peer(what)), _) => Some(LinkError::protocol(LinkKind::Ucx, what)),
+            (_, Some(hung_up)) => Some(hung_up.clone()),
+            (Some(Fault::Endpoint(status)), None) => {
+                Some(self.status_error("the connection to the peer", status))
+            }
+            (None, None) => None,
+        };
+        match broken {
+            Some(error) => self.ended(Err(error)),
+            None => Ok(Progress::Idle),
+        }
     }
 
     /// Reports what has ended. `failed`: what to say of requests that were ended by force.
@@ -768,47 +817,16 @@ impl Link for UcxLink {
             return Ok(Progress::Idle);
         }
         self.alive()?;
+        // Before the worker is moved on: what the peer sent before it ended is there by then.
+        if self.lookout.is_due() {
+            self.look_at_bootstrap(Look::Now);
+        }
         if !spinning {
-            self.look_at_bootstrap(cx);
+            self.look_at_bootstrap(Look::Told(cx));
         }
-        let news = self.progress(spinning, budget, sink);
-        let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
-        // Something is left for what is not landed: chunks come without end for a while.
-        budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
-        self.count.counters.inline_bytes_received += landed_bytes as u64;
-        if spinning && handed_up && !self.has_taken() && !self.outgoing.has_work() {
-            return Ok(Progress::Some);
-        }
-        let mut moved = handed_up || landed_bytes > 0;
-        moved |= self.report_finished(sink, None);
-        if wants {
-            let granted = self.grant();
-            self.ended(granted)?;
-        }
-        moved |= !self.arrived.is_empty();
-        let spent = self.hand_up(budget, sink);
-        let spent = self.ended(spent)?;
-        let unsent = self.send_pulled(budget, sink);
-        let unsent = self.ended(unsent)?;
-        moved |= unsent.is_some();
-        if more || spent || unsent == Some(true) {
-            return Ok(Progress::More);
-        }
-        if moved {
-            return Ok(Progress::Some);
-        }
-        let broken = match (fault, &self.hung_up) {
-            (Some(Fault::Peer(what)), _) => Some(LinkError::protocol(LinkKind::Ucx, what)),
-            (_, Some(hung_up)) => Some(hung_up.clone()),
-            (Some(Fault::Endpoint(status)), None) => {
-                Some(self.status_error("the connection to the peer", status))
-            }
-            (None, None) => None,
-        };
-        match broken {
-            Some(error) => self.ended(Err(error)),
-            None => Ok(Progress::Idle),
-        }
+        let progress = self.turn(spinning, budget, sink)?;
+        self.lookout.polled(progress);
+        Ok(progress)
     }
 
     fn arm(&mut self, cx: &mut Context<'_>) -> Result<Armed, LinkError> {
@@ -824,7 +842,7 @@ impl Link for UcxLink {
             return Ok(if over { Armed::Busy } else { Armed::Yes });
         }
         self.alive()?;
-        self.look_at_bootstrap(cx);
+        self.look_at_bootstrap(Look::Told(cx));
         if self.hung_up.is_some() || self.has_taken() || self.may_send_chunks() {
             return Ok(Armed::Busy);
         }

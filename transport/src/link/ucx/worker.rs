@@ -381,6 +381,11 @@ impl Locked<'_> {
             ffi::UCS_ERR_BUSY => return Ok(Armed::Busy),
             status => return Err(link_error(worker.ucx, "arming UCX's worker", status)),
         }
+        // What has come since the last look, and before the worker was armed, some devices (soft-RoCE)
+        // never tell of: UCX relies on those that do.
+        if self.progress() {
+            return Ok(Armed::Busy);
+        }
         sleeper.armed.store(true, Ordering::Release);
         let mut cx = TaskContext::from_waker(&worker.sleeper_waker);
         let ready = worker.source.poll_read(&mut cx, |fd| match is_readable(fd) {

@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
@@ -15,13 +15,13 @@ use super::alarm::{Alarm, Alarms};
 use super::blob::{self, Offer, PORTS_MAX, Port, Terms};
 use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
-use super::lookout::{Look, Lookout};
 use super::messenger::{BUFFERS, Messenger};
 use super::rails::Rail;
 use super::registrations::Registrations;
 use super::removal::Removals;
 use super::setup::{Candidate, Setup, trial_max};
 use super::slab::Slabs;
+use crate::link::lookout::Look;
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
 use crate::runtime::{Fd, FirstUse, Interest, Reactor, Source, Timers};
@@ -390,7 +390,7 @@ impl VerbsEngine {
         .map_err(failure)?;
         let options = self.options.clone();
         let timers = self.timers.clone();
-        let lookout = Lookout::new(Arc::downgrade(self));
+        let engine = Arc::downgrade(self);
         let (messenger, channel, rails, received) = setup.into_parts();
         Ok(Opened {
             messenger,
@@ -398,7 +398,7 @@ impl VerbsEngine {
             rails,
             registrations,
             alarm,
-            lookout,
+            engine,
             received,
             options,
             timers,
@@ -498,7 +498,7 @@ pub(crate) struct Opened {
     pub(super) rails: Vec<Rail>,
     pub(super) registrations: Arc<Registrations>,
     pub(super) alarm: Arc<Alarm>,
-    pub(super) lookout: Lookout,
+    pub(super) engine: Weak<VerbsEngine>,
     pub(super) received: VecDeque<super::queues::Completion>,
     pub(super) options: VerbsOptions,
     pub(super) timers: Arc<Timers>,

@@ -5,7 +5,7 @@ mod fetching;
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,7 @@ use super::alarm::Alarm;
 use super::blob::RAILS_MAX;
 use super::bulk::{Incoming, Outgoing, Outgoings, STRIPE_BYTES_MIN, Turns};
 use super::device::{Access, LocalPort, is_removed};
-use super::engine::Opened;
-use super::lookout::Lookout;
+use super::engine::{Opened, VerbsEngine};
 use super::markers::Markers;
 use super::messenger::{Ended, Messenger};
 use super::onesided::{Means, Outcome, Reachable, Reaches};
@@ -26,8 +25,9 @@ use super::rails::Rails;
 use super::registrations::{Held, Registrations, Use};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
-use crate::link::arrivals::{self, end_of_peer, end_of_peer_now, offered_len, sent_len};
+use crate::link::arrivals::{self, end_of_peer, offered_len, sent_len};
 use crate::link::linger::Linger;
+use crate::link::lookout::{Look, Lookout};
 use crate::link::{
     Armed, Arrival, Budget, COPIED_MAX, Caps, Check, Class, HEAD_MAX, How, Killed, Landing, Link,
     LinkCounters, LinkKind, OneSided, OpId, PayloadId, Post, Progress, Registration, RemoteId,
@@ -158,6 +158,7 @@ pub(crate) struct VerbsLink {
     channel: Source,
     registrations: Arc<Registrations>,
     alarm: Arc<Alarm>,
+    engine: Weak<VerbsEngine>,
     lookout: Lookout,
     caps: Caps,
     max_payload: u64,
@@ -199,7 +200,7 @@ pub(crate) struct VerbsLink {
 
 impl VerbsLink {
     pub(super) fn new(opened: Opened, bootstrap: Source) -> VerbsLink {
-        let Opened { messenger, channel, rails, registrations, alarm, lookout, .. } = opened;
+        let Opened { messenger, channel, rails, registrations, alarm, engine, .. } = opened;
         let Opened { received, options, timers, why, .. } = opened;
         let rails = Rails::new(messenger.rate(), &registrations, rails);
         let ways = ways(messenger.port(), &why, &rails);
@@ -210,7 +211,8 @@ impl VerbsLink {
             channel,
             registrations,
             alarm,
-            lookout,
+            engine,
+            lookout: Lookout::new(),
             caps: Caps { eager_max: options.eager_max.min(EAGER_BYTES_MAX), ways },
             max_payload: options.max_payload,
             bootstrap,
@@ -248,21 +250,22 @@ impl VerbsLink {
         result
     }
 
-    /// Whether the peer's process still holds its end of the bootstrap connection.
-    fn look_at_bootstrap(&mut self, cx: &mut Context<'_>) {
+    /// Whether something that the system tells of ends this link: an alarm, or that the peer's process
+    /// does not hold its end of the bootstrap connection any more.
+    fn look_for_ends(&mut self, look: Look<'_, '_>) {
         self.hear_alarm();
         if self.broken.is_none() {
-            self.broken = end_of_peer(LinkKind::Verbs, &self.bootstrap, cx, io_error);
+            self.broken = end_of_peer(LinkKind::Verbs, &self.bootstrap, look, io_error);
         }
     }
 
-    /// The same, and what devices say, at the descriptors themselves.
+    /// The same at the descriptors themselves, after hearing what devices and the kernel say: links are
+    /// told by their alarms.
     fn look_now(&mut self, sink: &mut dyn Sink) {
-        self.lookout.look(sink);
-        self.hear_alarm();
-        if self.broken.is_none() {
-            self.broken = end_of_peer_now(LinkKind::Verbs, &self.bootstrap, io_error);
+        if let Some(engine) = self.engine.upgrade() {
+            engine.hear_now().into_iter().for_each(|waker| sink.wake(waker));
         }
+        self.look_for_ends(Look::Now);
     }
 
     fn hear_alarm(&mut self) {
@@ -940,7 +943,7 @@ impl Link for VerbsLink {
             self.look_now(sink);
         }
         if !spinning {
-            self.look_at_bootstrap(cx);
+            self.look_for_ends(Look::Told(cx));
         }
         let turn = self.turn(budget, sink);
         let progress = match self.settle(turn)? {
@@ -960,7 +963,7 @@ impl Link for VerbsLink {
             return Ok(self.arm_to_end(cx));
         }
         self.alive()?;
-        self.look_at_bootstrap(cx);
+        self.look_for_ends(Look::Told(cx));
         let waits = self.has_taken() || self.alarm.watch(cx.waker());
         let registers = self.registers_next || self.reaches.registers_next();
         if self.broken.is_some() || waits || registers || self.may_send_chunks() {

@@ -21,7 +21,6 @@
 //! | `topology` | where a device lies in the host, and how fast its ports are |
 //! | `alarm` | what devices say by themselves |
 //! | `removal` | what the kernel says of devices that are taken away |
-//! | `lookout` | looking where a busy runtime does not get to look |
 //! | `engine` | devices of a node |
 //! | `setup` | trying a link's queues, and which rails work |
 //! | `link` | the link |
@@ -54,7 +53,6 @@ mod engine;
 #[cfg(test)]
 mod fake;
 mod link;
-mod lookout;
 mod markers;
 mod messenger;
 mod onesided;

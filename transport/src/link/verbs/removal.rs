@@ -11,7 +11,7 @@ use std::task::Poll;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
 
-use super::lookout::Look;
+use crate::link::lookout::Look;
 use crate::runtime::{Fd, Interest, Reactor, Source};
 
 /// The kernel's own announcements, as opposed to those of a device manager.

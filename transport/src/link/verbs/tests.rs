@@ -12,10 +12,9 @@ use thalweg_ffi::ibverbs as ffi;
 use super::VerbsOptions;
 use super::alarm::{Alarm, Alarms};
 use super::blob::RAILS_MAX;
-use super::engine::{self, Opened};
+use super::engine::{self, Opened, VerbsEngine};
 use super::fake::{Fake, VENDOR};
 use super::link::VerbsLink;
-use super::lookout::Lookout;
 use super::messenger::{Messenger, RECEIVES, RESERVE, SENDS};
 use super::rails::Rail;
 use super::registrations::{Found, Registrations, SLICE_BYTES, Use};
@@ -97,7 +96,7 @@ fn link_with_rails(
     rails: impl FnOnce(&Reactor) -> Vec<Rail>,
 ) -> Made {
     let alarm = Alarms::default().add(0, messenger.queues().identities(), None);
-    link_with(messenger, registrations, rails, alarm, Lookout::new(Weak::new()))
+    link_with(messenger, registrations, rails, alarm, Weak::new())
 }
 
 fn link_with(
@@ -105,7 +104,7 @@ fn link_with(
     registrations: &Arc<Registrations>,
     rails: impl FnOnce(&Reactor) -> Vec<Rail>,
     alarm: Arc<Alarm>,
-    lookout: Lookout,
+    engine: Weak<VerbsEngine>,
 ) -> Made {
     let host = HostLoop::new().expect("an event loop");
     let reactor = Reactor::Host(host.clone());
@@ -123,7 +122,7 @@ fn link_with(
     };
     let opened = Opened {
         alarm,
-        lookout,
+        engine,
         messenger,
         channel,
         rails: rails(&reactor),
@@ -299,8 +298,8 @@ fn a_link_that_is_kept_busy_hears_that_its_device_goes() {
     let engine = engine::tests::engine(&fakes);
     let [fake] = fakes;
     let registrations = Registrations::new(fake.slabs.domain());
-    let (alarm, lookout) = (engine::tests::alarm(&engine), Lookout::new(Arc::downgrade(&engine)));
-    let made = link_with(fake.messenger(), &registrations, |_| Vec::new(), alarm, lookout);
+    let (alarm, weak) = (engine::tests::alarm(&engine), Arc::downgrade(&engine));
+    let made = link_with(fake.messenger(), &registrations, |_| Vec::new(), alarm, weak);
     let mut setting = setting_of(fake, registrations, made);
     assert_eq!(setting.poll().expect("alive"), Progress::Idle);
     setting.fake.say(ffi::IBV_EVENT_DEVICE_FATAL);

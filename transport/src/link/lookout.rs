@@ -2,17 +2,16 @@
 //!
 //! A runtime asks the system what has become readable when nothing else is to be done, or after so
 //! many polls (tokio: 61). Where each of these moves long payloads that takes a while, and in a
-//! slow machine many seconds. So a link that is kept busy looks by itself, now and then, at what
-//! tells of ends: devices, removals of devices, and its bootstrap connection.
+//! slow machine many seconds; and one that is polled by an operation that spins is not told of its
+//! descriptors at all. So a link that is kept busy, and that the system does not tell of its peer's
+//! end otherwise, looks by itself now and then: at its bootstrap connection, and at devices.
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Weak;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::engine::VerbsEngine;
-use crate::link::{Progress, Sink};
+use super::Progress;
 use crate::runtime::{Attempt, Source};
 
 /// How often it looks: a few system calls each time.
@@ -47,14 +46,13 @@ impl Look<'_, '_> {
 
 /// When a link looks by itself.
 pub(super) struct Lookout {
-    engine: Weak<VerbsEngine>,
     work: u32,
     looked: Instant,
 }
 
 impl Lookout {
-    pub fn new(engine: Weak<VerbsEngine>) -> Lookout {
-        Lookout { engine, work: 0, looked: Instant::now() }
+    pub fn new() -> Lookout {
+        Lookout { work: 0, looked: Instant::now() }
     }
 
     /// The link was polled, with this result.
@@ -80,12 +78,5 @@ impl Lookout {
             self.looked = now;
         }
         due
-    }
-
-    /// Hears what devices and the kernel say. Links are told by their alarms.
-    pub fn look(&self, sink: &mut dyn Sink) {
-        if let Some(engine) = self.engine.upgrade() {
-            engine.hear_now().into_iter().for_each(|waker| sink.wake(waker));
-        }
     }
 }
