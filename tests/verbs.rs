@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
 use thalweg::{Access, Config, Endpoint, ErrorKind, LinkKind, Message, Node, RemoteKey};
-use thalweg_tests::{Way, check_pattern, pair, pattern, run_once, skipped, until, within};
+use thalweg_tests::{Way, check_pattern, connect, pair, pattern, run_once, skipped, until, within};
 
 /// How long the adapter tries before it gives a connection up, and what a slow machine adds.
 const LOST_MAX: Duration = Duration::from_secs(20);
@@ -144,6 +144,36 @@ fn verbs_puts_and_gets_register_memory_once() {
         assert_eq!((stats.direct_gets, stats.link_counters.registrations_refused), (4, 0));
         note(format_args!("SOAK: 4 puts and gets of 1 MiB: {made:?} registrations"));
         assert_eq!(region.revoke().await.expect("revoked").len(), LONG_BYTES);
+    });
+}
+
+/// In KiB, what of this process's memory devices have pinned.
+fn pinned_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("a status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).expect("a line");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+#[test]
+fn verbs_idle_endpoints_pin_little() {
+    const PAIRS: u64 = 20;
+    // 32 buffers of 8 KiB, and what is left of the pool's last mebibyte.
+    const KIB_MAX: u64 = 256 + 1024 / (2 * PAIRS);
+    if let Some(why) = Way::Verbs.missing() {
+        return skipped("verbs_idle_endpoints_pin_little", &why);
+    }
+    let _alone = serially();
+    run_once("idle endpoints", async {
+        let pair = pair(Way::Verbs).await;
+        // What the first ones cause, whatever the others need.
+        let before = pinned_kib();
+        let mut ends = Vec::new();
+        for _ in 0..PAIRS {
+            ends.push(connect(&pair.node_a, &pair.listener).await);
+        }
+        let each = (pinned_kib() - before) / (2 * PAIRS);
+        measured("pinned by an idle endpoint over verbs", each as f64, "KiB");
+        assert!((1..=KIB_MAX).contains(&each), "{each} KiB are pinned for each");
     });
 }
 

@@ -3,13 +3,15 @@
 
 use std::cmp::Reverse;
 use std::net::{IpAddr, Ipv6Addr};
+use std::ops::Range;
 
+use super::buffers::RECEIVES;
 use super::messenger::RESERVE;
 use super::queues::Lane;
 use super::wire::CHUNKS_LEAVE;
 
 /// The form of the blob and of what follows from it.
-const FORM: u8 = 5;
+const FORM: u8 = 6;
 /// Addresses of ports that a node offers.
 pub(super) const PORTS_MAX: usize = 32;
 /// Pairs of ports that one link may use.
@@ -18,8 +20,8 @@ const PORT_BYTES: usize = 24;
 /// Those of the first pair of ports; what is said of each further one follows.
 const TERMS_BYTES: usize = 28;
 const RAIL_BYTES: usize = 20;
-/// Buffers without which a link could send no chunks.
-pub(super) const RECEIVES_MIN: u16 = CHUNKS_LEAVE + RESERVE + 1;
+/// Buffers for receiving without which a link could send no chunks, and more than it ever has.
+const RECEIVES_ALLOWED: Range<u16> = CHUNKS_LEAVE + RESERVE + 1..RECEIVES as u16 + 1;
 
 /// How packets find a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,7 +299,7 @@ pub(super) struct Terms {
     pub queue_pairs: [u32; Lane::COUNT],
     /// The number of the first packet of each.
     pub first_packet: u32,
-    /// Messages that it has receive buffers for.
+    /// Messages that it has receive buffers for, to begin with.
     pub receives: u16,
     /// Reads of the peer's that it answers at once.
     pub reads: u8,
@@ -328,7 +330,7 @@ impl Terms {
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let (receives, trial_ms) = (half(24), half(26));
         let count = rails.len() / RAIL_BYTES;
-        if bytes[0] != FORM || receives < RECEIVES_MIN || bytes[3] == 0 {
+        if bytes[0] != FORM || !RECEIVES_ALLOWED.contains(&receives) || bytes[3] == 0 {
             return None;
         }
         if rails.len() % RAIL_BYTES != 0 || count >= RAILS_MAX {
@@ -496,14 +498,15 @@ mod tests {
         }
 
         #[test]
-        fn too_few_buffers_are_refused(receives in 0..RECEIVES_MIN) {
-            prop_assert_eq!(Terms::decode(&Terms { receives, ..terms(0) }.encode()), None);
+        fn too_few_buffers_or_too_many_are_refused(receives: u16) {
+            let decoded = Terms::decode(&Terms { receives, ..terms(0) }.encode());
+            prop_assert_eq!(decoded.is_some(), RECEIVES_ALLOWED.contains(&receives));
         }
 
         #[test]
         fn terms_survive_the_wire(
             queue_pairs in prop::array::uniform4(0u32..1 << 24), first_packet in 0u32..1 << 24,
-            receives in RECEIVES_MIN.., reads in 1u8.., rails in 0..RAILS_MAX, trial_ms: u16,
+            receives in RECEIVES_ALLOWED, reads in 1u8.., rails in 0..RAILS_MAX, trial_ms: u16,
         ) {
             let terms =
                 Terms { queue_pairs, first_packet, receives, reads, trial_ms, ..terms(rails) };
@@ -518,7 +521,7 @@ mod tests {
             reads: at,
             sample: (u64::MAX - u64::from(at), u32::from(at)),
         };
-        let (ports, queue_pairs, receives) = ((0, 100), [1, 2, 3, 4], RECEIVES_MIN);
+        let (ports, queue_pairs, receives) = ((0, 100), [1, 2, 3, 4], RECEIVES_ALLOWED.start);
         let rails = (1..=rails as u8).map(rail).collect();
         Terms { ports, queue_pairs, first_packet: 0, receives, reads: 1, trial_ms: 7, rails }
     }

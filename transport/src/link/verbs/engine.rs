@@ -15,12 +15,12 @@ use super::alarm::{Alarm, Alarms};
 use super::blob::{self, Offer, PORTS_MAX, Port, Terms};
 use super::device::{Device, Domain, Event, LocalPort, Unusable, memory_lock_limit};
 use super::link::VerbsLink;
-use super::messenger::{BUFFERS, Messenger};
+use super::messenger::Messenger;
+use super::pool::Pool;
 use super::rails::Rail;
 use super::registrations::Registrations;
 use super::removal::Removals;
 use super::setup::{Candidate, Setup, trial_max};
-use super::slab::Slabs;
 use crate::link::lookout::Look;
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
@@ -31,7 +31,7 @@ struct Adapter {
     device: Arc<Device>,
     /// What it says by itself.
     events: Source,
-    slabs: Arc<Slabs>,
+    pool: Arc<Pool>,
     registrations: Arc<Registrations>,
 }
 
@@ -147,16 +147,15 @@ impl Adapter {
         };
         let domain =
             Domain::new(device).map_err(|error| failed("a protection domain of", error))?;
-        let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
-        let slab = slabs.take().map_err(|error| memory_failed(&error))?;
-        slabs.give(slab);
+        let pool = Arc::new(Pool::new(&domain));
+        pool.give(pool.take().map_err(|error| memory_failed(&error))?);
         let events = device
             .events()
             .try_clone_to_owned()
             .and_then(|fd| reactor.source(Fd::new(fd), Interest::Read))
             .map_err(|error| failed("watching the events of", error))?;
         let registrations = Registrations::new(&domain);
-        Ok(Adapter { device: device.clone(), events, slabs, registrations })
+        Ok(Adapter { device: device.clone(), events, pool, registrations })
     }
 }
 
@@ -318,7 +317,7 @@ impl VerbsEngine {
         getrandom::fill(&mut random)
             .map_err(|error| failure(format!("random numbers: {error}")))?;
         let first_packet = u32::from_ne_bytes(random) & 0xff_ffff;
-        let mut messenger = Messenger::new(&adapter.slabs, port, first_packet)
+        let mut messenger = Messenger::new(&adapter.pool, port, first_packet)
             .map_err(|error| failure(format!("queues at {port}: {error}")))?;
         let named = |at: usize, to: usize| match connects {
             true => (at as u8, to as u8),
@@ -345,12 +344,12 @@ impl VerbsEngine {
     /// A further rail, at the port in this place.
     fn rail(&self, adapters: &Adapters, at: usize) -> io::Result<Rail> {
         let (port, which, adapter) = adapters.at(at).ok_or(io::ErrorKind::NotConnected)?;
-        let queues = Rail::queues(adapter.slabs.domain(), port)?;
+        let queues = Rail::queues(adapter.pool.domain(), port)?;
         let fd = queues.descriptor().try_clone_to_owned()?;
         let channel = self.reactor.source(Fd::new(fd), Interest::Read)?;
         let alarm = self.alarms.add(which, queues.identities(), Some(port.number));
         let rail = Rail::new(queues, channel, adapter.registrations.clone(), alarm);
-        rail.with_samples(adapter.slabs.domain())
+        rail.with_samples(adapter.pool.domain())
     }
 
     /// Connects to the peer's queues, and waits until both directions are known to work.
@@ -525,8 +524,8 @@ pub(super) mod tests {
         let adapter = |fake: &Fake| Adapter {
             device: fake.device.clone(),
             events: reactor.source(Fd::new(fake.events()), Interest::Read).expect("a source"),
-            slabs: fake.slabs.clone(),
-            registrations: Registrations::new(fake.slabs.domain()),
+            pool: fake.pool.clone(),
+            registrations: Registrations::new(fake.pool.domain()),
         };
         let all = fakes.iter().map(|fake| Some(adapter(fake))).collect();
         let ports = fakes.iter().enumerate().map(|(which, fake)| {

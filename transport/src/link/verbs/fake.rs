@@ -15,11 +15,12 @@ use thalweg_ffi::ibverbs::{
 };
 
 use super::blob::{Fabric, Port, Terms};
+use super::buffers::RECEIVES;
 use super::device::{Device, Domain, LocalPort};
-use super::messenger::{BUFFERS, Messenger, RECEIVES};
+use super::messenger::Messenger;
+use super::pool::Pool;
 use super::queues::{Lane, Queues, Remote};
 use super::rails::Rail;
-use super::slab::Slabs;
 use super::wire::{HEADER_BYTES, Header};
 
 /// What a request may carry.
@@ -91,7 +92,7 @@ pub(super) struct State {
     /// Room for the peer's markers.
     marked: VecDeque<u64>,
     /// Buffers for messages: request, address.
-    receives: VecDeque<(u64, u64)>,
+    pub receives: VecDeque<(u64, u64)>,
     queues: Vec<usize>,
     completions: HashMap<usize, VecDeque<ibv_wc>>,
     events: VecDeque<(ibv_event_type, u64)>,
@@ -224,7 +225,7 @@ struct Context {
 pub(super) struct Fake {
     context: &'static Context,
     pub device: Arc<Device>,
-    pub slabs: Arc<Slabs>,
+    pub pool: Arc<Pool>,
     /// Of its port, in units of 100 Mb/s.
     pub rate: u16,
 }
@@ -632,8 +633,8 @@ impl Fake {
         let device = unsafe { Device::of_context(library(), raw, name, file_name) };
         let device = Arc::new(device.expect("a device"));
         let domain = Domain::new(&device).expect("a domain");
-        let slabs = Arc::new(Slabs::new(&domain, BUFFERS));
-        Fake { context, device, slabs, rate: 1000 }
+        let pool = Arc::new(Pool::new(&domain));
+        Fake { context, device, pool, rate: 1000 }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -650,7 +651,7 @@ impl Fake {
     /// Queues that are connected to what the test plays.
     pub fn messenger(&self) -> Messenger {
         let port = self.port();
-        let mut messenger = Messenger::new(&self.slabs, &port, 1).expect("queues");
+        let mut messenger = Messenger::new(&self.pool, &port, 1).expect("queues");
         let (ports, queue_pairs, receives) = ((0, 0), [5, 6, 7, 8], RECEIVES as u16);
         let (first_packet, rails, trial_ms) = (1, Vec::new(), 0);
         let reads = 8;
@@ -662,7 +663,7 @@ impl Fake {
     /// The queues of a further rail at a port of this device, connected to what the test plays: a
     /// port with this rate.
     pub fn rail_queues(&self, port: &LocalPort, rate: u16) -> Queues {
-        let mut queues = Rail::queues(self.slabs.domain(), port).expect("queues");
+        let mut queues = Rail::queues(self.pool.domain(), port).expect("queues");
         let to = Port { rate, ..port.port };
         let remote = Remote { port: to, queue_pair: 9, first_packet: 1, reads: 8 };
         queues.connect(Lane::Reads, 1, &remote).expect("connected");

@@ -239,6 +239,11 @@ impl VerbsLink {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn owed(&self) -> u16 {
+        self.messenger.owed()
+    }
+
     fn alive(&self) -> Result<(), LinkError> {
         self.dead.clone().map_or(Ok(()), Err)
     }
@@ -672,7 +677,7 @@ impl VerbsLink {
 
     /// Whether a message can go now. Over a link that is broken none can: it ends once what has come
     /// is handed up.
-    fn can_send(&self) -> bool {
+    fn can_send(&mut self) -> bool {
         self.broken.is_none() && self.messenger.can_send()
     }
 
@@ -722,7 +727,7 @@ impl VerbsLink {
         Ok(any)
     }
 
-    fn may_send_chunks(&self) -> bool {
+    fn may_send_chunks(&mut self) -> bool {
         self.outgoing.has_work()
             && self.broken.is_none()
             && self.waiting.is_empty()
@@ -1111,6 +1116,8 @@ impl OneSided for VerbsLink {
     }
 
     fn open(&mut self, grant: &[u8]) -> Result<RemoteId, LinkError> {
+        let held = self.messenger.hold_reach_buffers();
+        held.map_err(|error| io_error("buffers for puts and gets", &error))?;
         self.reaches.open(grant).ok_or_else(|| protocol("a grant that is none"))
     }
 

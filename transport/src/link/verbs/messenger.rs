@@ -4,13 +4,16 @@
 //!
 //! A side posts a buffer for each message that the other may send. All but [`RESERVE`] of them are
 //! credit; whoever takes a message out posts its buffer again and owes that credit, which every
-//! message of its own carries along. A message that does nothing else is sent when half of all
-//! credit is owed; it needs no credit itself, and its buffer is not owed.
+//! message of its own carries along. Credit grows when many messages are found at a time, and
+//! shrinks when that has not been so for long (`buffers`): more buffers are posted, and owed, or
+//! those that messages have left are not. A message that does nothing but return credit is sent when
+//! half of all there is is owed; it needs no credit itself, and its buffer is not owed.
 //!
-//! Such messages use the reserve, and two buffers are enough: each returns at least half of all
-//! credit, and credit that was returned and not yet been taken out by the peer is at most all of
-//! it, because it was all spent before. So at most two are in the peer's queue at a time, and a
-//! receiver is always ready.
+//! Such messages use the reserve, and three buffers are enough. What those that lie in the peer's
+//! queue return was spent before, or is new, and is at most all credit that there is by then. The
+//! last one of them returns at least half of that, so that those before it return at most as much as
+//! it does: with each one more they return at least twice as much in all. The first returns at least
+//! 11, half of the least credit that there is, so four would return 88: more than there can be.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,27 +22,20 @@ use std::sync::Arc;
 use thalweg_ffi::ibverbs as ffi;
 
 use super::blob::Terms;
+use super::buffers::{Buffers, RECEIVES, RECEIVES_FIRST, SENDS};
 use super::device::LocalPort;
+use super::pool::Pool;
 use super::queues::{Completion, Depths, Lane, Queues, Rdma, Remote, Side, What};
-use super::slab::{Slab, Slabs};
 use super::wire::{BUFFER_BYTES, Header, Kind};
 
-/// Buffers for the peer's messages.
-pub(super) const RECEIVES: usize = 64;
-/// Messages of this side's that may be under way.
-pub(super) const SENDS: usize = 32;
 /// Reads of this side's that may be under way.
 pub(super) const READS: usize = 16;
 /// Requests for puts and gets that may be under way.
 pub(super) const REACHES: usize = 16;
 /// Markers of the peer's that there is room for: see `markers`.
 const MARKERS: usize = RECEIVES;
-/// Buffers that short puts and gets go by, and the one that the peer's beacon is read into.
-pub(super) const REACH_BUFFERS: usize = 8;
-/// Buffers of a link.
-pub(super) const BUFFERS: usize = RECEIVES + SENDS + REACH_BUFFERS;
 /// Buffers for messages that only return credit.
-pub(super) const RESERVE: u16 = 2;
+pub(super) const RESERVE: u16 = 3;
 /// What a send should be able to carry within its request, in bytes.
 const INLINE_BYTES: u32 = 192;
 /// Tells the requests of reads from those of sends.
@@ -54,16 +50,10 @@ const MARKER_BIT: u64 = 1 << 60;
 /// The queues and buffers of one link.
 pub(super) struct Messenger {
     queues: Queues,
-    /// The first [`RECEIVES`] buffers are the peer's to fill, the next [`SENDS`] this side's to send,
-    /// the others for puts and gets.
-    slab: Option<Slab>,
-    home: Arc<Slabs>,
+    buffers: Buffers,
     first_packet: u32,
-    /// Send buffers that are free.
-    free: Vec<u16>,
     /// Messages that the peer has buffers for.
     credits: u16,
-    credits_max: u16,
     /// Credit that is to be returned.
     owed: u16,
     /// Messages posted, and those that have arrived at the peer, without those that only return
@@ -103,29 +93,26 @@ fn impossible(what: &str) -> io::Error {
 }
 
 impl Messenger {
-    /// Makes queues at a port and posts every buffer for receiving.
-    pub fn new(home: &Arc<Slabs>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
+    /// Makes queues at a port and posts the buffers for receiving that a link begins with.
+    pub fn new(pool: &Arc<Pool>, port: &LocalPort, first_packet: u32) -> io::Result<Messenger> {
         let (receives, sends) = (RECEIVES as u32, SENDS as u32);
         let (reads, reaches, markers) = (READS as u32, REACHES as u32, MARKERS as u32);
         let depths = Depths { receives, sends, reads, reaches, markers };
-        let queues = Queues::new(home.domain(), port, &Lane::ALL, depths, INLINE_BYTES)?;
-        let slab = Some(home.take()?);
+        let queues = Queues::new(pool.domain(), port, &Lane::ALL, depths, INLINE_BYTES)?;
+        let buffers = Buffers::new(pool)?;
         let mut messenger = Messenger {
             queues,
-            slab,
-            home: home.clone(),
+            buffers,
             first_packet,
-            free: (RECEIVES as u16..(RECEIVES + SENDS) as u16).collect(),
             credits: 0,
-            credits_max: 0,
             owed: 0,
             posted: 0,
             arrived: 0,
             markers: 0,
             taken: Vec::with_capacity(super::queues::BATCH),
         };
-        for index in 0..RECEIVES {
-            messenger.post_receive(index as u64)?;
+        while let Some(index) = messenger.buffers.next_to_post() {
+            messenger.post_receive(index)?;
         }
         for _ in 0..MARKERS {
             messenger.queues.post_marked(MARKER_BIT)?;
@@ -133,8 +120,10 @@ impl Messenger {
         Ok(messenger)
     }
 
-    fn slab(&self) -> io::Result<&Slab> {
-        self.slab.as_ref().ok_or_else(|| impossible("the buffers are given back"))
+    /// Credit that the peer has, that is on its way, or owed: what it may ever have sent that has not
+    /// been dealt with.
+    fn peers_credit(&self) -> u16 {
+        self.buffers.posted().saturating_sub(RESERVE)
     }
 
     /// What the peer has to know.
@@ -143,7 +132,7 @@ impl Messenger {
             ports,
             queue_pairs: Lane::ALL.map(|lane| self.queues.number(lane)),
             first_packet: self.first_packet,
-            receives: RECEIVES as u16,
+            receives: RECEIVES_FIRST as u16,
             reads: self.queues.port().device.limits.reads_answered,
             trial_ms: 0,
             rails: Vec::new(),
@@ -158,7 +147,6 @@ impl Messenger {
             self.queues.connect(lane, self.first_packet, &remote)?;
         }
         self.credits = receives - RESERVE;
-        self.credits_max = self.credits;
         Ok(())
     }
 
@@ -180,27 +168,27 @@ impl Messenger {
         &mut self.queues
     }
 
-    fn post_receive(&mut self, index: u64) -> io::Result<()> {
-        let slab = self.slab()?;
-        let (ptr, key) = (slab.buffer(index as usize), slab.key());
-        // SAFETY: a buffer of the slab's, which is registered, and stays until the queue pair is
-        // destroyed. It is looked at only after its completion was taken.
-        unsafe { self.queues.post_receive(index, ptr, BUFFER_BYTES, key) }
+    fn post_receive(&mut self, index: usize) -> io::Result<()> {
+        let absent = || impossible("a buffer that is not here is posted");
+        let (ptr, key) = self.buffers.at(index).ok_or_else(absent)?;
+        // SAFETY: a buffer of this link's, which is registered, and stays until the queue pair is
+        // destroyed or its completion was taken. It is looked at only after that.
+        unsafe { self.queues.post_receive(index as u64, ptr, BUFFER_BYTES, key) }
     }
 
     /// Whether a message can be sent now.
-    pub fn can_send(&self) -> bool {
+    pub fn can_send(&mut self) -> bool {
         self.credits > 0 && self.has_room()
     }
 
     /// Whether there is a buffer to send from.
-    pub fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.queues.room(What::Send) > 0
+    pub fn has_room(&mut self) -> bool {
+        self.queues.room(What::Send) > 0 && self.buffers.can_send()
     }
 
     /// Whether there are buffers enough for a while.
     pub fn has_spare_room(&self) -> bool {
-        self.free.len() > SENDS / 2
+        !self.buffers.half_is_sent()
     }
 
     pub fn credits(&self) -> u16 {
@@ -219,12 +207,12 @@ impl Messenger {
         if bytes > BUFFER_BYTES || self.credits < spends {
             return Err(impossible("a message without credit, or too long"));
         }
-        let Some(index) = self.free.pop() else {
+        let taken = self.buffers.take_to_send();
+        let here = taken.and_then(|index| Some((index, self.buffers.at(index)?)));
+        let Some((index, (to, key))) = here else {
             return Err(impossible("a message without a buffer"));
         };
         header.credits = std::mem::take(&mut self.owed);
-        let slab = self.slab()?;
-        let (to, key) = (slab.buffer(index.into()), slab.key());
         let encoded = header.encode();
         // SAFETY: a free buffer, longer than the header; `fill` has what is left of it.
         let body = unsafe {
@@ -233,7 +221,7 @@ impl Messenger {
         };
         fill(body);
         let inline = bytes <= self.queues.max_inline_bytes();
-        let id = if spends == 0 { CREDIT_BIT } else { 0 } | u64::from(index);
+        let id = if spends == 0 { CREDIT_BIT } else { 0 } | index as u64;
         // SAFETY: a registered buffer that is left alone until its completion was taken.
         unsafe { self.queues.post_send(id, to, bytes, key, inline)? };
         self.credits -= spends;
@@ -243,7 +231,7 @@ impl Messenger {
 
     /// Returns credit that has piled up. `false`: it should, and there is no buffer to do it with.
     pub fn return_credit(&mut self) -> io::Result<bool> {
-        if self.owed < (RECEIVES as u16 - RESERVE) / 2 {
+        if self.owed < self.peers_credit().div_ceil(2) {
             return Ok(true);
         }
         if !self.has_room() {
@@ -278,11 +266,14 @@ impl Messenger {
         unsafe { self.queues.post_rdma(REACH_BIT | u64::from(id), Lane::Reach, rdma) }
     }
 
-    /// One of the buffers for puts and gets, and the key of all. `None`: they are given back.
+    /// Makes sure that there are buffers for puts and gets.
+    pub fn hold_reach_buffers(&mut self) -> io::Result<()> {
+        self.buffers.hold_reach()
+    }
+
+    /// One of the buffers for puts and gets, and its key. `None`: they are not here.
     pub fn reach_buffer(&self, index: usize) -> Option<(*mut u8, u32)> {
-        assert!(index < REACH_BUFFERS, "numbered below their count");
-        let slab = self.slab.as_ref()?;
-        Some((slab.buffer(RECEIVES + SENDS + index), slab.key()))
+        self.buffers.reach(index)
     }
 
     /// Takes completions of one side, at the end of `into`: all that there are, or some. The peer's
@@ -298,6 +289,9 @@ impl Messenger {
                     Side::Receive if good && completion.id == MARKER_BIT => markers += 1,
                     Side::Receive | Side::Send => into.push_back(*completion),
                 }
+            }
+            if side == Side::Receive {
+                self.buffers.found(self.taken.len() - markers);
             }
             for _ in 0..markers {
                 self.marked()?;
@@ -356,7 +350,7 @@ impl Messenger {
     pub fn ended(&mut self, completion: &Completion) -> Ended {
         let ended = self.what(completion);
         if ended == Ended::Send {
-            self.free.push(completion.id as u16);
+            self.buffers.sent((completion.id & !CREDIT_BIT) as usize);
             self.arrived += u64::from(self.has_arrived(completion));
         }
         ended
@@ -371,26 +365,42 @@ impl Messenger {
     /// A message that has come, and its header, whose credit has been booked. `None`: not from
     /// this protocol. The bytes stay until [`Messenger::repost`].
     pub fn message(&mut self, completion: &Completion) -> Option<(Header, *const u8, usize)> {
-        let slab = self.slab.as_ref().filter(|slab| slab.has(completion.id))?;
-        let ptr = slab.buffer(completion.id as usize).cast_const();
+        let ptr = self.buffers.received(completion.id)?;
         let bytes = completion.bytes.min(BUFFER_BYTES);
         // SAFETY: the device has written it, and is finished with it.
         let header = Header::decode(unsafe { std::slice::from_raw_parts(ptr, bytes) })?;
         self.markers = 0;
         self.credits = self.credits.checked_add(header.credits)?;
-        (self.credits <= self.credits_max).then_some((header, ptr, bytes))
+        (self.credits <= RECEIVES as u16 - RESERVE).then_some((header, ptr, bytes))
     }
 
     /// Whether the peer had credit for one more message.
     pub fn peer_had_credit(&self) -> bool {
-        self.owed < RECEIVES as u16 - RESERVE
+        self.owed < self.peers_credit()
     }
 
-    /// Posts a message's buffer again. `owes`: it was sent with credit, of which there was some.
+    /// Posts a message's buffer again, or others besides, or lets go of it. `owes`: the message was
+    /// sent with credit, of which there was some.
     pub fn repost(&mut self, completion: &Completion, owes: bool) -> io::Result<()> {
-        self.post_receive(completion.id)?;
-        self.owed += u16::from(owes);
+        let index = completion.id as usize;
+        // Of a message that took no credit the buffer is a part of the reserve.
+        if !(owes && self.buffers.retires(index)) {
+            self.post_receive(index)?;
+            self.owed += u16::from(owes);
+        }
+        if self.buffers.wants_more() {
+            while let Some(index) = self.buffers.next_to_post() {
+                self.post_receive(index)?;
+                self.owed += 1;
+            }
+        }
         Ok(())
+    }
+
+    /// Credit that is to be returned.
+    #[cfg(test)]
+    pub fn owed(&self) -> u16 {
+        self.owed
     }
 
     /// Messages posted since the beginning, and those among them that have arrived.
@@ -410,12 +420,7 @@ impl Messenger {
     /// Ends the queue pairs, after which no memory is touched any more, and gives the buffers back.
     pub fn end(&mut self) -> io::Result<()> {
         self.queues.destroy()?;
-        if let Some(slab) = self.slab.take() {
-            // No other link uses what a device that is gone may not have let go of.
-            if !self.queues.device().is_gone() {
-                self.home.give(slab);
-            }
-        }
+        self.buffers.end();
         Ok(())
     }
 }
@@ -423,8 +428,7 @@ impl Messenger {
 impl Drop for Messenger {
     fn drop(&mut self) {
         if self.end().is_err() {
-            // The device may still use the buffers.
-            std::mem::forget(self.slab.take());
+            self.buffers.abandon();
         }
     }
 }

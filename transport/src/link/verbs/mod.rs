@@ -10,7 +10,8 @@
 //! | --- | --- |
 //! | `device` | devices, ports, protection domains, registered memory |
 //! | `queues` | the queue pairs, completion queues and channel of one link |
-//! | `slab` | registered buffers, from a pool |
+//! | `pool` | registered buffers, which the links over a device share |
+//! | `buffers` | those of one link |
 //! | `messenger` | messages over the queues, with credit |
 //! | `registrations` | the memory of payloads: registered, remembered, limited |
 //! | `wire` | the header before each message |
@@ -27,8 +28,8 @@
 //!
 //! # Ownership
 //!
-//! What a device may still touch belongs to a request that has not completed. Buffers are the
-//! slab's, which its link holds; landings are the driver's until `Sink::done`. A link that is
+//! What a device may still touch belongs to a request that has not completed. Buffers are its
+//! link's; landings are the driver's until `Sink::done`. A link that is
 //! killed destroys its queue pairs first; from then on the device touches nothing of its, and only
 //! then is anything reported or given back.
 //!
@@ -47,6 +48,7 @@
 
 mod alarm;
 mod blob;
+mod buffers;
 mod bulk;
 mod device;
 mod engine;
@@ -56,12 +58,12 @@ mod link;
 mod markers;
 mod messenger;
 mod onesided;
+mod pool;
 mod queues;
 mod rails;
 mod registrations;
 mod removal;
 mod setup;
-mod slab;
 #[cfg(test)]
 mod tests;
 mod topology;

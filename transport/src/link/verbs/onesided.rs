@@ -21,11 +21,12 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ibverbs as ffi;
 
+use super::buffers::REACH_BUFFERS;
 use super::device::{Access, Domain, Registered};
-use super::messenger::{Messenger, REACH_BUFFERS};
+use super::messenger::Messenger;
+use super::pool::Slab;
 use super::queues::{Completion, Rdma, What};
 use super::registrations::{Found, Held, RegionRoom, Registrations, Use};
-use super::slab::Slab;
 use super::wire::BUFFER_BYTES;
 use crate::error::LinkError;
 use crate::link::{LinkCounters, OpId, Registration, RemoteId, SegmentMut};

@@ -1,6 +1,6 @@
 //! Markers: when a peer is told that it may have its memory back.
 
-use super::super::messenger::{RECEIVES, RESERVE};
+use super::super::messenger::RESERVE;
 use super::*;
 
 /// A link that lands this from a peer whose markers the test ends.

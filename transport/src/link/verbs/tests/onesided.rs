@@ -2,8 +2,9 @@
 //! peer, the same link reaches.
 
 use super::*;
+use crate::link::verbs::buffers::REACH_BUFFERS;
 use crate::link::verbs::fake::INLINE_BYTES;
-use crate::link::verbs::messenger::{REACH_BUFFERS, REACHES};
+use crate::link::verbs::messenger::REACHES;
 use crate::link::verbs::onesided::OPERATIONS_MAX;
 use crate::link::verbs::wire::BUFFER_BYTES;
 use crate::link::{OneSided, Registration, RemoteId};

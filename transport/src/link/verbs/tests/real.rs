@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use super::super::device::{Device, Domain, LocalPort};
-use super::super::messenger::{BUFFERS, Messenger};
-use super::super::slab::Slabs;
+use super::super::messenger::Messenger;
+use super::super::pool::Pool;
 use super::*;
 use crate::link::{OneSided, Registration};
 
@@ -32,8 +32,8 @@ fn port() -> Option<LocalPort> {
 
 /// Two sides that are connected.
 fn connected(port: &LocalPort, domain: &Arc<Domain>) -> [End; 2] {
-    let slabs = Arc::new(Slabs::new(domain, BUFFERS));
-    let mut messengers = [1, 2].map(|first| Messenger::new(&slabs, port, first).expect("queues"));
+    let pool = Arc::new(Pool::new(domain));
+    let mut messengers = [1, 2].map(|first| Messenger::new(&pool, port, first).expect("queues"));
     let terms = messengers.each_ref().map(|messenger| messenger.terms((0, 0)));
     for (messenger, to) in messengers.iter_mut().zip([&terms[1], &terms[0]]) {
         messenger.connect(port.port, to).expect("connected");
