@@ -293,6 +293,9 @@ impl UcxLink {
         let unsent = self.send_pulled(budget, sink);
         let unsent = self.ended(unsent)?;
         moved |= unsent.is_some();
+        // Over a connection whose other end is gone UCX may be busy for ever (1.13, `rc`): so many steps
+        // that brought nothing are enough then.
+        let more = more && (moved || self.hung_up.is_none() && fault.is_none());
         if more || spent || unsent == Some(true) {
             return Ok(Progress::More);
         }
@@ -541,7 +544,9 @@ impl UcxLink {
     }
 
     fn may_send_chunks(&self) -> bool {
-        self.outgoing.has_work() && self.chunks_in_flight * self.chunk_bytes < CHUNKS_BYTES_MAX
+        self.outgoing.has_work()
+            && self.hung_up.is_none()
+            && self.chunks_in_flight * self.chunk_bytes < CHUNKS_BYTES_MAX
     }
 
     /// Sends what was pulled, as far as UCX may be kept at work.
