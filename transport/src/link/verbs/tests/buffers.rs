@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::pool::BLOCK;
+use super::super::pool::{BLOCK, Pool};
 use super::*;
 
 /// Blocks that a link begins with.
@@ -85,6 +85,26 @@ fn a_link_sends_from_more_buffers_while_it_has_to() {
 }
 
 #[test]
+fn what_is_being_sent_from_stays() {
+    let mut setting = setting();
+    let mut post = |setting: &mut Setting| {
+        assert_eq!(setting.post(b"8 bytes.").expect("alive"), Post::Done);
+    };
+    (0..20).for_each(|_| post(&mut setting));
+    let used = setting.fake.pool.used();
+    // The one that has waited longest arrives, and one more is sent.
+    for _ in 0..1000 {
+        setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+        setting.settle();
+        let header = Header { credits: 1, ..Header::about(Kind::Credit, 0, 0) };
+        setting.fake.deliver(header, &[]);
+        setting.settle();
+        post(&mut setting);
+        assert_eq!(setting.fake.pool.used(), used);
+    }
+}
+
+#[test]
 fn a_link_does_without_more_buffers_where_there_are_none() {
     let fake = Fake::new();
     let registrations = Registrations::new(fake.pool.domain());
@@ -116,14 +136,15 @@ fn what_a_device_may_still_use_is_not_used_again() {
     let mut setting = setting();
     setting.fake.state().destroying = libc::EBUSY;
     assert_eq!(setting.kill(), Killed::Lingers);
-    let Setting { link, fake, .. } = setting;
+    let Setting { link, mut fake, .. } = setting;
     drop(link);
     assert_eq!(fake.pool.used(), FIRST);
+    let fresh: Vec<_> = (FIRST..16).map(|_| fake.pool.take().expect("a block")).collect();
     assert_eq!(fake.state().registered.len(), 1);
-    let Fake { pool, .. } = &fake;
-    let fresh: Vec<_> = (FIRST..16).map(|_| pool.take().expect("a block")).collect();
+    fresh.into_iter().for_each(|block| fake.pool.give(block));
+    // Nor is it unmapped when there is no pool any more.
+    fake.pool = Arc::new(Pool::new(fake.pool.domain()));
     assert_eq!(fake.state().registered.len(), 1);
-    fresh.into_iter().for_each(|block| pool.give(block));
 }
 
 #[test]
