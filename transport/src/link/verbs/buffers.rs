@@ -10,7 +10,6 @@ use std::io;
 use std::sync::Arc;
 
 use super::pool::{BLOCK, Block, Pool};
-use super::queues::BATCH;
 
 /// Buffers for the peer's messages, at most.
 pub(super) const RECEIVES: usize = 64;
@@ -26,8 +25,8 @@ const _: () = assert!(
     RECEIVES == u64::BITS as usize && SENDS == u32::BITS as usize && RECEIVES_FIRST % BLOCK == 0
 );
 
-/// After so many messages that came without a crowd, a link receives by as few buffers as it began
-/// with. After so many that were sent, it looks whether it needed them all.
+/// After so many messages before which the peer had not to wait, a link receives by as few buffers as
+/// it began with. After so many that were sent, it looks whether it needed them all.
 const CALM: u32 = 256;
 
 /// See the module.
@@ -38,9 +37,9 @@ pub(super) struct Buffers {
     posted: u64,
     /// Those below this number are posted again.
     wanted: usize,
-    /// Messages since the last crowd.
+    /// Messages since the last one that had to wait for credit.
     calm: u32,
-    crowded: bool,
+    wants_more: bool,
     /// Those that can be sent from.
     free: u32,
     /// How many there are to send from, and how many at most were in use since it was last looked.
@@ -60,7 +59,7 @@ impl Buffers {
             posted: 0,
             wanted: RECEIVES_FIRST,
             calm: 0,
-            crowded: false,
+            wants_more: false,
             free: 0,
             sends: 0,
             peak: 0,
@@ -123,24 +122,19 @@ impl Buffers {
         Some(index)
     }
 
-    /// So many messages were found at a time.
-    pub fn found(&mut self, messages: usize) {
-        if messages >= (self.wanted * 3 / 8).min(BATCH) {
-            self.calm = 0;
-            self.crowded = true;
-            return;
-        }
-        self.calm += messages as u32;
+    /// A message has come. `waited`: the peer had to wait for credit before.
+    pub fn heard(&mut self, waited: bool) {
+        self.wants_more |= waited;
+        self.calm = if waited { 0 } else { self.calm + 1 };
         if self.calm >= CALM {
             self.calm = 0;
             self.wanted = self.wanted.min(RECEIVES_FIRST);
         }
     }
 
-    /// Whether more are to be posted, because many messages came at a time: the peer may have had to
-    /// wait for room.
+    /// Whether more are to be posted than were.
     pub fn wants_more(&mut self) -> bool {
-        let more = std::mem::take(&mut self.crowded) && self.wanted < RECEIVES;
+        let more = std::mem::take(&mut self.wants_more) && self.wanted < RECEIVES;
         if more {
             self.wanted = (2 * self.wanted).clamp(RECEIVES_FIRST, RECEIVES);
         }

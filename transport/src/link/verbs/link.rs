@@ -654,8 +654,8 @@ impl VerbsLink {
     }
 
     fn send_waiting(&mut self) -> Result<(), LinkError> {
-        while self.can_send() {
-            let Some(Waiting { header, body }) = self.waiting.pop_front() else { return Ok(()) };
+        while !self.waiting.is_empty() && self.can_send() {
+            let Some(Waiting { header, body }) = self.waiting.pop_front() else { break };
             self.send(header, body.len(), |to| {
                 // SAFETY: room for as many bytes was asked for.
                 unsafe { std::ptr::copy_nonoverlapping(body.as_ptr(), to, body.len()) }
@@ -675,7 +675,7 @@ impl VerbsLink {
         sent.map_err(|error| self.not_posted("posting a send", &error))
     }
 
-    /// Whether a message can go now. Over a link that is broken none can: it ends once what has come
+    /// Whether a message that is there can go now. Over a link that is broken none can: it ends once what has come
     /// is handed up.
     fn can_send(&mut self) -> bool {
         self.broken.is_none() && self.messenger.can_send()
@@ -731,7 +731,7 @@ impl VerbsLink {
         self.outgoing.has_work()
             && self.broken.is_none()
             && self.waiting.is_empty()
-            && self.messenger.credits() > CHUNKS_LEAVE
+            && self.messenger.has_credit(CHUNKS_LEAVE)
             && self.messenger.has_room()
     }
 
@@ -758,8 +758,8 @@ impl VerbsLink {
         }
         let id = self.outgoing.next_id();
         let head_len = head.len() as u16;
-        let header =
-            Header { kind, class, head_len, credits: 0, pieces, rails, id, len: len as u64 };
+        let about = Header::about(kind, id, len as u64);
+        let header = Header { class, head_len, pieces, rails, ..about };
         self.outgoing.insert(outgoing);
         self.send_or_queue(header, || body)?;
         Ok(Post::Pending)

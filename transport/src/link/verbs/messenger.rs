@@ -4,8 +4,8 @@
 //!
 //! A side posts a buffer for each message that the other may send. All but [`RESERVE`] of them are
 //! credit; whoever takes a message out posts its buffer again and owes that credit, which every
-//! message of its own carries along. Credit grows when many messages are found at a time, and
-//! shrinks when that has not been so for long (`buffers`): more buffers are posted, and owed, or
+//! message of its own carries along. Credit grows when the peer says that it had to wait for some, and
+//! shrinks when it has not said so for long (`buffers`): more buffers are posted, and owed, or
 //! those that messages have left are not. A message that does nothing but return credit is sent when
 //! half of all there is is owed; it needs no credit itself, and its buffer is not owed.
 //!
@@ -54,6 +54,8 @@ pub(super) struct Messenger {
     first_packet: u32,
     /// Messages that the peer has buffers for.
     credits: u16,
+    /// Something had to wait for credit since the last message.
+    waited: bool,
     /// Credit that is to be returned.
     owed: u16,
     /// Messages posted, and those that have arrived at the peer, without those that only return
@@ -105,6 +107,7 @@ impl Messenger {
             buffers,
             first_packet,
             credits: 0,
+            waited: false,
             owed: 0,
             posted: 0,
             arrived: 0,
@@ -176,9 +179,17 @@ impl Messenger {
         unsafe { self.queues.post_receive(index as u64, ptr, BUFFER_BYTES, key) }
     }
 
-    /// Whether a message can be sent now.
+    /// Whether a message that is there can be sent now.
     pub fn can_send(&mut self) -> bool {
-        self.credits > 0 && self.has_room()
+        self.has_credit(0) && self.has_room()
+    }
+
+    /// Whether there is credit for a message that is there and leaves so much to others. The peer is
+    /// told if there is not.
+    pub fn has_credit(&mut self, leaving: u16) -> bool {
+        let has = self.credits > leaving;
+        self.waited |= !has;
+        has
     }
 
     /// Whether there is a buffer to send from.
@@ -189,10 +200,6 @@ impl Messenger {
     /// Whether there are buffers enough for a while.
     pub fn has_spare_room(&self) -> bool {
         !self.buffers.half_is_sent()
-    }
-
-    pub fn credits(&self) -> u16 {
-        self.credits
     }
 
     /// Sends a message of `bytes` in all: `fill` writes what comes behind the header. There must be
@@ -213,6 +220,7 @@ impl Messenger {
             return Err(impossible("a message without a buffer"));
         };
         header.credits = std::mem::take(&mut self.owed);
+        header.waited = std::mem::take(&mut self.waited);
         let encoded = header.encode();
         // SAFETY: a free buffer, longer than the header; `fill` has what is left of it.
         let body = unsafe {
@@ -289,9 +297,6 @@ impl Messenger {
                     Side::Receive if good && completion.id == MARKER_BIT => markers += 1,
                     Side::Receive | Side::Send => into.push_back(*completion),
                 }
-            }
-            if side == Side::Receive {
-                self.buffers.found(self.taken.len() - markers);
             }
             for _ in 0..markers {
                 self.marked()?;
@@ -370,6 +375,7 @@ impl Messenger {
         // SAFETY: the device has written it, and is finished with it.
         let header = Header::decode(unsafe { std::slice::from_raw_parts(ptr, bytes) })?;
         self.markers = 0;
+        self.buffers.heard(header.waited);
         self.credits = self.credits.checked_add(header.credits)?;
         (self.credits <= RECEIVES as u16 - RESERVE).then_some((header, ptr, bytes))
     }

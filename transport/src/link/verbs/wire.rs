@@ -65,6 +65,8 @@ pub(super) struct Header {
     /// By which further rails these may be read, a bit each: the second rail is bit 1. Bit 0 is the
     /// first rail's, by which all may be, and is not said.
     pub rails: u8,
+    /// The sender of this had to wait for credit since it said something last.
+    pub waited: bool,
     /// The payload that it is about, numbered by its sender; 0 for `Eager`.
     pub id: u32,
     /// Length of the payload; for a chunk its offset, for a pull how far it may go; for `Rails` which
@@ -105,6 +107,7 @@ impl Header {
             credits: 0,
             pieces: 0,
             rails: 0,
+            waited: false,
             id,
             len,
         }
@@ -118,6 +121,7 @@ impl Header {
         bytes[4..6].copy_from_slice(&self.credits.to_le_bytes());
         (bytes[6], bytes[7]) = (self.pieces, self.rails);
         bytes[8..12].copy_from_slice(&self.id.to_le_bytes());
+        bytes[12] = self.waited.into();
         bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
         bytes
     }
@@ -136,13 +140,14 @@ impl Header {
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let head_len = half(2);
         let (pieces, rails) = (bytes[6], bytes[7]);
-        let reserved = rails & !RAIL_BITS == 0 && bytes[12..16] == [0; 4];
+        let waited = bytes[12] == 1;
+        let reserved = rails & !RAIL_BITS == 0 && bytes[12] <= 1 && bytes[13..16] == [0; 3];
         if usize::from(head_len) > HEAD_MAX || usize::from(pieces) > PIECES_MAX || !reserved {
             return None;
         }
         let id = bytes[8..12].try_into().map(u32::from_le_bytes).ok()?;
         let len = bytes[16..24].try_into().map(u64::from_le_bytes).ok()?;
-        Some(Header { kind, class, head_len, credits: half(4), pieces, rails, id, len })
+        Some(Header { kind, class, head_len, credits: half(4), pieces, rails, waited, id, len })
     }
 }
 
@@ -192,12 +197,12 @@ mod tests {
         #[test]
         fn decoding_inverts_encoding(
             kind in 0..KINDS.len(), class in 0usize..4, head_len in 0u16..=1024, credits: u16,
-            pieces in 0u8..=16, rails in 0u8..8, id: u32, len: u64,
+            pieces in 0u8..=16, rails in 0u8..8, waited: bool, id: u32, len: u64,
         ) {
             let kind = KINDS[kind];
             let class = [Class::Control, Class::Message, Class::Tag, Class::OneSided][class];
             let rails = rails << 1;
-            let header = Header { kind, class, head_len, credits, pieces, rails, id, len };
+            let header = Header { kind, class, head_len, credits, pieces, rails, waited, id, len };
             prop_assert_eq!(Header::decode(&header.encode()), Some(header));
         }
 

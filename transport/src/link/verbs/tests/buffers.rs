@@ -7,7 +7,6 @@ use super::*;
 
 /// Blocks that a link begins with.
 const FIRST: usize = RECEIVES_FIRST / BLOCK + 1;
-const ALL: usize = (RECEIVES + SENDS) / BLOCK;
 
 impl Setting {
     /// Messages that the peer could send at the moment, if the adapter alone were asked.
@@ -27,21 +26,25 @@ impl Setting {
         (credit, bare)
     }
 
-    /// So many messages come at a time.
+    /// A message comes. `waited`: the peer had to wait for credit before.
+    fn hear(&mut self, waited: bool) {
+        let about = Header::about(Kind::Eager, 0, 0);
+        self.fake.deliver(Header { class: Class::Message, waited, ..about }, &[]);
+    }
+
+    /// So many messages come at a time, and the peer had to wait before the first of them.
     fn crowd(&mut self, messages: usize) {
-        for _ in 0..messages {
-            self.eager();
-        }
+        (0..messages).for_each(|at| self.hear(at == 0));
         self.settle();
     }
 }
 
 #[test]
-fn a_link_takes_more_buffers_where_messages_crowd_and_gives_them_back() {
+fn a_link_takes_more_buffers_where_its_peer_waits_and_gives_them_back() {
     let mut setting = setting();
     assert_eq!((setting.posted(), setting.fake.pool.used()), (RECEIVES_FIRST, FIRST));
     let mut credit = RECEIVES_FIRST - usize::from(RESERVE);
-    for (messages, posted) in [(9, 48), (16, RECEIVES)] {
+    for (messages, posted) in [(1, 48), (16, RECEIVES)] {
         setting.crowd(messages);
         setting.post(b"and the credit").expect("alive");
         credit = credit - messages + setting.arrive().0;
@@ -50,9 +53,10 @@ fn a_link_takes_more_buffers_where_messages_crowd_and_gives_them_back() {
     }
     setting.crowd(16);
     assert_eq!(setting.posted(), RECEIVES, "more than there may be");
-    // One after the other, for long enough: those that messages leave are not posted again.
+    // For long enough without waiting: those that messages leave are not posted again.
     for _ in 0..1000 {
-        setting.crowd(1);
+        setting.hear(false);
+        setting.settle();
         setting.arrive();
     }
     setting.settle();
@@ -85,9 +89,30 @@ fn a_link_sends_from_more_buffers_while_it_has_to() {
 }
 
 #[test]
+fn a_peer_is_told_that_its_credit_is_waited_for() {
+    let mut setting = setting();
+    let mut sent = 0;
+    while setting.arrive().0 == 0 && setting.post(b"8 bytes.").expect("alive") == Post::Done {
+        setting.settle();
+        let (header, _) = setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+        assert!(!header.waited, "it has not waited");
+        sent += 1;
+        setting.settle();
+    }
+    assert_eq!(sent, RECEIVES - usize::from(RESERVE));
+    let header = Header { credits: 2, ..Header::about(Kind::Credit, 0, 0) };
+    setting.fake.deliver(header, &[]);
+    setting.settle();
+    for waited in [true, false] {
+        assert_eq!(setting.post(b"8 bytes.").expect("alive"), Post::Done);
+        assert_eq!(setting.fake.end_send(ffi::IBV_WC_SUCCESS).0.waited, waited);
+    }
+}
+
+#[test]
 fn what_is_being_sent_from_stays() {
     let mut setting = setting();
-    let mut post = |setting: &mut Setting| {
+    let post = |setting: &mut Setting| {
         assert_eq!(setting.post(b"8 bytes.").expect("alive"), Post::Done);
     };
     (0..20).for_each(|_| post(&mut setting));
@@ -164,6 +189,7 @@ fn slabs_that_nobody_uses_are_let_go_of() {
 struct Peer {
     credit: usize,
     owed: u16,
+    waited: bool,
     /// Messages of the link's that it has not looked at: the credit of each, and whether it does
     /// nothing else.
     queue: VecDeque<(usize, bool)>,
@@ -196,8 +222,9 @@ proptest! {
                 let sends = if calm { 1 } else { sends };
                 for _ in 0..sends.min(peer.credit) {
                     peer.credit -= 1;
-                    setting.eager();
+                    setting.hear(std::mem::take(&mut peer.waited));
                 }
+                peer.waited |= peer.credit == 0 && !calm;
                 setting.settle();
                 for _ in 0..posts {
                     let _ = setting.post(b"8 bytes.").expect("alive");
