@@ -569,7 +569,8 @@ mod tests {
 
     #[test]
     fn the_choice_of_links_is_the_default_and_stands_alone() {
-        let chosen = |value| parse(&[("THALWEG_TRANSPORTS", value)]).map(|config| config.transports);
+        let chosen =
+            |value| parse(&[("THALWEG_TRANSPORTS", value)]).map(|config| config.transports);
         assert_eq!(Config::new().transports, Transports::Auto);
         assert_eq!(parse(&[]).expect("valid").transports, Transports::Auto);
         assert_eq!(chosen("auto").expect("valid"), Transports::Auto);

@@ -259,7 +259,8 @@ async fn establish(
         all: &link.caps().ways.clone(),
         one_sided: link.one_sided().filter(|_| direct).map(|link| link.way()),
     };
-    let route = explain(&shown, kind, ways, config.transports.order(), &attempts, candidates, rejected);
+    let route =
+        explain(&shown, kind, ways, config.transports.order(), &attempts, candidates, rejected);
     let limits = Limits {
         peer_message_window: theirs.message_window,
         peer_tag_window: theirs.tag_window,

@@ -135,8 +135,7 @@ impl NodeShared {
         let (verbs, by_verbs) =
             verbs_engine(&config, &hardware, &reactor, &timers, &mut capabilities);
         engines.extend(verbs.clone().map(|engine| engine as Arc<dyn Engine>));
-        let ucx =
-            ucx_engine(&config, &hardware, &by_verbs, &reactor, &timers, &mut capabilities);
+        let ucx = ucx_engine(&config, &hardware, &by_verbs, &reactor, &timers, &mut capabilities);
         engines.extend(ucx.clone().map(|engine| engine as Arc<dyn Engine>));
         #[cfg(feature = "mock")]
         capabilities.push(present(LinkKind::Mock, "for tests within one process"));

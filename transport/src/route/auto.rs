@@ -95,7 +95,10 @@ pub(crate) fn ucx(
     if devices.is_empty() && hardware.fabrics.is_empty() {
         return Err(declined(match verbs {
             ByVerbs::Uses(used) => {
-                format!("not looked for: the RDMA hardware here is used by verbs ({})", used.join(", "))
+                format!(
+                    "not looked for: the RDMA hardware here is used by verbs ({})",
+                    used.join(", ")
+                )
             }
             _ => "not looked for: there is no hardware here that only UCX may reach".into(),
         }));
@@ -131,7 +134,10 @@ mod tests {
         let table: [(&[(&str, Nature, bool)], Result<&[&str], &str>); 7] = [
             (&[("m", Nature::Adapter, true)], Ok(&[])),
             (&[("m", Nature::Adapter, true), ("d", Nature::Adapter, false)], Ok(&[])),
-            (&[("m", Nature::Adapter, true), ("r", SOFT, true), ("i", OTHER, true)], Ok(&["r", "i"])),
+            (
+                &[("m", Nature::Adapter, true), ("r", SOFT, true), ("i", OTHER, true)],
+                Ok(&["r", "i"]),
+            ),
             (&[], Err("knows no RDMA device")),
             (&[("r", SOFT, true)], Err("r is soft-RoCE, slower than TCP")),
             (&[("r", SOFT, true), ("m", Nature::Adapter, false)], Err("m is down")),
@@ -163,7 +169,10 @@ mod tests {
         };
         assert_eq!(ucx(&hardware(card), &ByVerbs::Nothing, &[]), Ok(reach(&["m"])));
         assert_eq!(ucx(&hardware(two), &uses(&["m"]), &[]), Ok(reach(&["n"])));
-        assert_eq!(ucx(&hardware(&[("i", OTHER, true)]), &ByVerbs::Nothing, &[]), Ok(reach(&["i"])));
+        assert_eq!(
+            ucx(&hardware(&[("i", OTHER, true)]), &ByVerbs::Nothing, &[]),
+            Ok(reach(&["i"]))
+        );
         let used = ucx(&hardware(card), &uses(&["m"]), &[]).expect_err("used");
         assert!(used.reason.contains("used by verbs (m)"), "{}", used.reason);
         for none in [&[][..], &[("r", SOFT, true)], &[("m", Nature::Adapter, false)]] {

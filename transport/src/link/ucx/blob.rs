@@ -152,7 +152,9 @@ mod tests {
             let bytes = with(good);
             assert_eq!(transports(&bytes), good, "{good:?}");
         }
-        for bad in [&["b", "a"][..], &["a", "a"], &[""], &["A"], &["a b"], &["\u{e9}"], &many, &[&long]] {
+        for bad in
+            [&["b", "a"][..], &["a", "a"], &[""], &["A"], &["a b"], &["\u{e9}"], &many, &[&long]]
+        {
             assert_eq!(Blob::from_bytes(&with(bad)), None, "{bad:?}");
         }
         let bytes = blob().to_bytes();

@@ -173,7 +173,9 @@ mod tests {
         let device = RdmaDevice { name: "mlx5_0".into(), nature: Nature::Adapter, up: true };
         let hardware = Reach::all(&Hardware { rdma: vec![device], ..Hardware::default() });
         let line = |device: &str, uses: &str| {
-            parse(&format!("# lane[0]:  5:rc_mlx5/{device}:1.0 md[4] -> md[4]/ib/sysdev[0] {uses}\n"))
+            parse(&format!(
+                "# lane[0]:  5:rc_mlx5/{device}:1.0 md[4] -> md[4]/ib/sysdev[0] {uses}\n"
+            ))
         };
         assert!(reach(&line("mlx5_0", "am am_bw#0"), &hardware));
         assert!(reach(&[parse(PRINTED), line("mlx5_0", "am_bw#1")].concat(), &hardware));

@@ -239,7 +239,8 @@ fn transports(context: &Context, scope: &Scope) -> Result<Vec<String>, Unavailab
     let (Scope::Named(reach) | Scope::Hardware(reach)) = scope;
     let all = context.resources();
     let over = all.iter().filter(|one| reach.has(&one.transport, &one.device));
-    let mut names: Vec<_> = over.map(|one| one.transport.clone()).filter(|name| is_name(name)).collect();
+    let mut names: Vec<_> =
+        over.map(|one| one.transport.clone()).filter(|name| is_name(name)).collect();
     names.sort();
     names.dedup();
     names.truncate(NAMES_MAX);

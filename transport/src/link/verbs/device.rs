@@ -210,9 +210,8 @@ impl Device {
         if here.is_empty() {
             return Err(Unusable::NoDevice);
         }
-        let may = |name: &String| {
-            !except.contains(name) && (wanted.is_empty() || wanted.contains(name))
-        };
+        let may =
+            |name: &String| !except.contains(name) && (wanted.is_empty() || wanted.contains(name));
         if !here.iter().any(may) {
             return Err(Unusable::NotNamed { named: wanted.to_vec(), here });
         }

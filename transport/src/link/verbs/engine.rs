@@ -368,7 +368,8 @@ impl VerbsEngine {
         prepared: Prepared,
         terms: &[u8],
     ) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, limit } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, limit } =
+            prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -596,7 +597,8 @@ pub(super) mod tests {
         assert!(after.ports[0].is_gone());
         assert_eq!(after.ports[1], before.ports[1], "the others stay what they were called");
         assert!(engine.adapters().all[0].is_none());
-        let prepared = engine.prepare(&engine.blob(), true, Duration::MAX).map(|prepared| prepared.ports);
+        let prepared =
+            engine.prepare(&engine.blob(), true, Duration::MAX).map(|prepared| prepared.ports);
         assert_eq!(prepared.ok(), Some((1, 1)));
         fakes[1].say(ffi::IBV_EVENT_DEVICE_FATAL);
         poll(&engine);
