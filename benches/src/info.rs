@@ -1,5 +1,5 @@
-//! What this machine offers: each link, present or not, why, and what would fix it; and the facts
-//! about the kernel and the process on which that rests.
+//! What this machine offers: each link, present or not, why, and what would fix it; what is used where
+//! nobody names links; and the facts about the kernel and the process on which that rests.
 
 use std::fmt::Write;
 use std::fs;

@@ -43,9 +43,9 @@ use crate::proto::hello::{
 use crate::route::{Candidate, Objection, Policy, Side, Verdict, Ways, explain, plan};
 use crate::runtime::{Stream, is_runtime_gone, resolve};
 
-/// What an attempt at a link that nobody named may take. Where its hardware works that is milliseconds;
-/// where it does not (a wrong VLAN, a subnet without its manager) every connection would wait, and who
-/// was content with TCP before would not know why. A further rail that is dead has half a second.
+/// What an attempt at a link that nobody named may take. Working hardware should need milliseconds; for
+/// one that is up and does not reach the peer (a wrong VLAN) every connection waits, and who would be
+/// content with TCP does not know why. A further rail that is dead has half a second of it.
 const UNASKED_MAX: Duration = Duration::from_secs(2);
 
 /// Which end of the bootstrap this is.

@@ -38,9 +38,11 @@ pub(crate) fn verbs(hardware: &Hardware) -> Result<Vec<String>, Declined> {
         });
     }
     let adapter = |device: &RdmaDevice| device.nature == Nature::Adapter;
-    let others = || hardware.rdma.iter().filter(|device| !adapter(device));
-    if hardware.rdma.iter().any(|device| adapter(device) && device.up) {
-        return Ok(others().map(|device| device.name.clone()).collect());
+    // Nor is a port that is down, which nobody misses, worth a warning.
+    let (serve, others): (Vec<_>, Vec<_>) =
+        hardware.rdma.iter().partition(|device| adapter(device) && device.up);
+    if !serve.is_empty() {
+        return Ok(others.into_iter().map(|device| device.name.clone()).collect());
     }
     if hardware.rdma.is_empty() {
         return Err(Declined {
@@ -133,7 +135,7 @@ mod tests {
     fn verbs_is_looked_for_where_hardware_is_up() {
         let table: [(&[(&str, Nature, bool)], Result<&[&str], &str>); 7] = [
             (&[("m", Nature::Adapter, true)], Ok(&[])),
-            (&[("m", Nature::Adapter, true), ("d", Nature::Adapter, false)], Ok(&[])),
+            (&[("m", Nature::Adapter, true), ("d", Nature::Adapter, false)], Ok(&["d"])),
             (
                 &[("m", Nature::Adapter, true), ("r", SOFT, true), ("i", OTHER, true)],
                 Ok(&["r", "i"]),
