@@ -376,7 +376,7 @@ fn verbs_over_software_is_used_only_by_name() {
             ["libibverbs", "libucp"].map(|library| maps.contains(library))
         };
         let (node, verbs, ucx) = of(Config::new());
-        println!("AUTO verbs: {} (fix: {:?})", verbs.reason, verbs.fix);
+        println!("\nAUTO verbs: {} (fix: {:?})", verbs.reason, verbs.fix);
         println!("AUTO ucx: {} (fix: {:?})", ucx.reason, ucx.fix);
         assert!(!verbs.present && verbs.reason.contains("rxe0 is soft-RoCE"), "{}", verbs.reason);
         assert!(verbs.fix.is_some_and(|fix| fix.contains("name verbs in THALWEG_TRANSPORTS")));

@@ -18,7 +18,8 @@ pub struct Info {
     pub version: &'static str,
     /// The links, whether or not they would be used.
     pub links: Vec<LinkInfo>,
-    /// What the library uses by itself where nobody names links, and why it does not use the others.
+    /// What the library uses by itself where nobody names links, best first, and why it does not use
+    /// the others.
     pub auto: Vec<LinkInfo>,
     /// The system.
     pub system: System,
@@ -68,7 +69,14 @@ pub fn collect() -> Result<Info> {
     // The last two are looked for everywhere only where they are named.
     let all = [LinkKind::Shm, LinkKind::Tcp, LinkKind::Verbs, LinkKind::Ucx];
     let links = with_node(config.clone().transports(all), links_of)?;
-    let auto = with_node(config.auto_transports(), links_of)?;
+    let auto = with_node(config.auto_transports(), |node| {
+        let allowed = node.config().allowed_transports();
+        let place = |info: &LinkInfo| allowed.iter().position(|link| link.name() == info.link);
+        let mut links = links_of(node);
+        links.retain(|info| place(info).is_some());
+        links.sort_by_key(place);
+        links
+    })?;
     Ok(Info { version: env!("CARGO_PKG_VERSION"), links, auto, system: System::read() })
 }
 
