@@ -264,12 +264,10 @@ async fn a_link_that_nobody_named_costs_two_seconds_at_most() {
     let took = began.elapsed();
     assert_eq!(endpoint.route().link(), LinkKind::Tcp, "{}", endpoint.route());
     let ucx = candidate(&endpoint, LinkKind::Ucx);
-    assert!(
-        ucx.verdict == Verdict::Rejected && ucx.reason.contains("within 2s")
-            || ucx.reason.contains("longer than 2.0s"),
-        "{}",
-        ucx.reason
-    );
+    assert_eq!(ucx.verdict, Verdict::Rejected);
+    // Whichever clock was looked at first: that of the attempt, or that of the link.
+    let told = ["longer than 2.0s", "within 2s"].iter().any(|limit| ucx.reason.contains(limit));
+    assert!(told, "{}", ucx.reason);
     assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(4), "{took:?}");
     assert!(node.shared().warned.load(Ordering::Relaxed));
     drop(peer.await.expect("the peer"));
