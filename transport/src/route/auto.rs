@@ -118,8 +118,11 @@ mod tests {
     const OTHER: Nature = Nature::Other("iWARP");
     const ARIES: Fabric = Fabric { file: "dev/kgni0", transports: "ugni" };
 
-    fn hardware(devices: &[(&str, Nature, bool)]) -> Hardware {
-        let device = |(name, nature, up): &(&str, Nature, bool)| RdmaDevice {
+    /// Name and nature of a device, and whether it is up.
+    type Claim = (&'static str, Nature, bool);
+
+    fn hardware(devices: &[Claim]) -> Hardware {
+        let device = |(name, nature, up): &Claim| RdmaDevice {
             name: (*name).to_owned(),
             nature: *nature,
             up: *up,
@@ -133,7 +136,9 @@ mod tests {
 
     #[test]
     fn verbs_is_looked_for_where_hardware_is_up() {
-        let table: [(&[(&str, Nature, bool)], Result<&[&str], &str>); 7] = [
+        /// The devices to leave alone, or what the reason says.
+        type Expected = Result<&'static [&'static str], &'static str>;
+        let table: [(&[Claim], Expected); 7] = [
             (&[("m", Nature::Adapter, true)], Ok(&[])),
             (&[("m", Nature::Adapter, true), ("d", Nature::Adapter, false)], Ok(&["d"])),
             (
