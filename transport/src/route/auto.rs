@@ -64,7 +64,7 @@ pub(crate) fn verbs(hardware: &Hardware) -> Result<Vec<String>, Declined> {
 fn describe(device: &RdmaDevice) -> String {
     let RdmaDevice { name, nature, up } = device;
     match nature {
-        Nature::Software(what) => format!("{name} is {what}, slower than TCP"),
+        Nature::Software(what) => format!("{name} is {what} (slower than TCP)"),
         Nature::Other(what) => format!("{name} is {what}"),
         Nature::Adapter if *up => format!("{name} is up"),
         Nature::Adapter => format!("{name} is down"),
@@ -146,7 +146,7 @@ mod tests {
                 Ok(&["r", "i"]),
             ),
             (&[], Err("knows no RDMA device")),
-            (&[("r", SOFT, true)], Err("r is soft-RoCE, slower than TCP")),
+            (&[("r", SOFT, true)], Err("r is soft-RoCE (slower than TCP)")),
             (&[("r", SOFT, true), ("m", Nature::Adapter, false)], Err("m is down")),
             (&[("i", OTHER, true)], Err("i is iWARP")),
         ];
