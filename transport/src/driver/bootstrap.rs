@@ -587,7 +587,8 @@ impl SetUp<'_> {
         let reason = &failure.reason;
         if self.is_unasked(kind, role) && !self.node.warned.swap(true, Ordering::Relaxed) {
             let fix = "name what is to be used in THALWEG_TRANSPORTS";
-            tracing::warn!(peer = %self.shown, link = %kind, %reason, fix, "a link that this machine has does not come up; told once");
+            let what = "a link that this machine has does not come up; this is told once";
+            tracing::warn!(peer = %self.shown, link = %kind, %reason, fix, "{what}");
         } else {
             tracing::info!(peer = %self.shown, link = %kind, %reason, "link not up");
         }
