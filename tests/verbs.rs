@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use support::{Folder, Peer, inside, measured, note, serially, short_or_long};
+use support::{Folder, Peer, inside, measured, note, outside, serially, short_or_long};
 use thalweg::{Access, Config, Endpoint, ErrorKind, LinkKind, Message, Node, RemoteKey};
 use thalweg_tests::{Way, check_pattern, connect, pair, pattern, run_once, skipped, until, within};
 
@@ -375,6 +375,56 @@ fn verbs_without_a_device_or_a_port() {
     for (device, interface) in DEVICES {
         make_device(device, interface);
     }
+}
+
+/// The machine's devices are made of software: the library leaves them alone, and does not even load
+/// libibverbs, unless one of them is named.
+#[test]
+fn verbs_over_software_is_used_only_by_name() {
+    const NAME: &str = "verbs_over_software_is_used_only_by_name";
+    if !in_the_machine(NAME) {
+        return;
+    }
+    let _alone = serially();
+    if !inside() {
+        let output = outside(NAME, &[]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        return said.lines().filter(|line| line.starts_with("AUTO")).for_each(note);
+    }
+    run_once("devices of software", async {
+        let of = |config: Config| {
+            let node = Node::new(config).expect("a node");
+            let link = |kind| {
+                let all = node.capabilities();
+                all.into_iter().find(|c| c.link == kind).expect("it is told of")
+            };
+            let (verbs, ucx) = (link(LinkKind::Verbs), link(LinkKind::Ucx));
+            (node, verbs, ucx)
+        };
+        let loaded = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+            ["libibverbs", "libucp"].map(|library| maps.contains(library))
+        };
+        let (node, verbs, ucx) = of(Config::new());
+        println!("\nAUTO verbs: {} (fix: {:?})", verbs.reason, verbs.fix);
+        println!("AUTO ucx: {} (fix: {:?})", ucx.reason, ucx.fix);
+        assert!(!verbs.present && verbs.reason.contains("rxe0 is soft-RoCE"), "{}", verbs.reason);
+        assert!(verbs.fix.is_some_and(|fix| fix.contains("name verbs in THALWEG_TRANSPORTS")));
+        assert!(!ucx.present && ucx.reason.contains("no hardware"), "{}", ucx.reason);
+        assert_eq!(loaded(), [false; 2], "nothing is loaded to find that out");
+        let rxe0 = |config: Config| config.verbs_devices(["rxe0"]);
+        let listens = rxe0(Config::new().transports([LinkKind::Verbs, LinkKind::Tcp]));
+        let other = Node::new(listens).expect("a node");
+        let listener = other.listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (a, _b) = thalweg_tests::connect(&node, &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Tcp, "{}", a.route());
+        assert!(a.route().to_string().contains("rxe0 is soft-RoCE"), "{}", a.route());
+        let (node, verbs, _) = of(rxe0(Config::new()));
+        assert!(verbs.present && verbs.reason.contains("rxe0"), "{}", verbs.reason);
+        assert!(!verbs.reason.contains("rxa"), "{}", verbs.reason);
+        let (a, _b) = thalweg_tests::connect(&node, &listener).await;
+        assert_eq!(a.route().link(), LinkKind::Verbs, "to name a device is to ask: {}", a.route());
+    });
 }
 
 fn across_the_wire(mode: [&str; 2], words: [&[&str]; 2]) -> [Peer; 2] {

@@ -1,12 +1,12 @@
-//! What this machine offers: each link, present or not, why, and what would fix it; and the facts
-//! about the kernel and the process on which that rests.
+//! What this machine offers: each link, present or not, why, and what would fix it; what is used where
+//! nobody names links; and the facts about the kernel and the process on which that rests.
 
 use std::fmt::Write;
 use std::fs;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use thalweg::{CloseReason, Config, LinkKind, Node};
+use thalweg::{Capability, CloseReason, Config, LinkKind, Node};
 
 use crate::baseline::raw_tcp;
 use crate::{pin, rlimit};
@@ -16,8 +16,11 @@ use crate::{pin, rlimit};
 pub struct Info {
     /// Of this library.
     pub version: &'static str,
-    /// The links, best first.
+    /// The links, whether or not they would be used.
     pub links: Vec<LinkInfo>,
+    /// What the library uses by itself where nobody names links, best first, and why it does not use
+    /// the others.
+    pub auto: Vec<LinkInfo>,
     /// The system.
     pub system: System,
 }
@@ -62,22 +65,29 @@ pub struct System {
 
 /// Collects all of it.
 pub fn collect() -> Result<Info> {
-    // These two are looked for only where they are asked for.
-    let optional = [LinkKind::Verbs, LinkKind::Ucx];
     let config = Config::from_env()?;
-    let all = config.transports([LinkKind::Shm, LinkKind::Tcp].into_iter().chain(optional));
-    let links = with_node(all, |node| {
-        node.capabilities()
-            .into_iter()
-            .map(|capability| LinkInfo {
-                link: capability.link.name(),
-                present: capability.present,
-                reason: capability.reason,
-                fix: capability.fix,
-            })
-            .collect()
+    // The last two are looked for everywhere only where they are named.
+    let all = [LinkKind::Shm, LinkKind::Tcp, LinkKind::Verbs, LinkKind::Ucx];
+    let links = with_node(config.clone().transports(all), links_of)?;
+    let auto = with_node(config.auto_transports(), |node| {
+        let allowed = node.config().allowed_transports();
+        let place = |info: &LinkInfo| allowed.iter().position(|link| link.name() == info.link);
+        let mut links = links_of(node);
+        links.retain(|info| place(info).is_some());
+        links.sort_by_key(place);
+        links
     })?;
-    Ok(Info { version: env!("CARGO_PKG_VERSION"), links, system: System::read() })
+    Ok(Info { version: env!("CARGO_PKG_VERSION"), links, auto, system: System::read() })
+}
+
+fn links_of(node: &Node) -> Vec<LinkInfo> {
+    let info = |capability: Capability| LinkInfo {
+        link: capability.link.name(),
+        present: capability.present,
+        reason: capability.reason,
+        fix: capability.fix,
+    };
+    node.capabilities().into_iter().map(info).collect()
 }
 
 /// The links of the library's own that work here and connect processes, best first.
@@ -135,12 +145,16 @@ fn pidfd_works() -> bool {
 
 /// For people.
 pub fn render(info: &Info) -> String {
-    let mut text = format!("thalweg {}\n\nLinks\n", info.version);
-    for link in &info.links {
-        let verdict = if link.present { "yes" } else { "no" };
-        let _ = writeln!(text, "  {:<5} {verdict:<4} {}", link.link, link.reason);
-        if let Some(fix) = &link.fix {
-            let _ = writeln!(text, "             to fix: {fix}");
+    let mut text = format!("thalweg {}\n", info.version);
+    let lists = [("Links", "to fix", &info.links), ("Used by itself", "to change", &info.auto)];
+    for (title, change, links) in lists {
+        let _ = writeln!(text, "\n{title}");
+        for link in links {
+            let verdict = if link.present { "yes" } else { "no" };
+            let _ = writeln!(text, "  {:<5} {verdict:<4} {}", link.link, link.reason);
+            if let Some(fix) = &link.fix {
+                let _ = writeln!(text, "             {change}: {fix}");
+            }
         }
     }
     text.push_str("\nSystem\n");

@@ -5,9 +5,10 @@ use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
-use thalweg::{Config, LinkKind};
+use thalweg::Config;
 
-/// The defaults, changed by the environment (`THALWEG_*`) and by `--transport LINK[,LINK]`.
+/// The defaults, changed by the environment (`THALWEG_*`) and by `--transport LINK[,LINK]` or
+/// `--transport auto`.
 ///
 /// # Errors
 ///
@@ -25,13 +26,10 @@ pub fn config() -> thalweg::Result<Config> {
 pub fn with_transport(names: Option<&str>) -> thalweg::Result<Config> {
     let config = Config::from_env()?;
     let Some(names) = names else { return Ok(config) };
-    let links = names.split(',').map(|name| {
-        LinkKind::from_name(name).unwrap_or_else(|| {
-            eprintln!("--transport {names}: there is no link called {name:?}");
-            std::process::exit(2)
-        })
-    });
-    Ok(config.transports(links))
+    Ok(config.transports_by_name(names.split(',')).unwrap_or_else(|error| {
+        note(format_args!("--transport {names}: {error}"));
+        std::process::exit(2)
+    }))
 }
 
 /// Prints a line. Nobody may be listening (`hello | true`): that is no reason to end.

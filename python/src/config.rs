@@ -7,7 +7,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMemoryView, PySlice};
-use thalweg::{Allocator, Config, HostPool, LinkKind, PoolBuf, Wake};
+use thalweg::{Allocator, Config, HostPool, PoolBuf, Wake};
 
 use crate::buffer::PyMemory;
 use crate::error;
@@ -35,18 +35,12 @@ fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Duration> {
         .map_err(|_| PyValueError::new_err(format!("{name}: a number of seconds, not {seconds}")))
 }
 
-fn links(value: &Bound<'_, PyAny>) -> PyResult<Vec<LinkKind>> {
+fn transports(config: Config, value: &Bound<'_, PyAny>) -> PyResult<Config> {
     let names: Vec<String> = match value.extract::<String>() {
-        Ok(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
+        Ok(text) => text.split(',').map(str::to_owned).collect(),
         Err(_) => value.extract()?,
     };
-    names
-        .iter()
-        .map(|name| {
-            LinkKind::from_name(name)
-                .ok_or_else(|| PyValueError::new_err(format!("no such transport: {name:?}")))
-        })
-        .collect()
+    config.transports_by_name(names).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
 /// The `THALWEG_*` variables, overridden by keyword arguments that are not `None`. Operations sleep
@@ -61,7 +55,7 @@ pub fn read(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<Setti
         }
         let name: String = name.extract()?;
         config = match name.as_str() {
-            "transports" => config.transports(links(&value)?),
+            "transports" => transports(config, &value)?,
             "spin_us" => {
                 spin = Duration::from_micros(value.extract()?);
                 if spin > SPIN_MAX {

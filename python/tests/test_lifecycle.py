@@ -45,6 +45,10 @@ async def test_errors_of_connecting() -> None:
         thalweg.Node(no_such_setting=1)
     with pytest.raises(ValueError):
         thalweg.Node(transports="pigeon")
+    with pytest.raises(ValueError, match="stands alone"):
+        thalweg.Node(transports=["auto", "tcp"])
+    async with thalweg.Node(transports="auto"):
+        pass
     with pytest.raises(ValueError):
         thalweg.Node(connect_timeout=-1)
     for name in ["max_message", "message_window", "tag_window"]:

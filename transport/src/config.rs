@@ -9,8 +9,10 @@ use bytes::Bytes;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::LinkKind;
+use crate::link::hardware::Hardware;
 use crate::link::verbs::RAILS_MAX;
 use crate::memory::Allocator;
+use crate::route::auto;
 
 /// The kernel counts in seconds, and needs one for each of silence, probe and answer.
 /// No window and no limit of a message is smaller, in bytes.
@@ -62,6 +64,33 @@ impl FromStr for Wake {
     }
 }
 
+/// The name that stands for the library's own choice of links.
+const AUTO: &str = "auto";
+
+/// The links that may be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Transports {
+    /// Those that are worth it on this machine.
+    Auto,
+    /// These, best first.
+    Named(Vec<LinkKind>),
+}
+
+impl Transports {
+    /// Best first.
+    pub fn order(&self) -> &[LinkKind] {
+        match self {
+            Transports::Auto => &auto::ORDER,
+            Transports::Named(links) => links,
+        }
+    }
+
+    /// Whether somebody named this link.
+    pub fn names(&self, link: LinkKind) -> bool {
+        matches!(self, Transports::Named(links) if links.contains(&link))
+    }
+}
+
 /// The settings of a [`crate::Node`]. Every setting has a default that suits a scheduler.
 ///
 /// ```
@@ -75,7 +104,9 @@ impl FromStr for Wake {
 /// ```
 #[derive(Clone)]
 pub struct Config {
-    pub(crate) transports: Vec<LinkKind>,
+    pub(crate) transports: Transports,
+    /// Looks for hardware where the choice of links depends on it.
+    pub(crate) hardware: fn() -> Hardware,
     pub(crate) wake: Wake,
     pub(crate) spin_limit: Duration,
     pub(crate) adaptive_spin: Duration,
@@ -110,7 +141,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Config {
-            transports: vec![LinkKind::Shm, LinkKind::Tcp],
+            transports: Transports::Auto,
+            hardware: Hardware::look,
             wake: Wake::Adaptive,
             spin_limit: Duration::from_millis(100),
             adaptive_spin: Duration::from_micros(50),
@@ -163,15 +195,44 @@ impl Config {
     }
 
     /// The links that may be used, best first. `THALWEG_TRANSPORTS`, for instance `shm,tcp`.
-    /// Default: `shm,tcp`.
+    /// Default: as [`Config::auto_transports`] says.
     pub fn transports(mut self, transports: impl IntoIterator<Item = LinkKind>) -> Self {
-        self.transports.clear();
+        let mut links = Vec::new();
         for kind in transports {
-            if !self.transports.contains(&kind) {
-                self.transports.push(kind);
+            if !links.contains(&kind) {
+                links.push(kind);
             }
         }
+        self.transports = Transports::Named(links);
         self
+    }
+
+    /// Leaves the choice of links to the library, which is the default: `shm` on one host; `verbs`
+    /// where the kernel shows RDMA hardware with a port that is up, or where
+    /// [`Config::verbs_devices`] names devices; `ucx` where there is hardware that `verbs` does not
+    /// reach, and both sides have it; and `tcp`. Devices made of software (soft-RoCE, SoftiWARP) do
+    /// not count. [`crate::Node::capabilities`] says what was found, and what was not looked for.
+    /// `THALWEG_TRANSPORTS=auto`.
+    pub fn auto_transports(mut self) -> Self {
+        self.transports = Transports::Auto;
+        self
+    }
+
+    /// As [`Config::transports`], by the names of the links; `auto` alone is
+    /// [`Config::auto_transports`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for a name of no link, and for `auto` beside others.
+    pub fn transports_by_name<S: AsRef<str>>(
+        self,
+        names: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        match links_named(names) {
+            Ok(Some(links)) => Ok(self.transports(links)),
+            Ok(None) => Ok(self.auto_transports()),
+            Err(what) => Err(Error::new(ErrorKind::InvalidInput, Phase::Setup, what)),
+        }
     }
 
     /// What the peer is told at connect, both ways: identity, version, whatever the application
@@ -315,13 +376,10 @@ impl Config {
             let usize_of = |n: u64| usize::try_from(n).map_err(|_| bad("too large"));
             match setting {
                 "TRANSPORTS" => {
-                    let kinds: Result<Vec<_>> = value
-                        .split(',')
-                        .map(|name| {
-                            LinkKind::from_name(name.trim()).ok_or_else(|| bad("no such transport"))
-                        })
-                        .collect();
-                    config = config.transports(kinds?);
+                    config = match links_named(value.split(',')).map_err(|what| bad(&what))? {
+                        Some(links) => config.transports(links),
+                        None => config.auto_transports(),
+                    };
                 }
                 "WAKE" => config.wake = value.parse()?,
                 "SPIN_LIMIT_US" => config.spin_limit = Duration::from_micros(number()?),
@@ -375,9 +433,10 @@ impl Config {
         self.max_message_bytes
     }
 
-    /// The links that may be used, best first, as [`Config::transports`] was set.
+    /// The links that may be used, best first, as [`Config::transports`] was set; where the library
+    /// chooses, those that it chooses from.
     pub fn allowed_transports(&self) -> &[LinkKind] {
-        &self.transports
+        self.transports.order()
     }
 
     /// How operations wait, as [`Config::wake`] was set.
@@ -400,7 +459,7 @@ impl Config {
                 crate::proto::hello::APP_BYTES_MAX
             ));
         }
-        if self.transports.is_empty() {
+        if self.transports.order().is_empty() {
             return bad("no transport is allowed".into());
         }
         for (bytes, name) in [
@@ -450,6 +509,29 @@ impl Config {
     }
 }
 
+/// The links of these names; `None`: the library is to choose. `Err`: what is wrong.
+fn links_named<S: AsRef<str>>(
+    names: impl IntoIterator<Item = S>,
+) -> std::result::Result<Option<Vec<LinkKind>>, String> {
+    let (mut links, mut count, mut auto) = (Vec::new(), 0, false);
+    for name in names {
+        let name = name.as_ref().trim();
+        count += 1;
+        match LinkKind::from_name(name) {
+            Some(link) => links.push(link),
+            None if name == AUTO => auto = true,
+            None => return Err(format!("no such transport: {name:?}")),
+        }
+    }
+    match auto {
+        true if count > 1 => {
+            Err(format!("{AUTO} stands alone: it chooses among all links, in an order of its own"))
+        }
+        true => Ok(None),
+        false => Ok(Some(links)),
+    }
+}
+
 /// A number of bytes: digits, with KiB, MiB or GiB behind if wanted.
 fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -480,9 +562,32 @@ mod tests {
             ("PATH", "ignored"),
         ])
         .expect("valid");
-        assert_eq!(config.transports, [LinkKind::Tcp]);
+        assert_eq!(config.transports, Transports::Named(vec![LinkKind::Tcp]));
         assert_eq!(config.wake, Wake::Park);
         assert_eq!(config.message_window_bytes, 8 << 20);
+    }
+
+    #[test]
+    fn the_choice_of_links_is_the_default_and_stands_alone() {
+        let chosen =
+            |value| parse(&[("THALWEG_TRANSPORTS", value)]).map(|config| config.transports);
+        assert_eq!(Config::new().transports, Transports::Auto);
+        assert_eq!(parse(&[]).expect("valid").transports, Transports::Auto);
+        assert_eq!(chosen("auto").expect("valid"), Transports::Auto);
+        assert_eq!(chosen(" auto ").expect("valid"), Transports::Auto);
+        let both = Transports::Named(vec![LinkKind::Tcp, LinkKind::Shm]);
+        assert_eq!(chosen("tcp,shm,tcp").expect("valid"), both);
+        for value in ["auto,tcp", "tcp, auto", "auto,auto"] {
+            let error = chosen(value).expect_err(value).to_string();
+            assert!(error.contains("auto stands alone") && error.contains(value), "{error}");
+        }
+        let error = chosen("tcp,pigeon").expect_err("no link").to_string();
+        assert!(error.contains("pigeon"), "{error}");
+        let config = Config::new().transports([LinkKind::Tcp]);
+        assert!(config.transports.names(LinkKind::Tcp) && !config.transports.names(LinkKind::Shm));
+        let config = config.auto_transports();
+        assert_eq!(config.allowed_transports(), auto::ORDER);
+        assert!(!config.transports.names(LinkKind::Tcp));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! An async transport for distributed schedulers. A [`Node`] is a process's context; it listens
 //! and connects, and each connection is an [`Endpoint`]. Underneath, an endpoint moves its data
-//! over the best link that both sides have: shared memory on one host, TCP otherwise.
+//! over the best link that both sides have: shared memory on one host, RDMA or UCX where there is
+//! hardware for them, TCP otherwise.
 //! [`Endpoint::route`] says which one and why.
 //!
 //! ```

@@ -372,7 +372,9 @@ impl Node {
         self.0.shared.stats()
     }
 
-    /// Every link this build knows, whether it is here, why, and what would fix it.
+    /// Every link this build knows, whether it is here, why, and what would fix it. Where the library
+    /// chooses the links ([`Config::auto_transports`]), those that it does not look for count as absent,
+    /// and the reason says why.
     pub fn capabilities(&self) -> Vec<Capability> {
         self.0.shared.capabilities.clone()
     }

@@ -355,6 +355,7 @@ functions! {
     ucp_get_version: unsafe extern "C" fn(*mut libc::c_uint, *mut libc::c_uint, *mut libc::c_uint),
     ucp_init_version: unsafe extern "C" fn(libc::c_uint, libc::c_uint, *const ucp_params_t, *const ucp_config_t, *mut ucp_context_h) -> ucs_status_t,
     ucp_cleanup: unsafe extern "C" fn(ucp_context_h),
+    ucp_context_print_info: unsafe extern "C" fn(ucp_context_h, *mut FILE),
     ucp_worker_create: unsafe extern "C" fn(ucp_context_h, *const ucp_worker_params_t, *mut ucp_worker_h) -> ucs_status_t,
     ucp_worker_destroy: unsafe extern "C" fn(ucp_worker_h),
     ucp_worker_query: unsafe extern "C" fn(ucp_worker_h, *mut ucp_worker_attr_t) -> ucs_status_t,

@@ -28,6 +28,7 @@ use super::endpoint::EndpointShared;
 use super::node::NodeShared;
 use super::{Mutex, lock};
 use crate::address::Address;
+use crate::config::Transports;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::shm::{Blob, verdict};
 use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
@@ -41,6 +42,11 @@ use crate::proto::hello::{
 };
 use crate::route::{Candidate, Objection, Policy, Side, Verdict, Ways, explain, plan};
 use crate::runtime::{Stream, is_runtime_gone, resolve};
+
+/// What an attempt at a link that nobody named may take. Working hardware should need milliseconds; for
+/// one that is up and does not reach the peer (a wrong VLAN) every connection waits, and who would be
+/// content with TCP does not know why. A further rail that is dead has half a second of it.
+const UNASKED_MAX: Duration = Duration::from_secs(2);
 
 /// Which end of the bootstrap this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,7 +259,8 @@ async fn establish(
         all: &link.caps().ways.clone(),
         one_sided: link.one_sided().filter(|_| direct).map(|link| link.way()),
     };
-    let route = explain(&shown, kind, ways, &config.transports, &attempts, candidates, rejected);
+    let route =
+        explain(&shown, kind, ways, config.transports.order(), &attempts, candidates, rejected);
     let limits = Limits {
         peer_message_window: theirs.message_window,
         peer_tag_window: theirs.tag_window,
@@ -313,7 +320,7 @@ fn own_hello(
 ) -> Hello {
     let config = &node.config;
     let mut links = Vec::new();
-    for kind in &config.transports {
+    for kind in config.transports.order() {
         match kind {
             LinkKind::Shm => {
                 if let Some(shm) = &node.shm {
@@ -437,11 +444,25 @@ impl SetUp<'_> {
             .map(|(_, blob)| blob.as_slice())
     }
 
-    fn plan(&self) -> (Vec<LinkKind>, Vec<Candidate>) {
+    /// Whether this link is tried only because the library thought so. The connecting side decides
+    /// about that for both: whoever follows is content with what it has offered.
+    fn is_unasked(&self, kind: LinkKind, role: Role) -> bool {
         let config = &self.node.config;
+        let looked_for = match kind {
+            LinkKind::Verbs => config.verbs_devices.is_empty(),
+            LinkKind::Ucx => true,
+            LinkKind::Shm | LinkKind::Tcp | LinkKind::Mock => false,
+        };
+        looked_for && config.transports == Transports::Auto && role == Role::Connector
+    }
+
+    fn plan(&self, role: Role) -> (Vec<LinkKind>, Vec<Candidate>) {
+        let config = &self.node.config;
+        let ucx_here = || self.node.ucx.as_ref().map_or(&[][..], |ucx| ucx.transports()).to_vec();
         let policy = Policy {
-            order: config.transports.clone(),
+            order: config.transports.order().to_vec(),
             require_encryption: config.require_encryption,
+            ucx_only_by: self.is_unasked(LinkKind::Ucx, role).then(ucx_here),
         };
         let offers = self.theirs.links.iter().filter_map(|(name, _)| LinkKind::from_name(name));
         let mut objections = Vec::new();
@@ -466,13 +487,14 @@ impl SetUp<'_> {
         {
             objections.push(Objection { link: LinkKind::Ucx, reason, fix });
         }
-        let peer = Side { offers: offers.collect() };
+        let transports = self.blob(LinkKind::Ucx).map(ucx::transports).unwrap_or_default();
+        let peer = Side { offers: offers.collect(), transports };
         plan(&policy, &self.node.capabilities, &peer, &objections)
     }
 
     /// Names links, best first, until one comes up.
     async fn lead(&mut self) -> Result<Chosen> {
-        let (attempts, rejected) = self.plan();
+        let (attempts, rejected) = self.plan(Role::Connector);
         for &kind in &attempts {
             self.say(&Setup::Attempt { link: kind.name().into() }).await?;
             let last = attempts.last() == Some(&kind);
@@ -488,7 +510,7 @@ impl SetUp<'_> {
 
     /// Tries the links that the connector names.
     async fn follow(&mut self) -> Result<Chosen> {
-        let (attempts, rejected) = self.plan();
+        let (attempts, rejected) = self.plan(Role::Acceptor);
         // Bounded: a kind is tried once.
         let mut tried = Vec::new();
         loop {
@@ -562,7 +584,14 @@ impl SetUp<'_> {
             (Err(failure), _) => failure,
             (Ok(_), Err(failure)) => at_the_peer(failure),
         };
-        tracing::info!(peer = %self.shown, link = %kind, reason = %failure.reason, "link not up");
+        let reason = &failure.reason;
+        if self.is_unasked(kind, role) && !self.node.warned.swap(true, Ordering::Relaxed) {
+            let fix = "name what is to be used in THALWEG_TRANSPORTS";
+            let what = "a link that this machine has does not come up; this is told once";
+            tracing::warn!(peer = %self.shown, link = %kind, %reason, fix, "{what}");
+        } else {
+            tracing::info!(peer = %self.shown, link = %kind, %reason, "link not up");
+        }
         self.candidates.push(Candidate {
             link: kind,
             verdict: Verdict::Rejected,
@@ -582,8 +611,13 @@ impl SetUp<'_> {
         // A peer that stalls in the set-up of one link must leave time for the next.
         let left = self.deadline.saturating_duration_since(Instant::now());
         let share = if last { left } else { left / 2 };
+        let unasked = self.is_unasked(kind, role);
+        let (share, at_most) = match unasked {
+            true => (share.min(UNASKED_MAX), UNASKED_MAX),
+            false => (share, Duration::MAX),
+        };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
-        let begun = self.begin(kind, role);
+        let begun = self.begin(kind, role, at_most);
         // Written whole, before there is anything that could cut it short.
         if let Ok(Some(prepared)) = &begun {
             self.say(&Setup::Terms(prepared.terms())).await?;
@@ -591,7 +625,7 @@ impl SetUp<'_> {
         let mut hearing = pin!(self.hear_past_terms());
         let mut heard = None;
         let own = {
-            let mut bringing = pin!(self.bring_up(kind, role, begun));
+            let mut bringing = pin!(self.bring_up(kind, role, begun, at_most));
             poll_fn(|cx| {
                 if heard.is_none()
                     && let Poll::Ready(said) = hearing.as_mut().poll(cx)
@@ -605,7 +639,7 @@ impl SetUp<'_> {
                         if let Poll::Ready(own) = bringing.as_mut().poll(cx) {
                             return Poll::Ready(own);
                         }
-                        timer.as_mut().poll(cx).map(|()| Err(stalled(share)))
+                        timer.as_mut().poll(cx).map(|()| Err(stalled(share, unasked)))
                     }
                     Some(Ok(Setup::Result(Err(failure)))) => {
                         Poll::Ready(Err(at_the_peer(failure.clone())))
@@ -628,14 +662,19 @@ impl SetUp<'_> {
     }
 
     /// What a link needs before the peer is told of its terms.
-    fn begin(&self, kind: LinkKind, role: Role) -> Result<Option<verbs::Prepared>, Failure> {
+    fn begin(
+        &self,
+        kind: LinkKind,
+        role: Role,
+        at_most: Duration,
+    ) -> Result<Option<verbs::Prepared>, Failure> {
         if kind != LinkKind::Verbs {
             return Ok(None);
         }
         let absent = || Failure { reason: "not offered".into(), fix: String::new() };
         let engine = self.node.verbs.as_ref().ok_or_else(absent)?;
         let blob = self.blob(kind).ok_or_else(absent)?;
-        engine.prepare(blob, role == Role::Connector).map(Some)
+        engine.prepare(blob, role == Role::Connector, at_most).map(Some)
     }
 
     async fn bring_up(
@@ -643,6 +682,7 @@ impl SetUp<'_> {
         kind: LinkKind,
         role: Role,
         begun: Result<Option<verbs::Prepared>, Failure>,
+        at_most: Duration,
     ) -> Result<Prepared, Failure> {
         let begun = begun?;
         match kind {
@@ -663,7 +703,10 @@ impl SetUp<'_> {
                 let engine = self.node.ucx.as_ref().ok_or_else(absent)?;
                 let blob = self.blob(kind).ok_or_else(absent)?;
                 let slot = lock(&self.reservation).as_mut().and_then(Reservation::take);
-                let opened = engine.open(slot.ok_or_else(absent)?, blob).await?;
+                let opened = engine.open(slot.ok_or_else(absent)?, blob, at_most).await?;
+                if self.is_unasked(kind, role) {
+                    engine.confirm(&opened)?;
+                }
                 Ok(Prepared::Ucx(Box::new(opened)))
             }
             LinkKind::Verbs => {
@@ -730,8 +773,12 @@ impl SetUp<'_> {
     }
 }
 
-fn stalled(share: Duration) -> Failure {
-    let reason = format!("setting it up took longer than {share:.1?}, half of what time was left");
+fn stalled(share: Duration, unasked: bool) -> Failure {
+    let why = match unasked {
+        true => "which is what a link that nobody named may take",
+        false => "half of what time was left",
+    };
+    let reason = format!("setting it up took longer than {share:.1?}, {why}");
     Failure { reason, fix: String::new() }
 }
 

@@ -10,6 +10,8 @@
 //! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
 //! - [`bootstrap`]: from a TCP connection to an endpoint.
 
+#[cfg(test)]
+mod auto_tests;
 #[allow(clippy::duplicate_mod, reason = "the model runs the same file over loom's primitives")]
 pub(crate) mod board;
 #[cfg(test)]

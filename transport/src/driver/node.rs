@@ -14,15 +14,17 @@ use super::endpoint::EndpointShared;
 use super::keys::{Keys, Told};
 use super::sync::{Mutex, lock};
 use super::waiters::{Place, Waiters};
-use crate::config::Config;
+use crate::config::{Config, Transports};
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::link::hardware::{Hardware, Reach};
 use crate::link::shm::{ShmEngine, ShmOptions};
-use crate::link::ucx::{UcxEngine, UcxOptions};
-use crate::link::verbs::{VerbsEngine, VerbsOptions};
+use crate::link::ucx::{Scope, UcxEngine, UcxOptions};
+use crate::link::verbs::{Unusable, VerbsEngine, VerbsOptions};
 use crate::link::{Engine, LinkKind};
 use crate::memory::{Allocator, HostPool, SharedPool};
 use crate::proto::keys::RemoteKeyWire;
 use crate::route::Capability;
+use crate::route::auto::{self, ByVerbs};
 use crate::runtime::{ForkGuard, Reactor, Timers};
 use crate::stats::{NodeStats, Stats};
 
@@ -71,6 +73,8 @@ pub(crate) struct NodeShared {
     pub fork: ForkGuard,
     pub handshakes: AtomicU64,
     pub handshakes_failed: AtomicU64,
+    /// It has been warned that a link which nobody named does not come up.
+    pub warned: AtomicBool,
     endpoints: Mutex<HashMap<EndpointId, Arc<EndpointShared>>>,
     next_endpoint: AtomicU64,
     new_tasks: Mutex<Vec<Task>>,
@@ -109,7 +113,7 @@ impl NodeShared {
             handshake_timeout: config.handshake_timeout,
             ..ShmOptions::default()
         };
-        let shm = if config.transports.contains(&LinkKind::Shm) {
+        let shm = if config.transports.order().contains(&LinkKind::Shm) {
             match ShmEngine::new(reactor.clone(), timers.clone(), options) {
                 Ok(engine) => {
                     capabilities.push(present(LinkKind::Shm, "memfd, pidfd and Unix sockets work"));
@@ -117,12 +121,8 @@ impl NodeShared {
                     Some(engine)
                 }
                 Err(unavailable) => {
-                    capabilities.push(Capability {
-                        link: LinkKind::Shm,
-                        present: false,
-                        reason: unavailable.reason,
-                        fix: Some(unavailable.fix).filter(|fix| !fix.is_empty()),
-                    });
+                    let fix = Some(unavailable.fix).filter(|fix| !fix.is_empty());
+                    capabilities.push(absent(LinkKind::Shm, unavailable.reason, fix));
                     None
                 }
             }
@@ -131,9 +131,11 @@ impl NodeShared {
             None
         };
         capabilities.push(present(LinkKind::Tcp, "always available"));
-        let verbs = verbs_engine(&config, &reactor, &timers, &mut capabilities);
+        let hardware = hardware(&config);
+        let (verbs, by_verbs) =
+            verbs_engine(&config, &hardware, &reactor, &timers, &mut capabilities);
         engines.extend(verbs.clone().map(|engine| engine as Arc<dyn Engine>));
-        let ucx = ucx_engine(&config, &reactor, &timers, &mut capabilities);
+        let ucx = ucx_engine(&config, &hardware, &by_verbs, &reactor, &timers, &mut capabilities);
         engines.extend(ucx.clone().map(|engine| engine as Arc<dyn Engine>));
         #[cfg(feature = "mock")]
         capabilities.push(present(LinkKind::Mock, "for tests within one process"));
@@ -154,6 +156,7 @@ impl NodeShared {
             fork: ForkGuard::get(),
             handshakes: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
+            warned: AtomicBool::new(false),
             endpoints: Mutex::new(HashMap::new()),
             next_endpoint: AtomicU64::new(1),
             new_tasks: Mutex::new(Vec::new()),
@@ -397,17 +400,84 @@ impl NodeShared {
     }
 }
 
-/// The engine of the link `ucx`, if that is asked for and libucp is here.
+/// The engine of the link `verbs`, and what it does with RDMA hardware.
+fn verbs_engine(
+    config: &Config,
+    hardware: &Hardware,
+    reactor: &Reactor,
+    timers: &Arc<Timers>,
+    capabilities: &mut Vec<Capability>,
+) -> (Option<Arc<VerbsEngine>>, ByVerbs) {
+    let link = LinkKind::Verbs;
+    // To name a device is to ask for the link, whatever the device is made of.
+    let except = match config.transports {
+        Transports::Named(_) if !config.transports.names(link) => {
+            capabilities.push(present(link, "not tried: not among the transports"));
+            return (None, ByVerbs::Nothing);
+        }
+        Transports::Auto if config.require_encryption => {
+            capabilities.push(in_plain_text(link));
+            return (None, ByVerbs::Nothing);
+        }
+        Transports::Auto if config.verbs_devices.is_empty() => match auto::verbs(hardware) {
+            Ok(except) => except,
+            Err(declined) => {
+                capabilities.push(absent(link, declined.reason, declined.fix));
+                return (None, ByVerbs::Nothing);
+            }
+        },
+        Transports::Named(_) | Transports::Auto => Vec::new(),
+    };
+    let options = VerbsOptions {
+        eager_max: config.eager_max_bytes,
+        max_payload: config.max_message_bytes,
+        setup_timeout: config.handshake_timeout / 2,
+        devices: config.verbs_devices.clone(),
+        except,
+        rails: config.verbs_rails,
+    };
+    match VerbsEngine::new(reactor, timers.clone(), options) {
+        Ok(engine) => {
+            capabilities.push(present(link, &engine.found()));
+            let uses = ByVerbs::Uses(engine.devices());
+            (Some(engine), uses)
+        }
+        Err(unusable) => {
+            capabilities.push(absent(link, unusable.to_string(), unusable.fix()));
+            let forked = unusable == Unusable::Forked;
+            (None, if forked { ByVerbs::Forked } else { ByVerbs::Nothing })
+        }
+    }
+}
+
+/// The engine of the link `ucx`, if that is asked for, or there is hardware for it, and libucp is here.
 fn ucx_engine(
     config: &Config,
+    hardware: &Hardware,
+    by_verbs: &ByVerbs,
     reactor: &Reactor,
     timers: &Arc<Timers>,
     capabilities: &mut Vec<Capability>,
 ) -> Option<Arc<UcxEngine>> {
-    if !config.transports.contains(&LinkKind::Ucx) {
-        capabilities.push(present(LinkKind::Ucx, "not tried: not among the transports"));
-        return None;
-    }
+    let link = LinkKind::Ucx;
+    let scope = match config.transports {
+        Transports::Named(_) if !config.transports.names(link) => {
+            capabilities.push(present(link, "not tried: not among the transports"));
+            return None;
+        }
+        Transports::Named(_) => Scope::Named(Reach::all(hardware)),
+        Transports::Auto if config.require_encryption => {
+            capabilities.push(in_plain_text(link));
+            return None;
+        }
+        Transports::Auto => match auto::ucx(hardware, by_verbs, &config.verbs_devices) {
+            Ok(reach) => Scope::Hardware(reach),
+            Err(declined) => {
+                capabilities.push(absent(link, declined.reason, declined.fix));
+                return None;
+            }
+        },
+    };
     let windows = config.message_window_bytes.saturating_add(config.tag_window_bytes);
     let options = UcxOptions {
         eager_max: config.eager_max_bytes,
@@ -415,57 +485,40 @@ fn ucx_engine(
         // Twice what credit allows: heads, control and one-sided traffic count too.
         inbox_max_bytes: usize::try_from(windows.saturating_mul(2)).unwrap_or(usize::MAX / 2),
         setup_timeout: config.handshake_timeout / 2,
+        scope,
     };
     match UcxEngine::new(reactor, timers.clone(), options) {
         Ok(engine) => {
-            capabilities.push(present(LinkKind::Ucx, &engine.found()));
+            capabilities.push(present(link, &engine.found()));
             Some(engine)
         }
         Err(unavailable) => {
-            capabilities.push(Capability {
-                link: LinkKind::Ucx,
-                present: false,
-                reason: unavailable.reason,
-                fix: Some(unavailable.fix).filter(|fix| !fix.is_empty()),
-            });
+            let fix = Some(unavailable.fix).filter(|fix| !fix.is_empty());
+            capabilities.push(absent(link, unavailable.reason, fix));
             None
         }
     }
 }
 
-/// The engine of the link `verbs`, if that is asked for and there is a device.
-fn verbs_engine(
-    config: &Config,
-    reactor: &Reactor,
-    timers: &Arc<Timers>,
-    capabilities: &mut Vec<Capability>,
-) -> Option<Arc<VerbsEngine>> {
-    if !config.transports.contains(&LinkKind::Verbs) {
-        capabilities.push(present(LinkKind::Verbs, "not tried: not among the transports"));
-        return None;
-    }
-    let options = VerbsOptions {
-        eager_max: config.eager_max_bytes,
-        max_payload: config.max_message_bytes,
-        setup_timeout: config.handshake_timeout / 2,
-        devices: config.verbs_devices.clone(),
-        rails: config.verbs_rails,
+/// What hardware there is, if any link depends on that: those that are looked for, and what UCX tells
+/// peers of.
+fn hardware(config: &Config) -> Hardware {
+    let matters = match config.transports {
+        Transports::Auto => !config.require_encryption,
+        Transports::Named(_) => config.transports.names(LinkKind::Ucx),
     };
-    match VerbsEngine::new(reactor, timers.clone(), options) {
-        Ok(engine) => {
-            capabilities.push(present(LinkKind::Verbs, &engine.found()));
-            Some(engine)
-        }
-        Err(unusable) => {
-            capabilities.push(Capability {
-                link: LinkKind::Verbs,
-                present: false,
-                reason: unusable.to_string(),
-                fix: unusable.fix(),
-            });
-            None
-        }
-    }
+    if matters { (config.hardware)() } else { Hardware::default() }
+}
+
+/// Nothing is loaded that may not be used.
+fn in_plain_text(link: LinkKind) -> Capability {
+    let reason = "not looked for: encryption is required, and this link has none";
+    let fix = "allow plain text, or put both processes on one host";
+    absent(link, reason.into(), Some(fix.into()))
+}
+
+fn absent(link: LinkKind, reason: String, fix: Option<String>) -> Capability {
+    Capability { link, present: false, reason, fix }
 }
 
 fn present(link: LinkKind, reason: &str) -> Capability {

@@ -10,6 +10,7 @@
 mod arrivals;
 mod by_id;
 mod chunks;
+pub(crate) mod hardware;
 mod linger;
 mod lookout;
 #[cfg(feature = "mock")]
@@ -43,9 +44,10 @@ pub enum LinkKind {
     Shm,
     /// A TCP connection; always available.
     Tcp,
-    /// RDMA verbs, where libibverbs is found at run time; used where it is asked for.
+    /// RDMA verbs, where there is RDMA hardware, or where it is asked for; needs libibverbs.
     Verbs,
-    /// UCX, where libucp is found at run time; used where it is asked for.
+    /// UCX, where there is hardware that no other link reaches, or where it is asked for; needs
+    /// libucp.
     Ucx,
     /// In-process link for tests (feature `mock`).
     Mock,
@@ -70,6 +72,11 @@ impl LinkKind {
             .into_iter()
             .find(|kind| kind.name() == name)
     }
+}
+
+/// What has a link used where the library does not use it by itself.
+pub(crate) fn insist(link: LinkKind) -> String {
+    format!("name {link} in THALWEG_TRANSPORTS to use it all the same")
 }
 
 impl fmt::Display for LinkKind {

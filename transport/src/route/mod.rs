@@ -1,11 +1,14 @@
 //! The choice of path, as a pure function, and its explanation.
 //!
-//! This room owns what makes one link better than another. It must not know how links are set up
-//! or moved: it sees capability sets, the configuration and what became of each attempt.
+//! This room owns what makes one link better than another, and which are looked for where nobody named
+//! them (`auto`). It must not know how links are set up or moved: it sees what the kernel shows,
+//! capability sets, the configuration and what became of each attempt.
+
+pub(crate) mod auto;
 
 use std::fmt;
 
-use crate::link::LinkKind;
+use crate::link::{LinkKind, insist};
 use crate::memory::MemoryKind;
 
 /// What one side offers of one link.
@@ -145,6 +148,8 @@ pub(crate) struct Side {
     /// What this side offers, each with the link's own verdict on the pair of capability blobs
     /// (`None`: no objection).
     pub offers: Vec<LinkKind>,
+    /// UCX's transports over hardware there, as that side says.
+    pub transports: Vec<String>,
 }
 
 /// What the configuration says.
@@ -153,6 +158,9 @@ pub(crate) struct Policy {
     /// Allowed links, best first.
     pub order: Vec<LinkKind>,
     pub require_encryption: bool,
+    /// Where this side chooses, and nobody named links: UCX's transports over hardware here. UCX is
+    /// tried only if the peer has one of them, too.
+    pub ucx_only_by: Option<Vec<String>>,
 }
 
 /// A link's own objection to a pair of capability blobs.
@@ -203,11 +211,28 @@ pub(crate) fn plan(
             );
         } else if let Some(objection) = objections.iter().find(|o| o.link == link) {
             reject(link, objection.reason.clone(), objection.fix.clone());
+        } else if let Some(ours) = foreign(policy, peer).filter(|_| link == LinkKind::Ucx) {
+            let list = |names: &[String]| match names {
+                [] => "none".to_owned(),
+                names => names.join(", "),
+            };
+            let (ours, theirs) = (list(ours), list(&peer.transports));
+            let reason = format!(
+                "UCX has no transport over hardware that both sides have (here: {ours}; at the peer: \
+                 {theirs})"
+            );
+            reject(link, reason, Some(insist(link)));
         } else {
             attempts.push(link);
         }
     }
     (attempts, rejected)
+}
+
+/// UCX's transports over hardware here, if one in common is needed and there is none.
+fn foreign<'a>(policy: &'a Policy, peer: &Side) -> Option<&'a [String]> {
+    let ours = policy.ucx_only_by.as_deref()?;
+    (!ours.iter().any(|name| peer.transports.contains(name))).then_some(ours)
 }
 
 /// Whether nobody but the two processes (and the host's root) can read along.
@@ -281,8 +306,8 @@ fn why(link: LinkKind) -> &'static str {
     match link {
         LinkKind::Shm => "both processes are on this host (proved by reading a secret)",
         LinkKind::Tcp => "always available",
-        LinkKind::Verbs => "asked for, and queue pairs connect both sides",
-        LinkKind::Ucx => "asked for, and UCX connects both sides",
+        LinkKind::Verbs => "queue pairs of RDMA devices connect both sides",
+        LinkKind::Ucx => "UCX connects both sides",
         LinkKind::Mock => "asked for by a test",
     }
 }
@@ -302,7 +327,11 @@ mod tests {
     }
 
     fn policy(order: &[LinkKind], require_encryption: bool) -> Policy {
-        Policy { order: order.to_vec(), require_encryption }
+        Policy { order: order.to_vec(), require_encryption, ucx_only_by: None }
+    }
+
+    fn side(offers: Vec<LinkKind>) -> Side {
+        Side { offers, transports: Vec::new() }
     }
 
     const BOTH: [LinkKind; 2] = [LinkKind::Shm, LinkKind::Tcp];
@@ -320,7 +349,7 @@ mod tests {
                 .into_iter()
                 .collect();
             let (attempts, rejected) =
-                plan(&policy(order, on(4)), &own, &Side { offers }, &objections);
+                plan(&policy(order, on(4)), &own, &side(offers), &objections);
             let shm = on(0) && on(1) && on(2) && !on(3);
             assert_eq!(attempts.contains(&LinkKind::Shm), shm, "{bits:05b}");
             assert_eq!(attempts.contains(&LinkKind::Tcp), !on(4), "{bits:05b}");
@@ -373,7 +402,7 @@ mod tests {
                 .iter()
                 .map(|k| Objection { link: *k, reason: "no".into(), fix: None })
                 .collect();
-            let side = Side { offers: offers.clone() };
+            let side = side(offers.clone());
             let (attempts, rejected) =
                 plan(&policy(&order, require_encryption), &own, &side, &objections);
             let places: Vec<_> =
@@ -390,6 +419,52 @@ mod tests {
                     && !(require_encryption && kind == LinkKind::Tcp);
                 prop_assert_eq!(tried, eligible);
             }
+        }
+    }
+
+    fn names() -> impl Strategy<Value = Vec<String>> {
+        let all = ["dc_mlx5", "rc_mlx5", "rc_verbs", "ud_verbs"].map(str::to_owned).to_vec();
+        proptest::sample::subsequence(all, 0..=4)
+    }
+
+    proptest! {
+        /// Where nobody named links, UCX is tried only over hardware that both sides have, and all
+        /// else is as it were with the same list of names.
+        #[test]
+        fn ucx_needs_hardware_in_common_unless_it_is_named(
+            present in proptest::sample::subsequence(auto::ORDER.to_vec(), 0..=4),
+            offers in proptest::sample::subsequence(auto::ORDER.to_vec(), 0..=4),
+            require_encryption: bool,
+            ours in names(),
+            theirs in names(),
+        ) {
+            let own: Vec<_> =
+                auto::ORDER.into_iter().map(|k| capability(k, present.contains(&k))).collect();
+            let peer = Side { offers, transports: theirs.clone() };
+            let named = policy(&auto::ORDER, require_encryption);
+            let chosen = Policy { ucx_only_by: Some(ours.clone()), ..named.clone() };
+            let (by_name, _) = plan(&named, &own, &peer, &[]);
+            let (by_itself, rejected) = plan(&chosen, &own, &peer, &[]);
+            let common = ours.iter().any(|name| theirs.contains(name));
+            let expected: Vec<_> =
+                by_name.iter().copied().filter(|k| *k != LinkKind::Ucx || common).collect();
+            prop_assert_eq!(&by_itself, &expected);
+            prop_assert_eq!(by_itself.len() + rejected.len(), 4);
+            if by_name != by_itself {
+                let ucx = rejected.iter().find(|c| c.link == LinkKind::Ucx).expect("a verdict");
+                prop_assert!(ucx.reason.contains("hardware") && ucx.fix.is_some());
+            }
+        }
+
+        /// An order that somebody named is tried as it is, whatever hardware there is.
+        #[test]
+        fn a_named_order_is_untouched(
+            order in proptest::sample::subsequence(auto::ORDER.to_vec(), 1..=4).prop_shuffle(),
+            theirs in names(),
+        ) {
+            let own = auto::ORDER.map(|k| capability(k, true));
+            let peer = Side { offers: auto::ORDER.to_vec(), transports: theirs };
+            prop_assert_eq!(plan(&policy(&order, false), &own, &peer, &[]).0, order);
         }
     }
 

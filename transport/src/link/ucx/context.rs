@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use thalweg_ffi::ucx::{self as ffi, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
 
-use super::{Unavailable, describe};
+use super::lanes::{self, Resource};
+use super::{Scope, Unavailable, describe};
 use crate::runtime::FirstUse;
 
 /// Making and ending contexts touches state of the library's that is not guarded.
@@ -75,7 +76,7 @@ impl Drop for Settings {
 }
 
 impl Context {
-    pub fn new(ucx: &'static Ucx) -> Result<Context, Unavailable> {
+    pub fn new(ucx: &'static Ucx, scope: &Scope) -> Result<Context, Unavailable> {
         if FIRST.inherited() {
             return Err(Unavailable {
                 reason: "UCX was in use when this process was forked off".into(),
@@ -86,6 +87,10 @@ impl Context {
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
         settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
+        if let Scope::Hardware(_) = scope {
+            // Its sockets connect to whatever addresses a peer names, which nobody asked for.
+            settings.prefer(c"TLS", c"^tcp")?;
+        }
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = ffi::UCP_PARAM_FIELD_FEATURES.into();
@@ -107,6 +112,14 @@ impl Context {
             });
         }
         Ok(Context { ucx, raw })
+    }
+
+    /// What it could use.
+    pub fn resources(&self) -> Vec<Resource> {
+        let print = self.ucx.functions.ucp_context_print_info;
+        // SAFETY: the context is live, and nobody else uses it before it has a worker; the stream is
+        // open.
+        lanes::resources(&lanes::printed(|stream| unsafe { print(self.raw, stream) }))
     }
 
     pub fn raw(&self) -> ucp_context_h {

@@ -12,13 +12,13 @@ use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
 use super::blob::Blob;
 use super::bulk::PULLED_INBOX_BYTES;
 use super::inbox::{Fault, Mailbox};
-use super::lanes::Lane;
+use super::lanes::{self, Lane};
 use super::link::UcxLink;
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind, SECRET_BITS, SLOTS_MAX};
 use super::worker::{Ep, Worker};
-use super::{UcxOptions, Unavailable, describe};
-use crate::link::{Armed, Budget, Class, Engine, Progress};
+use super::{Scope, UcxOptions, Unavailable, describe};
+use crate::link::{Armed, Budget, Class, Engine, LinkKind, Progress, insist};
 use crate::proto::hello::Failure;
 use crate::runtime::{Reactor, Sleep, Source, Timers};
 
@@ -55,7 +55,7 @@ impl UcxEngine {
             |absent: &ffi::Absent| Unavailable { reason: absent.to_string(), fix: absent.fix() };
         let ucx = ffi::load().map_err(absent)?;
         ucx.redirect_log(log);
-        let worker = Worker::new(ucx, reactor)?;
+        let worker = Worker::new(ucx, reactor, &options.scope)?;
         Ok(Arc::new(UcxEngine { worker, timers, options, ending: Mutex::new(None) }))
     }
 
@@ -69,11 +69,33 @@ impl UcxEngine {
                 settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
             found = format!("{found}, with {}", list.join(" "));
         }
+        if let Scope::Hardware(reach) = &self.options.scope {
+            let transports = self.worker.transports.join(", ");
+            found = format!("{found}, for {transports} over {}", reach.names());
+        }
         found
     }
 
     pub fn version(&self) -> Version {
         self.worker.ucx.version
+    }
+
+    /// Its transports over hardware.
+    pub fn transports(&self) -> &[String] {
+        &self.worker.transports
+    }
+
+    /// Whether UCX took hardware for messages: it chooses by itself, and tells only afterwards.
+    pub fn confirm(&self, opened: &Opened) -> Result<(), Failure> {
+        let (Scope::Named(reach) | Scope::Hardware(reach)) = &self.options.scope;
+        if lanes::reach(&opened.lanes, reach) {
+            return Ok(());
+        }
+        let took = lanes::in_words(&opened.lanes);
+        Err(Failure {
+            reason: format!("UCX took no hardware for messages: {took}"),
+            fix: insist(LinkKind::Ucx),
+        })
     }
 
     /// A slot for a connection that is being made.
@@ -93,13 +115,18 @@ impl UcxEngine {
     /// Connects to the peer's worker, and waits until both directions are known to work: the peer's
     /// ping has come, and ours has left. From then until the link is polled nobody progresses the
     /// worker on its behalf, so a ping that UCX still had would stay there, and the peer would wait
-    /// for it in vain.
-    pub async fn open(&self, slot: Slot, blob: &[u8]) -> Result<Opened, Failure> {
+    /// for it in vain. This takes no longer than `at_most`.
+    pub async fn open(
+        &self,
+        slot: Slot,
+        blob: &[u8],
+        at_most: Duration,
+    ) -> Result<Opened, Failure> {
         let failure = |reason: String| Failure { reason, fix: String::new() };
         let blob = Blob::from_bytes(blob)
             .ok_or_else(|| failure("the peer's offer is malformed".into()))?;
         let ep = self.connect(&slot, &blob).map_err(failure)?;
-        let limit = self.options.setup_timeout;
+        let limit = self.options.setup_timeout.min(at_most);
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
         poll_fn(|cx| {
             if let Some(result) = self.look(&slot.mailbox, cx) {
@@ -263,7 +290,8 @@ impl Reservation {
     pub fn blob(&self) -> Vec<u8> {
         let Some(slot) = &self.slot else { return Vec::new() };
         let worker = &slot.worker;
-        Blob::new(worker.ucx.version, slot.mailbox.address, worker.address.clone()).to_bytes()
+        let (version, to) = (worker.ucx.version, slot.mailbox.address);
+        Blob::new(version, to, worker.transports.clone(), worker.address.clone()).to_bytes()
     }
 
     pub fn take(&mut self) -> Option<Slot> {

@@ -1,7 +1,55 @@
-//! What UCX says about the lanes of an endpoint, in plain words.
+//! What UCX says about its transports and the lanes of an endpoint, in plain words.
 //!
-//! There is no structured way in 1.13: `ucp_ep_print_info` prints for people, and the lines that
-//! name lanes are read from that. What cannot be read is left out.
+//! There is no structured way in 1.13: `ucp_context_print_info` and `ucp_ep_print_info` print for
+//! people, and the lines that name transports and lanes are read from that. What cannot be read is
+//! left out.
+
+use std::ffi::CStr;
+
+use libc::FILE;
+
+use crate::link::hardware::Reach;
+
+/// What a function of UCX's prints.
+pub(super) fn printed(print: impl FnOnce(*mut FILE)) -> String {
+    let mut text = std::ptr::null_mut();
+    let mut len = 0;
+    // SAFETY: both are written when the stream is flushed and closed.
+    let stream = unsafe { libc::open_memstream(&raw mut text, &raw mut len) };
+    if stream.is_null() {
+        return String::new();
+    }
+    print(stream);
+    // SAFETY: open, and nobody else has it.
+    unsafe { libc::fclose(stream) };
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the closed stream left a string there, which is freed once, after the copy.
+    let printed = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+    // SAFETY: as above.
+    unsafe { libc::free(text.cast()) };
+    printed
+}
+
+/// A transport over a device, which a context could use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Resource {
+    pub transport: String,
+    pub device: String,
+}
+
+/// The transports that a print of a context names.
+pub(super) fn resources(text: &str) -> Vec<Resource> {
+    text.lines().filter_map(resource).collect()
+}
+
+/// `#      resource 2  :  md 1  dev 2  flags -- tcp/eth0`
+fn resource(line: &str) -> Option<Resource> {
+    let rest = line.trim_start_matches(['#', ' ']).strip_prefix("resource ")?;
+    let (transport, device) = rest.split_whitespace().last()?.split_once('/')?;
+    Some(Resource { transport: transport.to_owned(), device: device.to_owned() })
+}
 
 /// One lane: the transport over a device, and what UCX uses it for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +101,16 @@ pub(super) fn shares_memory(lanes: &[Lane]) -> bool {
     first.is_some_and(shares) && carriers.all(shares)
 }
 
+/// Whether a lane that carries messages lies on this hardware.
+pub(super) fn reach(lanes: &[Lane], hardware: &Reach) -> bool {
+    let over = |lane: &Lane| {
+        let (transport, device) = lane.transport.split_once('/')?;
+        Some(hardware.has(transport, device))
+    };
+    let carries = |lane: &&Lane| lane.uses.iter().any(|used| used.ends_with("messages"));
+    lanes.iter().filter(carries).any(|lane| over(lane) == Some(true))
+}
+
 /// `posix/memory (messages), cma/memory (bulk data)`.
 pub(super) fn in_words(lanes: &[Lane]) -> String {
     if lanes.is_empty() {
@@ -87,6 +145,44 @@ mod tests {
             in_words(&lanes),
             "posix/memory.0 (messages, bulk messages), cma/memory.0 (bulk data)"
         );
+    }
+
+    #[test]
+    fn transports_of_a_context_are_read() {
+        // As 1.13 and 1.22 print them.
+        let printed = "\
+# UCP context
+#     component 1  :  tcp
+#            md 1  :  component 1  tcp 
+#      resource 0  :  md 0  dev 0  flags -- self/memory0
+#      resource 1  :  md 1  dev 1  flags -- tcp/eth0
+#      resource 5  :  md 4  dev 4  flags -- rc_mlx5/mlx5_0:1
+#      resource 6  :  
+#      resource
+# memory: 1.47MB, file descriptors: 5
+";
+        let found = resources(printed);
+        let names: Vec<_> =
+            found.iter().map(|one| (one.transport.as_str(), one.device.as_str())).collect();
+        assert_eq!(names, [("self", "memory0"), ("tcp", "eth0"), ("rc_mlx5", "mlx5_0:1")]);
+    }
+
+    #[test]
+    fn a_lane_over_hardware_carries_messages_or_does_not_count() {
+        use crate::link::hardware::{Hardware, Nature, RdmaDevice};
+        let device = RdmaDevice { name: "mlx5_0".into(), nature: Nature::Adapter, up: true };
+        let hardware = Reach::all(&Hardware { rdma: vec![device], ..Hardware::default() });
+        let line = |device: &str, uses: &str| {
+            parse(&format!(
+                "# lane[0]:  5:rc_mlx5/{device}:1.0 md[4] -> md[4]/ib/sysdev[0] {uses}\n"
+            ))
+        };
+        assert!(reach(&line("mlx5_0", "am am_bw#0"), &hardware));
+        assert!(reach(&[parse(PRINTED), line("mlx5_0", "am_bw#1")].concat(), &hardware));
+        assert!(!reach(&line("mlx5_0", "rma_bw#0 keepalive"), &hardware));
+        assert!(!reach(&line("rxe0", "am am_bw#0"), &hardware));
+        assert!(!reach(&parse(PRINTED), &hardware));
+        assert!(!reach(&[], &hardware));
     }
 
     #[test]

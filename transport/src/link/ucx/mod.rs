@@ -14,7 +14,7 @@
 //! | `wire` | the header before each message |
 //! | `bulk` | long payloads, in chunks that the receiver pulls |
 //! | `blob` | what a node tells its peers, and the judgement on it |
-//! | `lanes` | what UCX says about the lanes of an endpoint |
+//! | `lanes` | what UCX says about its transports, and the lanes of an endpoint |
 //! | `engine` | progress when nobody polls, sleep and wake, set-up |
 //! | `link` | the link |
 //!
@@ -33,7 +33,8 @@
 //! # What is trusted
 //!
 //! UCX itself parses the peer's worker address and its own wire format, and does not authenticate:
-//! the link is for networks and users that are trusted, and is used only where it is asked for.
+//! the link is for networks and users that are trusted, and is used only where it is asked for, or
+//! where there is hardware that no other link reaches; then without UCX's sockets.
 //! Everything above UCX is checked as on the other links. An inbox is bounded.
 
 mod blob;
@@ -55,9 +56,10 @@ use std::time::Duration;
 use thalweg_ffi::ucx::{self as ffi, Ucx, ucs_status_t};
 
 use super::LinkKind;
+use super::hardware::Reach;
 use crate::error::{ErrorKind, LinkError};
 
-pub(crate) use blob::verdict;
+pub(crate) use blob::{transports, verdict};
 pub(crate) use engine::{Opened, Reservation, UcxEngine};
 
 /// What a link is told when it is made.
@@ -71,6 +73,17 @@ pub(crate) struct UcxOptions {
     pub inbox_max_bytes: usize,
     /// How long setting up one link may take.
     pub setup_timeout: Duration,
+    pub scope: Scope,
+}
+
+/// What UCX is for. Beside it: the hardware whose transports peers are told of.
+#[derive(Clone, Debug)]
+pub(crate) enum Scope {
+    /// Whatever it finds: somebody named it.
+    Named(Reach),
+    /// That hardware, or there is no engine. Its sockets are left alone, unless the site has said what
+    /// to use.
+    Hardware(Reach),
 }
 
 /// Why this node cannot use UCX at all.

@@ -1,6 +1,6 @@
 //! The worker: every call into UCX is made with its gate held.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
@@ -15,6 +15,7 @@ use thalweg_ffi::ucx::{
     self as ffi, Ucx, ucp_address_t, ucp_am_recv_param_t, ucp_ep_h, ucp_worker_h, ucs_status_t,
 };
 
+use super::blob::{NAMES_MAX, is_name};
 use super::bulk;
 use super::context::Context;
 use super::gate::Key;
@@ -24,9 +25,9 @@ use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
 use super::wire::{HEADER_BYTES, Header, Kind, LONG_HEADER_BYTES};
-use super::{Unavailable, describe, link_error};
+use super::{Scope, Unavailable, describe, link_error};
 use crate::error::LinkError;
-use crate::link::{Armed, HEAD_MAX};
+use crate::link::{Armed, HEAD_MAX, LinkKind, insist};
 use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
 
 /// Our one active message.
@@ -99,6 +100,8 @@ pub(super) struct Worker {
     pub dispatch: Arc<Dispatch>,
     /// What peers connect to.
     pub address: Vec<u8>,
+    /// Its transports over hardware, by name.
+    pub transports: Vec<String>,
     source: Source,
     pub sleeper: Arc<Sleeper>,
     sleeper_waker: Waker,
@@ -136,9 +139,14 @@ impl Drop for Ends {
 }
 
 impl Worker {
-    pub fn new(ucx: &'static Ucx, reactor: &Reactor) -> Result<Arc<Worker>, Unavailable> {
-        let mut ends = Ends(Some(Context::new(ucx)?));
+    pub fn new(
+        ucx: &'static Ucx,
+        reactor: &Reactor,
+        scope: &Scope,
+    ) -> Result<Arc<Worker>, Unavailable> {
+        let mut ends = Ends(Some(Context::new(ucx, scope)?));
         let Some(context) = &ends.0 else { return Err(failed(ucx, "", 0)) };
+        let transports = transports(context, scope)?;
         let made = Worker::make(context)?;
         let dispatch = Arc::new(Dispatch::default());
         set_handler(ucx, made.raw, &dispatch)?;
@@ -160,6 +168,7 @@ impl Worker {
             raw,
             dispatch,
             address,
+            transports,
             source,
             sleeper_waker: Waker::from(sleeper.clone()),
             sleeper,
@@ -223,6 +232,27 @@ impl Drop for Worker {
             self.context.end();
         }
     }
+}
+
+/// Those of the context's transports that lie on hardware, as peers are told of them.
+fn transports(context: &Context, scope: &Scope) -> Result<Vec<String>, Unavailable> {
+    let (Scope::Named(reach) | Scope::Hardware(reach)) = scope;
+    let all = context.resources();
+    let over = all.iter().filter(|one| reach.has(&one.transport, &one.device));
+    let mut names: Vec<_> =
+        over.map(|one| one.transport.clone()).filter(|name| is_name(name)).collect();
+    names.sort();
+    names.dedup();
+    names.truncate(NAMES_MAX);
+    if names.is_empty() && matches!(scope, Scope::Hardware(_)) {
+        let mut has: Vec<_> = all.into_iter().map(|one| one.transport).collect();
+        has.dedup();
+        return Err(Unavailable {
+            reason: format!("UCX has no transport over {}: {}", reach.names(), has.join(", ")),
+            fix: insist(LinkKind::Ucx),
+        });
+    }
+    Ok(names)
 }
 
 fn failed(ucx: &Ucx, doing: &str, status: ucs_status_t) -> Unavailable {
@@ -548,27 +578,9 @@ impl Locked<'_> {
 
     /// The lanes of an endpoint, as far as UCX tells.
     pub fn lanes(&mut self, ep: &Ep) -> Vec<Lane> {
-        let mut text = std::ptr::null_mut();
-        let mut len = 0;
-        // SAFETY: both are written when the stream is flushed and closed.
-        let stream = unsafe { libc::open_memstream(&raw mut text, &raw mut len) };
-        if stream.is_null() {
-            return Vec::new();
-        }
+        let print = self.worker.ucx.functions.ucp_ep_print_info;
         // SAFETY: the endpoint is live, its worker locked, the stream open.
-        unsafe {
-            (self.worker.ucx.functions.ucp_ep_print_info)(ep.raw, stream);
-            libc::fclose(stream);
-        }
-        if text.is_null() {
-            return Vec::new();
-        }
-        // SAFETY: the closed stream left a string there, which is freed once, after the copy.
-        let printed = unsafe { CStr::from_ptr(text) }.to_string_lossy();
-        let lanes = lanes::parse(&printed);
-        // SAFETY: as above.
-        unsafe { libc::free(text.cast()) };
-        lanes
+        lanes::parse(&lanes::printed(|stream| unsafe { print(ep.raw, stream) }))
     }
 }
 

@@ -19,6 +19,8 @@ use crate::runtime::{ForkGuard, Tracked};
 pub(crate) enum Unusable {
     /// libibverbs is not here, or not of use.
     Library { reason: String, fix: String },
+    /// It was in use when this process was forked off.
+    Forked,
     /// The kernel knows no device.
     NoDevice,
     /// None of the devices that were named is here.
@@ -41,6 +43,9 @@ impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Unusable::Library { reason, .. } => f.write_str(reason),
+            Unusable::Forked => {
+                f.write_str("libibverbs was in use when this process was forked off")
+            }
             Unusable::NoDevice => f.write_str("the kernel knows no RDMA device"),
             Unusable::NotNamed { named, here } => write!(
                 f,
@@ -74,6 +79,7 @@ impl Unusable {
     pub fn fix(&self) -> Option<String> {
         let fix = match self {
             Unusable::Library { fix, .. } => return Some(fix.clone()),
+            Unusable::Forked => "start processes by spawn, or use verbs in children only",
             Unusable::NoDevice => {
                 "load the driver of the adapter; for tests without one: modprobe rdma_rxe, then \
                  rdma link add rxe0 type rxe netdev NAME"
@@ -192,17 +198,20 @@ impl Drop for List {
 }
 
 impl Device {
-    /// Opens every device that may be used; `wanted` names them, or is empty. Beside them: what
-    /// keeps others from being used.
+    /// Opens every device that may be used; `wanted` names them, or is empty, and `except` names
+    /// those that are left alone. Beside them: what keeps others from being used.
     pub fn open_all(
         verbs: &'static Verbs,
         wanted: &[String],
+        except: &[String],
     ) -> Result<(Vec<Arc<Device>>, Vec<Unusable>), Unusable> {
-        let here = ffi::kernel_devices();
+        let mut here = ffi::kernel_devices();
+        here.retain(|name| !except.contains(name));
         if here.is_empty() {
             return Err(Unusable::NoDevice);
         }
-        let may = |name: &String| wanted.is_empty() || wanted.contains(name);
+        let may =
+            |name: &String| !except.contains(name) && (wanted.is_empty() || wanted.contains(name));
         if !here.iter().any(may) {
             return Err(Unusable::NotNamed { named: wanted.to_vec(), here });
         }

@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use thalweg_ffi::ibverbs as ffi;
 
@@ -167,16 +167,13 @@ impl VerbsEngine {
         options: VerbsOptions,
     ) -> Result<Arc<Self>, Unusable> {
         if FIRST.inherited() {
-            return Err(Unusable::Library {
-                reason: "libibverbs was in use when this process was forked off".into(),
-                fix: "start processes by spawn, or use verbs in children only".into(),
-            });
+            return Err(Unusable::Forked);
         }
         let verbs = ffi::load().map_err(|absent| Unusable::Library {
             reason: absent.to_string(),
             fix: absent.fix(),
         })?;
-        let (devices, mut left_out) = Device::open_all(verbs, &options.devices)?;
+        let (devices, mut left_out) = Device::open_all(verbs, &options.devices, &options.except)?;
         let mut adapters = Vec::new();
         let mut ports = Vec::new();
         let mut failed = None;
@@ -258,6 +255,12 @@ impl VerbsEngine {
         Progress::More
     }
 
+    /// The devices in use, by name.
+    pub fn devices(&self) -> Vec<String> {
+        let adapters = self.adapters();
+        adapters.all.iter().flatten().map(|adapter| adapter.device.name.clone()).collect()
+    }
+
     /// What was found, for people.
     pub fn found(&self) -> String {
         let adapters = self.adapters();
@@ -301,7 +304,13 @@ impl VerbsEngine {
     }
 
     /// Chooses pairs of ports, and makes queues at this side's.
-    pub fn prepare(&self, theirs: &[u8], connects: bool) -> Result<Prepared, Failure> {
+    /// Setting up takes no longer than `at_most`.
+    pub fn prepare(
+        &self,
+        theirs: &[u8],
+        connects: bool,
+        at_most: Duration,
+    ) -> Result<Prepared, Failure> {
         let theirs =
             Offer::decode(theirs).ok_or_else(|| failure("the peer's offer is malformed"))?;
         let own = self.own();
@@ -337,8 +346,8 @@ impl VerbsEngine {
         }
         let (ports, to) = (named(at, to), theirs.ports[to]);
         let why = blob::reason(&own.ports[at], &to);
-        let trial_ms = trial_max(self.options.setup_timeout).as_millis() as u16;
-        Ok(Prepared { messenger, ports, to, registrations, alarm, why, rails, trial_ms })
+        let limit = self.options.setup_timeout.min(at_most);
+        Ok(Prepared { messenger, ports, to, registrations, alarm, why, rails, limit })
     }
 
     /// A further rail, at the port in this place.
@@ -358,7 +367,8 @@ impl VerbsEngine {
         prepared: Prepared,
         terms: &[u8],
     ) -> Result<Opened, Failure> {
-        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, .. } = prepared;
+        let Prepared { mut messenger, ports, to, registrations, alarm, why, rails, limit } =
+            prepared;
         let terms =
             Terms::decode(terms).ok_or_else(|| failure("the peer's terms are malformed"))?;
         if terms.ports != ports {
@@ -373,7 +383,6 @@ impl VerbsEngine {
             .try_clone_to_owned()
             .and_then(|fd| self.reactor.source(Fd::new(fd), Interest::Read))
             .map_err(|error| failed("watching the events of", &error))?;
-        let limit = self.options.setup_timeout;
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
         let mut setup = Setup::new(messenger, channel, rails, &terms, self.timers.clone(), limit);
         setup.begin().map_err(|error| failed("sending from", &error))?;
@@ -477,15 +486,16 @@ pub(crate) struct Prepared {
     why: String,
     /// Further ones.
     rails: Vec<Candidate>,
-    /// How long this side would try those.
-    trial_ms: u16,
+    /// How long setting up may take.
+    limit: Duration,
 }
 
 impl Prepared {
     /// What the peer has to know.
     pub fn terms(&self) -> Vec<u8> {
         let rails = self.rails.iter().map(|candidate| candidate.rail.terms(candidate.ports));
-        let (rails, trial_ms) = (rails.collect(), self.trial_ms);
+        let trial_ms = trial_max(self.limit).as_millis() as u16;
+        let rails = rails.collect();
         Terms { rails, trial_ms, ..self.messenger.terms(self.ports) }.encode()
     }
 }
@@ -537,8 +547,9 @@ pub(super) mod tests {
         let options = VerbsOptions {
             eager_max: 0,
             max_payload: 0,
-            setup_timeout: std::time::Duration::ZERO,
+            setup_timeout: Duration::ZERO,
             devices: Vec::new(),
+            except: Vec::new(),
             rails: 1,
         };
         let (removals, alarms, left_out) = (None, Alarms::default(), Vec::new());
@@ -585,7 +596,8 @@ pub(super) mod tests {
         assert!(after.ports[0].is_gone());
         assert_eq!(after.ports[1], before.ports[1], "the others stay what they were called");
         assert!(engine.adapters().all[0].is_none());
-        let prepared = engine.prepare(&engine.blob(), true).map(|prepared| prepared.ports);
+        let prepared =
+            engine.prepare(&engine.blob(), true, Duration::MAX).map(|prepared| prepared.ports);
         assert_eq!(prepared.ok(), Some((1, 1)));
         fakes[1].say(ffi::IBV_EVENT_DEVICE_FATAL);
         poll(&engine);

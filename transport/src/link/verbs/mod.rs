@@ -43,8 +43,9 @@
 //! registration is given up. What was only landed into was registered for this process alone, and
 //! nobody else can read it. Regions are different: what a peer was granted is registered in a domain
 //! that only its own queue pair belongs to, so no other peer can reach it, whatever it guesses. The
-//! link is for networks and users that are trusted, and is used only where it is asked for. What
-//! arrives is checked as on the other links.
+//! link is for networks and users that are trusted. It is used where it is asked for, and by itself
+//! where there is RDMA hardware that it speaks (`route::auto`). What arrives is checked as on the other
+//! links.
 
 mod alarm;
 mod blob;
@@ -72,6 +73,7 @@ mod wire;
 use std::time::Duration;
 
 pub(crate) use blob::RAILS_MAX;
+pub(crate) use device::Unusable;
 pub(crate) use engine::{Opened, Prepared, VerbsEngine};
 
 /// What a link is told when it is made.
@@ -85,6 +87,8 @@ pub(crate) struct VerbsOptions {
     pub setup_timeout: Duration,
     /// The devices that may be used; none: all.
     pub devices: Vec<String>,
+    /// Devices that are left alone.
+    pub except: Vec<String>,
     /// How many pairs of ports a link may use, at most [`RAILS_MAX`].
     pub rails: usize,
 }

@@ -120,6 +120,7 @@ fn link_with(
         max_payload: 1 << 30,
         setup_timeout: Duration::from_secs(1),
         devices: Vec::new(),
+        except: Vec::new(),
         rails: RAILS_MAX,
     };
     let opened = Opened {

@@ -24,7 +24,7 @@ fn port() -> Option<LocalPort> {
         return None;
     }
     let verbs = ffi::load().unwrap_or_else(|absent| panic!("{absent}"));
-    let (devices, _) = Device::open_all(verbs, &["rxe0".to_owned()]).expect("a device");
+    let (devices, _) = Device::open_all(verbs, &["rxe0".to_owned()], &[]).expect("a device");
     let (ports, _) = devices[0].ports();
     let v4 = |port: &LocalPort| port.port.ip().is_some_and(|ip| ip.is_ipv4());
     Some(ports.into_iter().find(v4).expect("an address"))
