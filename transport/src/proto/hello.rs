@@ -29,11 +29,18 @@ pub(crate) const LINKS_MAX: usize = 16;
 /// The longest name of a link, in bytes.
 pub(crate) const LINK_NAME_BYTES_MAX: usize = 32;
 /// The longest capability blob of a link, in bytes.
-pub(crate) const LINK_BLOB_BYTES_MAX: usize = 1024;
+pub(crate) const LINK_BLOB_BYTES_MAX: usize = 8 * 1024;
+/// The longest list of links with their blobs, in bytes: not all of them can be that long.
+pub(crate) const LINKS_BYTES_MAX: usize = 40 * 1024;
 /// The longest set-up message without its length, in bytes.
 pub(crate) const SETUP_BYTES_MAX: usize = 4096;
 /// The longest text in a set-up message, in bytes; encoding cuts off what is longer.
 pub(crate) const SETUP_TEXT_BYTES_MAX: usize = 1024;
+
+/// What a hello has beside the application's part and the list of links, in bytes: nine fields and the
+/// rest of their values.
+const REST_BYTES: usize = 9 * 6 + 2 * 16 + 4 * 8 + 4;
+const _: () = assert!(REST_BYTES + APP_BYTES_MAX + LINKS_BYTES_MAX <= HELLO_BYTES_MAX);
 
 const MAGIC: [u8; 8] = *b"thalweg\x1a";
 
@@ -253,10 +260,19 @@ fn encode_links(links: &[(String, Vec<u8>)]) -> Result<Vec<u8>, WireError> {
         out.extend_from_slice(&(blob.len() as u16).to_le_bytes());
         out.extend_from_slice(blob);
     }
+    check_links_len(&out)?;
     Ok(out)
 }
 
+fn check_links_len(links: &[u8]) -> Result<(), WireError> {
+    match links.len() > LINKS_BYTES_MAX {
+        true => Err(WireError::new("a hello's list of links is too long")),
+        false => Ok(()),
+    }
+}
+
 fn decode_links(value: &[u8]) -> Result<Vec<(String, Vec<u8>)>, WireError> {
+    check_links_len(value)?;
     let mut c = Cursor::new(value, "list of links too short");
     let count = usize::from(c.u8()?);
     if count > LINKS_MAX {
@@ -472,14 +488,26 @@ mod tests {
     #[test]
     fn fullest_hello_fits() {
         let name = |i| format!("{i:0>width$}", width = LINK_NAME_BYTES_MAX);
-        let hello = Hello {
-            app: vec![7; APP_BYTES_MAX],
-            links: (0..LINKS_MAX).map(|i| (name(i), vec![9; LINK_BLOB_BYTES_MAX])).collect(),
-            ..sample()
+        // As many links as there can be, and all the bytes that they may have in common.
+        let mut left = LINKS_BYTES_MAX - 1;
+        let mut blob = |others: usize| {
+            let len = (left - others * (3 + LINK_NAME_BYTES_MAX)).min(LINK_BLOB_BYTES_MAX);
+            left -= 3 + LINK_NAME_BYTES_MAX + len;
+            vec![9; len]
         };
+        let links: Vec<_> = (0..LINKS_MAX).map(|i| (name(i), blob(LINKS_MAX - i))).collect();
+        assert_eq!(links[0].1.len(), LINK_BLOB_BYTES_MAX);
+        let hello = Hello { app: vec![7; APP_BYTES_MAX], links, ..sample() };
         let body = hello.encode().unwrap();
+        assert_eq!(body.len(), REST_BYTES + APP_BYTES_MAX + LINKS_BYTES_MAX);
         assert!(body.len() <= HELLO_BYTES_MAX);
-        assert_eq!(Hello::decode(&body), Ok(hello));
+        assert_eq!(Hello::decode(&body).as_ref(), Ok(&hello));
+        let mut over = hello;
+        over.links[LINKS_MAX - 1].1.push(9);
+        assert!(over.encode().is_err());
+        let mut body = Vec::new();
+        put_field(&mut body, field::LINKS, &vec![0; LINKS_BYTES_MAX + 1]);
+        assert_eq!(Hello::decode(&body).unwrap_err().what, "a hello's list of links is too long");
     }
 
     #[test]

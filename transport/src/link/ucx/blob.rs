@@ -2,18 +2,22 @@
 
 use thalweg_ffi::ucx::Version;
 
+use super::Unavailable;
 use super::wire::{Address, SECRET_BITS, SLOTS_MAX};
+use crate::proto::hello::LINK_BLOB_BYTES_MAX;
 
 /// The form of the blob and of what follows from it.
 const FORM: u8 = 3;
 const FIXED_BYTES: usize = 16;
-/// Worker addresses grow with devices: a few hundred bytes each.
-pub(super) const ADDRESS_MAX: usize = 16 << 10;
-
 /// Transports that are named, and the length of a name. UCX has some twenty, with names of up to ten
 /// letters.
 pub(super) const NAMES_MAX: usize = 16;
 const NAME_BYTES_MAX: usize = 24;
+
+/// Worker addresses grow with devices: a few hundred bytes each. What a blob has room for beside as many
+/// names as there can be, each behind its length.
+pub(super) const ADDRESS_MAX: usize =
+    LINK_BLOB_BYTES_MAX - FIXED_BYTES - NAMES_MAX * (1 + NAME_BYTES_MAX);
 
 /// Whether this may be the name of a transport.
 pub(super) fn is_name(name: &str) -> bool {
@@ -96,6 +100,20 @@ pub(crate) fn transports(theirs: &[u8]) -> Vec<String> {
     Blob::from_bytes(theirs).map(|blob| blob.transports).unwrap_or_default()
 }
 
+/// Whether peers can be told of an address of this length. One that is too long would fail every
+/// connection of the node, over whatever link.
+pub(super) fn fits(address_len: usize) -> Result<(), Unavailable> {
+    if address_len <= ADDRESS_MAX {
+        return Ok(());
+    }
+    Err(Unavailable {
+        reason: format!(
+            "the address of UCX's worker has {address_len} bytes, of which a hello takes {ADDRESS_MAX}"
+        ),
+        fix: "name fewer devices in UCX_NET_DEVICES, or fewer transports in UCX_TLS".into(),
+    })
+}
+
 /// Whether two nodes may try. UCX promises no compatibility between what different minor versions
 /// send each other, and cannot be asked: a mixture is refused rather than tried.
 pub(crate) fn verdict(own: Version, theirs: &[u8]) -> Result<(), (String, Option<String>)> {
@@ -129,6 +147,33 @@ mod tests {
     #[test]
     fn decoding_inverts_encoding() {
         assert_eq!(Blob::from_bytes(&blob().to_bytes()), Some(blob()));
+    }
+
+    /// The one limit follows from the other, and both sides keep to it.
+    #[test]
+    fn the_longest_blob_fits_a_hello() {
+        use crate::proto::hello::Hello;
+        let name = |at| format!("{at:0>width$}", width = NAME_BYTES_MAX);
+        let longest = |address| Blob {
+            transports: (0..NAMES_MAX).map(name).collect(),
+            worker: vec![7; address],
+            ..blob()
+        };
+        let bytes = longest(ADDRESS_MAX).to_bytes();
+        assert_eq!(Blob::from_bytes(&bytes), Some(longest(ADDRESS_MAX)));
+        assert_eq!(Blob::from_bytes(&longest(ADDRESS_MAX + 1).to_bytes()), None);
+        let hello = |blob| Hello { links: vec![("ucx".into(), blob)], ..Hello::default() };
+        let body = hello(bytes.clone()).encode().expect("it fits");
+        assert_eq!(Hello::decode(&body).expect("a hello").links[0].1, bytes);
+        assert!(hello(longest(ADDRESS_MAX + 1).to_bytes()).encode().is_err());
+    }
+
+    #[test]
+    fn addresses_that_no_hello_takes_are_told_of() {
+        assert_eq!(fits(ADDRESS_MAX), Ok(()));
+        let told = fits(ADDRESS_MAX + 1).expect_err("too long");
+        assert!(told.reason.contains(&(ADDRESS_MAX + 1).to_string()), "{}", told.reason);
+        assert!(["UCX_NET_DEVICES", "UCX_TLS"].iter().all(|name| told.fix.contains(name)));
     }
 
     #[test]

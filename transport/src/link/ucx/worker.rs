@@ -15,7 +15,7 @@ use thalweg_ffi::ucx::{
     self as ffi, Ucx, ucp_address_t, ucp_am_recv_param_t, ucp_ep_h, ucp_worker_h, ucs_status_t,
 };
 
-use super::blob::{NAMES_MAX, is_name};
+use super::blob::{NAMES_MAX, fits, is_name};
 use super::bulk;
 use super::context::Context;
 use super::gate::Key;
@@ -314,12 +314,7 @@ fn address(ucx: &Ucx, raw: ucp_worker_h) -> Result<Vec<u8>, Unavailable> {
     let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), len) }.to_vec();
     // SAFETY: as above.
     unsafe { (ucx.functions.ucp_worker_release_address)(raw, address) };
-    if bytes.len() > super::blob::ADDRESS_MAX {
-        return Err(Unavailable {
-            reason: format!("UCX's worker has an address of {} bytes", bytes.len()),
-            fix: "name fewer devices in UCX_NET_DEVICES".into(),
-        });
-    }
+    fits(bytes.len())?;
     Ok(bytes)
 }
 
