@@ -107,6 +107,8 @@ pub struct Config {
     pub(crate) transports: Transports,
     /// Looks for hardware where the choice of links depends on it.
     pub(crate) hardware: fn() -> Hardware,
+    /// The transports of UCX's that are left out where nobody has named it.
+    pub(crate) ucx_without: &'static [&'static str],
     pub(crate) wake: Wake,
     pub(crate) spin_limit: Duration,
     pub(crate) adaptive_spin: Duration,
@@ -143,6 +145,7 @@ impl Default for Config {
         Config {
             transports: Transports::Auto,
             hardware: Hardware::look,
+            ucx_without: crate::link::ucx::UNASKED_WITHOUT,
             wake: Wake::Adaptive,
             spin_limit: Duration::from_millis(100),
             adaptive_spin: Duration::from_micros(50),

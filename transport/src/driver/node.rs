@@ -471,7 +471,7 @@ fn ucx_engine(
             return None;
         }
         Transports::Auto => match auto::ucx(hardware, by_verbs, &config.verbs_devices) {
-            Ok(reach) => Scope::Hardware(reach),
+            Ok(reach) => Scope::Hardware { reach, without: config.ucx_without },
             Err(declined) => {
                 capabilities.push(absent(link, declined.reason, declined.fix));
                 return None;

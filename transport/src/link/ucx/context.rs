@@ -1,6 +1,6 @@
 //! UCX's context: devices, memory domains, and the site's settings.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::sync::{Mutex, PoisonError};
 
 use thalweg_ffi::ucx::{self as ffi, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
@@ -19,6 +19,8 @@ const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in forc
 pub(super) struct Context {
     pub ucx: &'static Ucx,
     raw: ucp_context_h,
+    /// The transports that we have set, as `UCX_TLS` would say it.
+    pub tls: Option<String>,
 }
 
 // SAFETY: the worker's lock is held around every use of the context once it is made.
@@ -48,18 +50,18 @@ impl Settings {
         Ok(Settings { ucx, raw })
     }
 
-    /// Sets one setting, unless the site has.
-    fn prefer(&mut self, name: &CStr, value: &CStr) -> Result<(), Unavailable> {
+    /// Sets one setting, unless the environment has; whether it did. A `ucx.conf` is not asked.
+    fn prefer(&mut self, name: &CStr, value: &CStr) -> Result<bool, Unavailable> {
         let variable = format!("UCX_{}", name.to_string_lossy());
         if std::env::var_os(&variable).is_some() {
-            return Ok(());
+            return Ok(false);
         }
         // SAFETY: `raw` is a live configuration; both strings are copied.
         let status = unsafe {
             (self.ucx.functions.ucp_config_modify)(self.raw, name.as_ptr(), value.as_ptr())
         };
         if status == ffi::UCS_OK {
-            return Ok(());
+            return Ok(true);
         }
         Err(Unavailable {
             reason: describe(self.ucx, &format!("UCX refuses {variable}"), status),
@@ -87,9 +89,11 @@ impl Context {
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
         settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
-        if let Scope::Hardware(_) = scope {
-            // Its sockets connect to whatever addresses a peer names, which nobody asked for.
-            settings.prefer(c"TLS", c"^tcp")?;
+        let mut tls = None;
+        if let Scope::Hardware { without, .. } = scope {
+            let list = format!("^{}", without.join(","));
+            let value = CString::new(list.as_str()).unwrap_or_default();
+            tls = settings.prefer(c"TLS", &value)?.then_some(list);
         }
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
@@ -111,7 +115,7 @@ impl Context {
                 fix: MODIFY_FIX.into(),
             });
         }
-        Ok(Context { ucx, raw })
+        Ok(Context { ucx, raw, tls })
     }
 
     /// What it could use.

@@ -69,7 +69,10 @@ impl UcxEngine {
                 settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
             found = format!("{found}, with {}", list.join(" "));
         }
-        if let Scope::Hardware(reach) = &self.options.scope {
+        if let Some(tls) = self.worker.tls() {
+            found = format!("{found}, for which we set UCX_TLS={tls}");
+        }
+        if let Scope::Hardware { reach, .. } = &self.options.scope {
             let transports = self.worker.transports.join(", ");
             found = format!("{found}, for {transports} over {}", reach.names());
         }
@@ -87,8 +90,7 @@ impl UcxEngine {
 
     /// Whether UCX took hardware for messages: it chooses by itself, and tells only afterwards.
     pub fn confirm(&self, opened: &Opened) -> Result<(), Failure> {
-        let (Scope::Named(reach) | Scope::Hardware(reach)) = &self.options.scope;
-        if lanes::reach(&opened.lanes, reach) {
+        if lanes::reach(&opened.lanes, self.options.scope.reach()) {
             return Ok(());
         }
         let took = lanes::in_words(&opened.lanes);

@@ -34,7 +34,11 @@
 //!
 //! UCX itself parses the peer's worker address and its own wire format, and does not authenticate:
 //! the link is for networks and users that are trusted, and is used only where it is asked for, or
-//! where there is hardware that no other link reaches; then without UCX's sockets.
+//! where there is hardware that no other link reaches. In the latter case it does without the transports
+//! that reach into this host at the word of a peer's address ([`UNASKED_WITHOUT`]): no file is opened and
+//! no socket connected for it. What is left to whoever can connect to a listener: UCX parses an address
+//! that he made up, makes queue pairs, and sends packets to the ports that the address names; over the
+//! fabric UCX's own protocol is open to him, in which UCX believes what it is told.
 //! Everything above UCX is checked as on the other links. An inbox is bounded.
 
 mod blob;
@@ -81,10 +85,21 @@ pub(crate) struct UcxOptions {
 pub(crate) enum Scope {
     /// Whatever it finds: somebody named it.
     Named(Reach),
-    /// That hardware, or there is no engine. Its sockets are left alone, unless the site has said what
-    /// to use.
-    Hardware(Reach),
+    /// That hardware, or there is no engine; and whatever else it finds but these transports.
+    Hardware { reach: Reach, without: &'static [&'static str] },
 }
+
+impl Scope {
+    pub fn reach(&self) -> &Reach {
+        let (Scope::Named(reach) | Scope::Hardware { reach, .. }) = self;
+        reach
+    }
+}
+
+/// UCX's transports that act on this host by what the address of a peer says: sockets connect to where it
+/// says, and memory of this host is opened, mapped, read and written by the names and process numbers in it.
+/// Nobody who has not named UCX is to find out that way what strangers can do with it.
+pub(crate) const UNASKED_WITHOUT: &[&str] = &["tcp", "posix", "sysv", "xpmem", "cma", "knem"];
 
 /// Why this node cannot use UCX at all.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -20,7 +20,7 @@ use super::bulk;
 use super::context::Context;
 use super::gate::Key;
 use super::inbox::{AT_ONCE_MAX, Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
-use super::lanes::{self, Lane};
+use super::lanes::{self, Lane, Resource};
 use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
@@ -146,7 +146,7 @@ impl Worker {
     ) -> Result<Arc<Worker>, Unavailable> {
         let mut ends = Ends(Some(Context::new(ucx, scope)?));
         let Some(context) = &ends.0 else { return Err(failed(ucx, "", 0)) };
-        let transports = transports(context, scope)?;
+        let transports = transports(context.resources(), scope)?;
         let made = Worker::make(context)?;
         let dispatch = Arc::new(Dispatch::default());
         set_handler(ucx, made.raw, &dispatch)?;
@@ -174,6 +174,11 @@ impl Worker {
             sleeper,
             fork: ForkGuard::get(),
         }))
+    }
+
+    /// The transports that we have set for it, as `UCX_TLS` would say it.
+    pub fn tls(&self) -> Option<&str> {
+        self.context.tls.as_deref()
     }
 
     fn make(context: &Context) -> Result<Raw<'_>, Unavailable> {
@@ -235,16 +240,30 @@ impl Drop for Worker {
 }
 
 /// Those of the context's transports that lie on hardware, as peers are told of them.
-fn transports(context: &Context, scope: &Scope) -> Result<Vec<String>, Unavailable> {
-    let (Scope::Named(reach) | Scope::Hardware(reach)) = scope;
-    let all = context.resources();
+fn transports(all: Vec<Resource>, scope: &Scope) -> Result<Vec<String>, Unavailable> {
+    let reach = scope.reach();
+    if let Scope::Hardware { without, .. } = scope {
+        let mut unwanted: Vec<_> = all.iter().map(|one| one.transport.as_str()).collect();
+        unwanted.retain(|name| without.contains(name));
+        unwanted.dedup();
+        if !unwanted.is_empty() {
+            return Err(Unavailable {
+                reason: format!(
+                    "UCX_TLS of this site lets UCX use {}, by which whoever connects reaches into this \
+                     host: that is for whoever names ucx",
+                    unwanted.join(", ")
+                ),
+                fix: insist(LinkKind::Ucx),
+            });
+        }
+    }
     let over = all.iter().filter(|one| reach.has(&one.transport, &one.device));
     let mut names: Vec<_> =
         over.map(|one| one.transport.clone()).filter(|name| is_name(name)).collect();
     names.sort();
     names.dedup();
     names.truncate(NAMES_MAX);
-    if names.is_empty() && matches!(scope, Scope::Hardware(_)) {
+    if names.is_empty() && matches!(scope, Scope::Hardware { .. }) {
         let mut has: Vec<_> = all.into_iter().map(|one| one.transport).collect();
         has.dedup();
         return Err(Unavailable {
@@ -784,4 +803,64 @@ unsafe extern "C" fn endpoint_failed(arg: *mut c_void, _ep: ucp_ep_h, status: uc
     };
     // Nothing unwinds into C.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(tell));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::hardware::{Hardware, Nature, RdmaDevice, Reach};
+    use crate::link::ucx::UNASKED_WITHOUT;
+
+    fn resources(names: &[&str]) -> Vec<Resource> {
+        let one = |name: &&str| {
+            let (transport, device) = name.split_once('/').expect("transport/device");
+            Resource { transport: transport.to_owned(), device: device.to_owned() }
+        };
+        names.iter().map(one).collect()
+    }
+
+    fn reach() -> Reach {
+        let device = RdmaDevice { name: "card".into(), nature: Nature::Adapter, up: true };
+        Reach::all(&Hardware { rdma: vec![device], ..Hardware::default() })
+    }
+
+    #[test]
+    fn what_reaches_into_the_host_is_for_those_who_name_ucx() {
+        let unasked = Scope::Hardware { reach: reach(), without: UNASKED_WITHOUT };
+        let clean = resources(&["self/memory0", "rc_verbs/card:1", "ud_verbs/card:1"]);
+        let told = ["rc_verbs", "ud_verbs"].map(str::to_owned).to_vec();
+        assert_eq!(transports(clean.clone(), &unasked), Ok(told.clone()));
+        for (unwanted, name) in
+            [("tcp/eth0", "tcp"), ("posix/memory", "posix"), ("cma/memory", "cma")]
+        {
+            let all = [resources(&[unwanted]), clean.clone()].concat();
+            let declined = transports(all.clone(), &unasked).expect_err(name);
+            assert!(declined.reason.contains("UCX_TLS"), "{}", declined.reason);
+            assert!(declined.reason.contains(&format!("use {name},")), "{}", declined.reason);
+            assert_eq!(declined.fix, insist(LinkKind::Ucx));
+            assert_eq!(transports(all, &Scope::Named(reach())), Ok(told.clone()));
+        }
+    }
+
+    /// The libucp that is here knows what we set, though it may not have all that is named there.
+    #[test]
+    fn libucp_leaves_out_what_it_is_told_to() {
+        let why = match ffi::load() {
+            Err(absent) => absent.to_string(),
+            Ok(_) if std::env::var_os("UCX_TLS").is_some() => "UCX_TLS is set".into(),
+            Ok(ucx) => {
+                let scope = Scope::Hardware { reach: reach(), without: UNASKED_WITHOUT };
+                let context = Context::new(ucx, &scope).expect("a context");
+                let all = context.resources();
+                // SAFETY: no worker is in it.
+                unsafe { context.end() };
+                assert_eq!(context.tls.as_deref(), Some("^tcp,posix,sysv,xpmem,cma,knem"));
+                let left: Vec<_> = all.iter().map(|one| one.transport.as_str()).collect();
+                assert!(left.contains(&"self"), "{left:?}");
+                assert!(left.iter().all(|name| !UNASKED_WITHOUT.contains(name)), "{left:?}");
+                return;
+            }
+        };
+        eprintln!("SKIPPED: libucp_leaves_out_what_it_is_told_to: {why}");
+    }
 }
