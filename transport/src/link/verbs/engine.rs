@@ -166,13 +166,14 @@ impl VerbsEngine {
         timers: Arc<Timers>,
         options: VerbsOptions,
     ) -> Result<Arc<Self>, Unusable> {
-        if FIRST.inherited() {
-            return Err(Unusable::Forked);
-        }
         let verbs = ffi::load().map_err(|absent| Unusable::Library {
             reason: absent.to_string(),
             fix: absent.fix(),
         })?;
+        // A library that is not there is not in use.
+        if FIRST.inherited() {
+            return Err(Unusable::Forked);
+        }
         let (devices, mut left_out) = Device::open_all(verbs, &options.devices, &options.except)?;
         let mut adapters = Vec::new();
         let mut ports = Vec::new();
@@ -203,7 +204,12 @@ impl VerbsEngine {
             return Err(failed.unwrap_or_else(|| down_only(&left_out)));
         }
         for why in &left_out {
-            tracing::warn!(%why, "an RDMA device is not used");
+            // Of ports that are down and that nobody named nobody wants to hear.
+            if options.devices.is_empty() && matches!(why, Unusable::PortDown { .. }) {
+                tracing::debug!(%why, "an RDMA device is not used");
+            } else {
+                tracing::warn!(%why, "an RDMA device is not used");
+            }
         }
         ports.truncate(PORTS_MAX);
         number(&mut ports);
