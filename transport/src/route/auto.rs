@@ -31,11 +31,8 @@ pub(crate) enum ByVerbs {
 
 /// Whether to look for the link `verbs`. `Ok`: the devices to leave alone.
 pub(crate) fn verbs(hardware: &Hardware) -> Result<Vec<String>, Declined> {
-    if let Some(why) = &hardware.unseen {
-        return Err(Declined {
-            reason: format!("the kernel's RDMA devices cannot be listed: {why}"),
-            fix: Some(insist(LinkKind::Verbs)),
-        });
+    if let Some(reason) = unlisted(hardware) {
+        return Err(Declined { reason, fix: Some(insist(LinkKind::Verbs)) });
     }
     let adapter = |device: &RdmaDevice| device.nature == Nature::Adapter;
     // Nor is a port that is down, which nobody misses, worth a warning.
@@ -59,6 +56,11 @@ pub(crate) fn verbs(hardware: &Hardware) -> Result<Vec<String>, Declined> {
         false => insist(LinkKind::Verbs),
     };
     Err(Declined { reason, fix: Some(fix) })
+}
+
+fn unlisted(hardware: &Hardware) -> Option<String> {
+    let why = hardware.unseen.as_ref()?;
+    Some(format!("the kernel's RDMA devices cannot be listed: {why}"))
 }
 
 fn describe(device: &RdmaDevice) -> String {
@@ -102,7 +104,10 @@ pub(crate) fn ucx(
                     used.join(", ")
                 )
             }
-            _ => "not looked for: there is no hardware here that only UCX may reach".into(),
+            _ => match unlisted(hardware) {
+                Some(why) => format!("not looked for: {why}"),
+                None => "not looked for: there is no hardware here that only UCX may reach".into(),
+            },
         }));
     }
     Ok(Reach { devices, fabrics: hardware.fabrics.clone() })
@@ -164,6 +169,9 @@ mod tests {
         assert_eq!(soft.fix, Some(insist(LinkKind::Verbs)));
         let unseen = Hardware { unseen: Some("no /sys".into()), ..Hardware::default() };
         assert!(verbs(&unseen).expect_err("unseen").reason.contains("no /sys"));
+        let declined = ucx(&unseen, &ByVerbs::Nothing, &[]).expect_err("unseen");
+        assert!(declined.reason.starts_with("not looked for: "), "{}", declined.reason);
+        assert!(declined.reason.contains("no /sys"), "{}", declined.reason);
     }
 
     #[test]
