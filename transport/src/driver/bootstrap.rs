@@ -34,7 +34,7 @@ use crate::link::shm::{Blob, verdict};
 use crate::link::tcp::{Keepalive, TcpLink, TcpOptions, configure_socket};
 use crate::link::ucx::{self, Reservation};
 use crate::link::verbs;
-use crate::link::{Link, LinkKind};
+use crate::link::{Link, LinkKind, insist};
 use crate::peer::Peer;
 use crate::proto::hello::{
     Failure, Hello, MINOR_DIRECT, PREFACE_BYTES, PrefaceError, SETUP_PREFIX_BYTES, Setup,
@@ -43,10 +43,15 @@ use crate::proto::hello::{
 use crate::route::{Candidate, Objection, Policy, Side, Verdict, Ways, explain, plan};
 use crate::runtime::{Stream, is_runtime_gone, resolve};
 
-/// What an attempt at a link that nobody named may take. Working hardware should need milliseconds; for
-/// one that is up and does not reach the peer (a wrong VLAN) every connection waits, and who would be
-/// content with TCP does not know why. A further rail that is dead has half a second of it.
+/// What all attempts of a connection at links that nobody named may take together, while there is another
+/// to try. Working hardware should need milliseconds; for one that is up and does not reach the peer (a
+/// wrong VLAN) connections wait, and who would be content with TCP does not know why. A further rail that
+/// is dead has half a second of it.
 const UNASKED_MAX: Duration = Duration::from_secs(2);
+/// With less of it left the next such link is not begun with.
+const UNASKED_MIN: Duration = Duration::from_millis(100);
+/// An attempt that failed after this time is one to remember.
+const LATE_FROM: Duration = Duration::from_secs(1);
 
 /// Which end of the bootstrap this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,8 +238,18 @@ async fn establish(
     let candidates = Vec::new();
     let reservation = Mutex::new(reservation);
     let terms = Mutex::new(None);
-    let mut setup =
-        SetUp { node, stream, shown, theirs, token, deadline, candidates, reservation, terms };
+    let mut setup = SetUp {
+        node,
+        stream,
+        shown,
+        theirs,
+        token,
+        deadline,
+        candidates,
+        unasked_left: UNASKED_MAX,
+        reservation,
+        terms,
+    };
     let (prepared, kind, attempts, rejected) = match role {
         Role::Connector => setup.lead().await?,
         Role::Acceptor => setup.follow().await?,
@@ -429,6 +444,8 @@ struct SetUp<'a> {
     deadline: Instant,
     /// Links that were tried and did not come up.
     candidates: Vec<Candidate>,
+    /// What is left of [`UNASKED_MAX`].
+    unasked_left: Duration,
     /// Until the attempt at UCX takes it.
     reservation: Mutex<Option<Reservation>>,
     /// What the peer said for the link that is being tried.
@@ -475,18 +492,31 @@ impl SetUp<'_> {
                 link: LinkKind::Shm,
                 reason,
                 fix: None,
+                yields: false,
             }));
         }
         if let (Some(verbs), Some(blob)) = (&self.node.verbs, self.blob(LinkKind::Verbs))
             && let Err((reason, fix)) = verbs.verdict(blob)
         {
-            objections.push(Objection { link: LinkKind::Verbs, reason, fix });
+            objections.push(Objection { link: LinkKind::Verbs, reason, fix, yields: false });
         }
         if let (Some(ucx), Some(blob)) = (&self.node.ucx, self.blob(LinkKind::Ucx))
             && let Err((reason, fix)) = crate::link::ucx::verdict(ucx.version(), blob)
         {
-            objections.push(Objection { link: LinkKind::Ucx, reason, fix });
+            objections.push(Objection { link: LinkKind::Ucx, reason, fix, yields: false });
         }
+        let (late, now) = (lock(&self.node.late), Instant::now());
+        for link in [LinkKind::Verbs, LinkKind::Ucx] {
+            let objection = late.objection(link, self.theirs.node_id, now);
+            let objection = objection.filter(|_| self.is_unasked(link, role));
+            objections.extend(objection.map(|reason| Objection {
+                link,
+                reason,
+                fix: Some(insist(link)),
+                yields: true,
+            }));
+        }
+        drop(late);
         let transports = self.blob(LinkKind::Ucx).map(ucx::transports).unwrap_or_default();
         let peer = Side { offers: offers.collect(), transports };
         plan(&policy, &self.node.capabilities, &peer, &objections)
@@ -496,8 +526,20 @@ impl SetUp<'_> {
     async fn lead(&mut self) -> Result<Chosen> {
         let (attempts, rejected) = self.plan(Role::Connector);
         for &kind in &attempts {
-            self.say(&Setup::Attempt { link: kind.name().into() }).await?;
             let last = attempts.last() == Some(&kind);
+            let unasked = self.is_unasked(kind, Role::Connector) && !last;
+            if unasked && self.unasked_left < UNASKED_MIN {
+                self.candidates.push(Candidate {
+                    link: kind,
+                    verdict: Verdict::Rejected,
+                    reason: format!(
+                        "not tried: others that nobody named took the {UNASKED_MAX:?} for all of them"
+                    ),
+                    fix: Some(insist(kind)),
+                });
+                continue;
+            }
+            self.say(&Setup::Attempt { link: kind.name().into() }).await?;
             if let Some(link) = self.attempt(kind, Role::Connector, last).await? {
                 self.say(&Setup::Go).await?;
                 return Ok((link, kind, attempts, rejected));
@@ -574,16 +616,29 @@ impl SetUp<'_> {
         last: bool,
     ) -> Result<Option<Prepared>> {
         *lock(&self.terms) = None;
-        let (own, said) = self.compare_notes(kind, role, last).await?;
+        let unasked = self.is_unasked(kind, role) && !last;
+        let began = Instant::now();
+        let (own, said) = self.compare_notes(kind, role, last, unasked).await?;
+        let took = began.elapsed();
         let theirs = match said {
             Setup::Result(result) => result,
             other => return Err(self.unexpected(&other)),
         };
         let failure = match (own, theirs) {
-            (Ok(prepared), Ok(())) => return Ok(Some(prepared)),
+            (Ok(prepared), Ok(())) => {
+                lock(&self.node.late).came_up(kind, self.theirs.node_id);
+                return Ok(Some(prepared));
+            }
             (Err(failure), _) => failure,
             (Ok(_), Err(failure)) => at_the_peer(failure),
         };
+        if unasked {
+            self.unasked_left = self.unasked_left.saturating_sub(took);
+            if took >= LATE_FROM {
+                let mut late = lock(&self.node.late);
+                late.failed(kind, self.theirs.node_id, took, Instant::now());
+            }
+        }
         let reason = &failure.reason;
         if self.is_unasked(kind, role) && !self.node.warned.swap(true, Ordering::Relaxed) {
             let fix = "name what is to be used in THALWEG_TRANSPORTS";
@@ -607,13 +662,13 @@ impl SetUp<'_> {
         kind: LinkKind,
         role: Role,
         last: bool,
+        unasked: bool,
     ) -> Result<(Result<Prepared, Failure>, Setup)> {
         // A peer that stalls in the set-up of one link must leave time for the next.
         let left = self.deadline.saturating_duration_since(Instant::now());
         let share = if last { left } else { left / 2 };
-        let unasked = self.is_unasked(kind, role);
         let (share, at_most) = match unasked {
-            true => (share.min(UNASKED_MAX), UNASKED_MAX),
+            true => (share.min(self.unasked_left), self.unasked_left),
             false => (share, Duration::MAX),
         };
         let mut timer = pin!(self.node.timers.sleep_until(Instant::now() + share));
@@ -625,7 +680,7 @@ impl SetUp<'_> {
         let mut hearing = pin!(self.hear_past_terms());
         let mut heard = None;
         let own = {
-            let mut bringing = pin!(self.bring_up(kind, role, begun, at_most));
+            let mut bringing = pin!(self.bring_up(kind, role, begun, at_most, unasked));
             poll_fn(|cx| {
                 if heard.is_none()
                     && let Poll::Ready(said) = hearing.as_mut().poll(cx)
@@ -683,6 +738,7 @@ impl SetUp<'_> {
         role: Role,
         begun: Result<Option<verbs::Prepared>, Failure>,
         at_most: Duration,
+        unasked: bool,
     ) -> Result<Prepared, Failure> {
         let begun = begun?;
         match kind {
@@ -704,7 +760,7 @@ impl SetUp<'_> {
                 let blob = self.blob(kind).ok_or_else(absent)?;
                 let slot = lock(&self.reservation).as_mut().and_then(Reservation::take);
                 let opened = engine.open(slot.ok_or_else(absent)?, blob, at_most).await?;
-                if self.is_unasked(kind, role) {
+                if unasked {
                     engine.confirm(&opened)?;
                 }
                 Ok(Prepared::Ucx(Box::new(opened)))
@@ -775,7 +831,7 @@ impl SetUp<'_> {
 
 fn stalled(share: Duration, unasked: bool) -> Failure {
     let why = match unasked {
-        true => "which is what a link that nobody named may take",
+        true => "which is what links that nobody named may take",
         false => "half of what time was left",
     };
     let reason = format!("setting it up took longer than {share:.1?}, {why}");

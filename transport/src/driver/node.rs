@@ -25,6 +25,7 @@ use crate::memory::{Allocator, HostPool, SharedPool};
 use crate::proto::keys::RemoteKeyWire;
 use crate::route::Capability;
 use crate::route::auto::{self, ByVerbs};
+use crate::route::late::LateLinks;
 use crate::runtime::{ForkGuard, Reactor, Timers};
 use crate::stats::{NodeStats, Stats};
 
@@ -75,6 +76,8 @@ pub(crate) struct NodeShared {
     pub handshakes_failed: AtomicU64,
     /// It has been warned that a link which nobody named does not come up.
     pub warned: AtomicBool,
+    /// Links that nobody named and that take all their time.
+    pub late: Mutex<LateLinks>,
     endpoints: Mutex<HashMap<EndpointId, Arc<EndpointShared>>>,
     next_endpoint: AtomicU64,
     new_tasks: Mutex<Vec<Task>>,
@@ -157,6 +160,7 @@ impl NodeShared {
             handshakes: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             warned: AtomicBool::new(false),
+            late: Mutex::new(LateLinks::default()),
             endpoints: Mutex::new(HashMap::new()),
             next_endpoint: AtomicU64::new(1),
             new_tasks: Mutex::new(Vec::new()),

@@ -1,10 +1,11 @@
 //! The choice of path, as a pure function, and its explanation.
 //!
 //! This room owns what makes one link better than another, and which are looked for where nobody named
-//! them (`auto`). It must not know how links are set up or moved: it sees what the kernel shows,
+//! them (`auto`), and for how long one that did not come up is left alone (`late`). It must not know how links are set up or moved: it sees what the kernel shows,
 //! capability sets, the configuration and what became of each attempt.
 
 pub(crate) mod auto;
+pub(crate) mod late;
 
 use std::fmt;
 
@@ -168,6 +169,8 @@ pub(crate) struct Objection {
     pub link: LinkKind,
     pub reason: String,
     pub fix: Option<String>,
+    /// It holds only while there is another link to try.
+    pub yields: bool,
 }
 
 /// Which links to try, best first, and which are out, with reasons. Pure: the same inputs give the
@@ -180,6 +183,8 @@ pub(crate) fn plan(
 ) -> (Vec<LinkKind>, Vec<Candidate>) {
     let mut attempts = Vec::new();
     let mut rejected = Vec::new();
+    // Rejected for as long as there is another.
+    let mut spared = Vec::new();
     let mut reject = |link, reason: String, fix: Option<String>| {
         rejected.push(Candidate { link, verdict: Verdict::Rejected, reason, fix });
     };
@@ -210,6 +215,7 @@ pub(crate) fn plan(
                 Some("allow plain text, or put both processes on one host".into()),
             );
         } else if let Some(objection) = objections.iter().find(|o| o.link == link) {
+            spared.extend(objection.yields.then_some(link));
             reject(link, objection.reason.clone(), objection.fix.clone());
         } else if let Some(ours) = foreign(policy, peer).filter(|_| link == LinkKind::Ucx) {
             let list = |names: &[String]| match names {
@@ -221,10 +227,15 @@ pub(crate) fn plan(
                 "UCX has no transport over hardware that both sides have (here: {ours}; at the peer: \
                  {theirs})"
             );
+            spared.push(link);
             reject(link, reason, Some(insist(link)));
         } else {
             attempts.push(link);
         }
+    }
+    if attempts.is_empty() {
+        rejected.retain(|candidate| !spared.contains(&candidate.link));
+        attempts = spared;
     }
     (attempts, rejected)
 }
@@ -345,7 +356,12 @@ mod tests {
                 BOTH.into_iter().filter(|k| *k == LinkKind::Tcp || on(1)).collect();
             let order: &[LinkKind] = if on(2) { &BOTH } else { &BOTH[1..] };
             let objections: Vec<_> = on(3)
-                .then(|| Objection { link: LinkKind::Shm, reason: "other host".into(), fix: None })
+                .then(|| Objection {
+                    link: LinkKind::Shm,
+                    reason: "other host".into(),
+                    fix: None,
+                    yields: false,
+                })
                 .into_iter()
                 .collect();
             let (attempts, rejected) =
@@ -400,7 +416,7 @@ mod tests {
                 .collect();
             let objections: Vec<_> = objected
                 .iter()
-                .map(|k| Objection { link: *k, reason: "no".into(), fix: None })
+                .map(|k| Objection { link: *k, reason: "no".into(), fix: None, yields: false })
                 .collect();
             let side = side(offers.clone());
             let (attempts, rejected) =
@@ -422,14 +438,35 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_yields_is_tried_where_nothing_else_is_left() {
+        let own = auto::ORDER.map(|link| capability(link, true));
+        let late = |link| Objection { link, reason: "late".into(), fix: None, yields: true };
+        let chosen = Policy { ucx_only_by: Some(Vec::new()), ..policy(&auto::ORDER, false) };
+        let links = |offers: &[LinkKind], policy: &Policy| {
+            let (attempts, rejected) =
+                plan(policy, &own, &side(offers.to_vec()), &[late(LinkKind::Verbs)]);
+            assert_eq!(attempts.len() + rejected.len(), 4, "every link has a verdict");
+            assert!(rejected.iter().all(|c| !attempts.contains(&c.link)));
+            attempts
+        };
+        let (verbs, ucx, tcp) = (LinkKind::Verbs, LinkKind::Ucx, LinkKind::Tcp);
+        assert_eq!(links(&[verbs, ucx, tcp], &chosen), [tcp]);
+        assert_eq!(links(&[verbs, ucx], &chosen), [verbs, ucx]);
+        assert_eq!(links(&[ucx], &chosen), [ucx]);
+        assert_eq!(links(&[], &chosen), []);
+        let encrypted = Policy { require_encryption: true, ..chosen };
+        assert_eq!(links(&[verbs, ucx], &encrypted), []);
+    }
+
     fn names() -> impl Strategy<Value = Vec<String>> {
         let all = ["dc_mlx5", "rc_mlx5", "rc_verbs", "ud_verbs"].map(str::to_owned).to_vec();
         proptest::sample::subsequence(all, 0..=4)
     }
 
     proptest! {
-        /// Where nobody named links, UCX is tried only over hardware that both sides have, and all
-        /// else is as it were with the same list of names.
+        /// Where nobody named links, UCX is tried only over hardware that both sides have, unless
+        /// nothing else is left, and all else is as it were with the same list of names.
         #[test]
         fn ucx_needs_hardware_in_common_unless_it_is_named(
             present in proptest::sample::subsequence(auto::ORDER.to_vec(), 0..=4),
@@ -446,8 +483,9 @@ mod tests {
             let (by_name, _) = plan(&named, &own, &peer, &[]);
             let (by_itself, rejected) = plan(&chosen, &own, &peer, &[]);
             let common = ours.iter().any(|name| theirs.contains(name));
+            let alone = by_name == [LinkKind::Ucx];
             let expected: Vec<_> =
-                by_name.iter().copied().filter(|k| *k != LinkKind::Ucx || common).collect();
+                by_name.iter().copied().filter(|k| *k != LinkKind::Ucx || common || alone).collect();
             prop_assert_eq!(&by_itself, &expected);
             prop_assert_eq!(by_itself.len() + rejected.len(), 4);
             if by_name != by_itself {
