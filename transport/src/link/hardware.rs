@@ -1,9 +1,9 @@
 //! What the kernel shows of fabrics, looked at before any library is loaded.
 //!
 //! This file owns how hardware is told from devices that the kernel makes of network interfaces. A
-//! machine without RDMA pays for one folder that is not there, and for one file that is not. Nothing
-//! of it is remembered: each node looks when it is made, and a device that comes later is seen by the
-//! next one.
+//! machine without RDMA pays for three looks: at a folder and a file that are not there, and at the folder
+//! above, which tells that from a `/sys` that is not. Nothing of it is remembered: each node looks when it
+//! is made, and a device that comes later is seen by the next one.
 
 use std::fs::{read_dir, read_to_string};
 use std::io::ErrorKind;
