@@ -37,7 +37,7 @@
 //! where there is hardware that no other link reaches. In the latter case it does without the transports
 //! that reach into this host at the word of a peer's address ([`UNASKED_WITHOUT`]): no file is opened and
 //! no socket connected for it. What is left to whoever can connect to a listener: UCX parses an address
-//! that he made up, makes queue pairs, and sends packets to the ports that the address names; over the
+//! that he made up, makes queue pairs, and sends packets to where the address says; over the
 //! fabric UCX's own protocol is open to him, in which UCX believes what it is told.
 //! Everything above UCX is checked as on the other links. An inbox is bounded.
 
