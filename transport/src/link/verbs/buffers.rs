@@ -22,7 +22,9 @@ pub(super) const REACH_BUFFERS: usize = BLOCK;
 /// All of them.
 const ALL: usize = RECEIVES + SENDS + REACH_BUFFERS;
 const _: () = assert!(
-    RECEIVES == u64::BITS as usize && SENDS == u32::BITS as usize && RECEIVES_FIRST % BLOCK == 0
+    RECEIVES == u64::BITS as usize
+        && SENDS == u32::BITS as usize
+        && RECEIVES_FIRST.is_multiple_of(BLOCK)
 );
 
 /// After so many messages before which the peer had not to wait, a link receives by as few buffers as
