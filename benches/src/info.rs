@@ -146,7 +146,8 @@ fn pidfd_works() -> bool {
 /// For people.
 pub fn render(info: &Info) -> String {
     let mut text = format!("thalweg {}\n", info.version);
-    let lists = [("Links", "to fix", &info.links), ("Chosen automatically", "to change", &info.auto)];
+    let lists =
+        [("Links", "to fix", &info.links), ("Chosen automatically", "to change", &info.auto)];
     for (title, change, links) in lists {
         let _ = writeln!(text, "\n{title}");
         for link in links {
