@@ -127,12 +127,17 @@ impl Way {
     pub fn config(self) -> Config {
         let config = Config::new().transports([self.link()]).close_timeout(Duration::from_secs(20));
         match self {
-            // UCX's way of sleeping does not work on every device. Where it does not, connecting is
-            // slow as well: the device is emulated, and so is the processor.
-            Way::Ucx if std::env::var_os("THALWEG_TEST_UCX_SPINS").is_some() => {
-                config.wake(Wake::Spin).spin_limit(PATIENCE).handshake_timeout(PATIENCE)
+            Way::Ucx => {
+                let is_set = |name: &str| std::env::var_os(name).is_some();
+                // The device is emulated, and so is the processor: connecting is slow.
+                let limit = is_set("THALWEG_TEST_UCX_SLOW").then_some(PATIENCE);
+                let config = limit.into_iter().fold(config, Config::handshake_timeout);
+                match is_set("THALWEG_TEST_UCX_SPINS") {
+                    true => config.wake(Wake::Spin).spin_limit(PATIENCE),
+                    false => config,
+                }
             }
-            Way::Tcp | Way::ShmAll | Way::Ucx => config,
+            Way::Tcp | Way::ShmAll => config,
             Way::Verbs => config.verbs_devices(verbs_devices(0)),
             Way::ShmInlineArena => config.loans(false).single_copy(false).wake(Wake::Park),
             Way::ShmSingleCopy => config.loans(false),

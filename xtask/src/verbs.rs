@@ -20,8 +20,10 @@ const AROUND_SECONDS: u64 = 30;
 /// More than the machine has processors, since tests wait for much: with four the conformance tests took
 /// 54 s, with two 73, with six 70.
 const TEST_THREADS: &str = "4";
-/// Over UCX tests poll all the time: four of them find no end on two processors.
-const TEST_THREADS_OVER_UCX: &str = "2";
+/// Over UCX, where it sleeps and where it polls all the time: four of those find no end on two
+/// processors.
+const TEST_THREADS_OVER_UCX: &str = "3";
+const TEST_THREADS_POLLING: &str = "2";
 /// The machine is slow: after 5 s its pools still fill (93 to 143 MiB), after 15 s they do not.
 const SOAK_SECONDS: &str = "20";
 const SOAK_SECONDS_LONG: &str = "60";
@@ -39,10 +41,9 @@ const ACROSS: [&str; 6] = [
     "close_with_much_in_flight::verbs",
 ];
 
-/// Those that are run over UCX, with InfiniBand's reliable connections as its lanes, and in which
-/// there is always an operation that polls: UCX's way of sleeping hangs now and then on soft-RoCE.
-/// (In `cancel_after_it_has_begun` there is none while a receive is left alone.)
-const OVER_UCX: [&str; 7] = [
+/// Those that are run over UCX, with InfiniBand's reliable connections as its lanes. In the long form
+/// all are, asleep and polling: that takes two and six minutes.
+const OVER_UCX: [&str; 12] = [
     "order_of_pipelined_messages::ucx",
     "both_directions_at_once::ucx",
     "cancel_before_it_begins::ucx",
@@ -50,7 +51,13 @@ const OVER_UCX: [&str; 7] = [
     "one_sided_bounds::ucx",
     "sizes_of_messages::ucx",
     "tag_credit_blocks_and_resumes::ucx",
+    "abort_ends_at_once::ucx",
+    "abort_ends_what_spins::ucx",
+    "drain_waits_for_the_peer::ucx",
+    "close_flushes_and_says_why::ucx",
+    "tags_interleaved::ucx",
 ];
+const OVER_UCX_LONG: [&str; 1] = ["::ucx"];
 /// What UCX uses there; the first address of the device is the one that its packets go by. Of the
 /// 4,095 buffers that a side would post to receive into, registering takes most of what connecting
 /// takes: on a busy machine more than the handshake has.
@@ -59,8 +66,9 @@ const UCX_SETTINGS: [(&str, &str); 5] = [
     ("UCX_IB_GID_INDEX", "0"),
     ("UCX_NET_DEVICES", "rxe0:1"),
     ("UCX_RC_VERBS_RX_QUEUE_LEN", "256"),
-    ("THALWEG_TEST_UCX_SPINS", "1"),
+    ("THALWEG_TEST_UCX_SLOW", "1"),
 ];
+const POLLING: &str = "THALWEG_TEST_UCX_SPINS";
 /// The folder of the system's libraries.
 const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
 /// Of UCX, what it loads itself.
@@ -93,9 +101,18 @@ pub fn tests(root: &Path, long: bool) -> Summary {
             summary.add(Row::skipped("tests over UCX over rc", why));
         }
         None => {
-            let mut over_ucx = tests_in(root, &runner, long, &files).with(&conformance);
-            over_ucx.args(OVER_UCX).envs(UCX_SETTINGS);
-            variants.push(("ucx, rc on rxe0", over_ucx, TEST_THREADS_OVER_UCX));
+            let names = if long { &OVER_UCX_LONG[..] } else { &OVER_UCX };
+            let over_ucx = || {
+                let mut tests = tests_in(root, &runner, long, &files).with(&conformance);
+                tests.args(names).envs(UCX_SETTINGS);
+                tests
+            };
+            variants.push(("ucx, rc on rxe0", over_ucx(), TEST_THREADS_OVER_UCX));
+            if long {
+                let mut polling = over_ucx();
+                polling.env(POLLING, "1");
+                variants.push(("ucx, rc on rxe0, polling", polling, TEST_THREADS_POLLING));
+            }
         }
     }
     for (what, mut command, threads) in variants {

@@ -214,10 +214,13 @@ impl UcxLink {
             }
             None => self.worker.lock(),
         };
+        // What came before an end is fetched at once, whoever polls: a look that ends with something of
+        // another link's is not the last one.
+        let last = self.hung_up.is_some() || mailbox.inbox(&mut worker.key).fault.is_some();
+        let spinning = spinning && !last;
         let before = self.count.next_payload;
         let result = Ok(());
         let mut polled = Polled { budget, sink: &mut *sink, count: &mut self.count, result };
-        let last = self.hung_up.is_some();
         let progress = |worker: &mut Locked<'_>| match spinning {
             // Looks follow each other closely until something is to be done.
             true => {

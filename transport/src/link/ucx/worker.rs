@@ -427,7 +427,7 @@ impl Locked<'_> {
         }
         // What has come since the last look, and before the worker was armed, some devices (soft-RoCE)
         // never tell of: UCX relies on those that do.
-        if self.progress() {
+        if self.progress() || self.has_wakes() {
             return Ok(Armed::Busy);
         }
         sleeper.armed.store(true, Ordering::Release);

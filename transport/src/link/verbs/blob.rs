@@ -5,10 +5,8 @@ use std::cmp::Reverse;
 use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
 
-use super::buffers::RECEIVES;
-use super::messenger::RESERVE;
+use super::buffers::{RECEIVES, RECEIVES_FIRST};
 use super::queues::Lane;
-use super::wire::CHUNKS_LEAVE;
 
 /// The form of the blob and of what follows from it.
 const FORM: u8 = 6;
@@ -20,8 +18,8 @@ const PORT_BYTES: usize = 24;
 /// Those of the first pair of ports; what is said of each further one follows.
 const TERMS_BYTES: usize = 28;
 const RAIL_BYTES: usize = 20;
-/// Buffers for receiving without which a link could send no chunks, and more than it ever has.
-const RECEIVES_ALLOWED: Range<u16> = CHUNKS_LEAVE + RESERVE + 1..RECEIVES as u16 + 1;
+/// Buffers for receiving that a link begins with, and as many as it has at most.
+const RECEIVES_ALLOWED: Range<u16> = RECEIVES_FIRST as u16..RECEIVES as u16 + 1;
 
 /// How packets find a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

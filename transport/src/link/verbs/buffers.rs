@@ -27,8 +27,8 @@ const _: () = assert!(
         && RECEIVES_FIRST.is_multiple_of(BLOCK)
 );
 
-/// After so many messages before which the peer had not to wait, a link receives by as few buffers as
-/// it began with. After so many that were sent, it looks whether it needed them all.
+/// After so many messages before which the peer had not to wait, a link wants a block less to receive
+/// into. After so many that were sent, it looks whether it needed the last block.
 const CALM: u32 = 256;
 
 /// See the module.
@@ -48,8 +48,8 @@ pub(super) struct Buffers {
     sends: usize,
     peak: usize,
     sent: u32,
-    /// The pool had none, and nothing has ended since.
-    refused: bool,
+    /// The pool had none: it is not asked before so many messages have come or were sent.
+    refused: u32,
 }
 
 impl Buffers {
@@ -66,21 +66,31 @@ impl Buffers {
             sends: 0,
             peak: 0,
             sent: 0,
-            refused: false,
+            refused: 0,
         };
-        for index in (0..RECEIVES_FIRST).step_by(BLOCK) {
-            buffers.hold(index)?;
+        let held = (0..RECEIVES_FIRST).step_by(BLOCK).try_for_each(|index| buffers.hold(index));
+        match held.and_then(|()| buffers.more_sends()) {
+            Ok(()) => Ok(buffers),
+            Err(error) => {
+                // Nothing is posted yet.
+                buffers.end();
+                Err(error)
+            }
         }
-        buffers.more_sends()?;
-        Ok(buffers)
     }
 
-    /// Makes sure that the block of this buffer is here.
+    /// Makes sure that the block of this buffer is here. The pool is not asked again soon if it had
+    /// none: it would ask the kernel each time.
     fn hold(&mut self, index: usize) -> io::Result<()> {
         let block = &mut self.blocks[index / BLOCK];
-        if block.is_none() {
-            *block = Some(self.pool.take()?);
+        if block.is_some() {
+            return Ok(());
         }
+        if self.refused > 0 {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let taken = self.pool.take().inspect_err(|_| self.refused = CALM)?;
+        *block = Some(taken);
         Ok(())
     }
 
@@ -113,11 +123,7 @@ impl Buffers {
     /// pool has no more.
     pub fn next_to_post(&mut self) -> Option<usize> {
         let index = self.posted.trailing_ones() as usize;
-        if index >= self.wanted {
-            return None;
-        }
-        if self.hold(index).is_err() {
-            self.wanted = index;
+        if index >= self.wanted || self.hold(index).is_err() {
             return None;
         }
         self.posted |= 1 << index;
@@ -126,19 +132,21 @@ impl Buffers {
 
     /// A message has come. `waited`: the peer had to wait for credit before.
     pub fn heard(&mut self, waited: bool) {
+        self.refused = self.refused.saturating_sub(1);
         self.wants_more |= waited;
         self.calm = if waited { 0 } else { self.calm + 1 };
         if self.calm >= CALM {
             self.calm = 0;
-            self.wanted = self.wanted.min(RECEIVES_FIRST);
+            self.wanted = (self.wanted - BLOCK).max(RECEIVES_FIRST);
         }
     }
 
-    /// Whether more are to be posted than were.
+    /// Whether more may have to be posted.
     pub fn wants_more(&mut self) -> bool {
-        let more = std::mem::take(&mut self.wants_more) && self.wanted < RECEIVES;
+        let more = std::mem::take(&mut self.wants_more);
         if more {
-            self.wanted = (2 * self.wanted).clamp(RECEIVES_FIRST, RECEIVES);
+            let twice = 2 * usize::from(self.posted());
+            self.wanted = twice.clamp(RECEIVES_FIRST, RECEIVES);
         }
         more
     }
@@ -158,13 +166,11 @@ impl Buffers {
 
     /// Whether there is one to send from, if need be out of the pool.
     pub fn can_send(&mut self) -> bool {
-        self.free != 0 || !self.refused && self.sends < SENDS && self.more_sends().is_ok()
+        self.free != 0 || self.sends < SENDS && self.more_sends().is_ok()
     }
 
     fn more_sends(&mut self) -> io::Result<()> {
-        let held = self.hold(RECEIVES + self.sends);
-        self.refused = held.is_err();
-        held?;
+        self.hold(RECEIVES + self.sends)?;
         self.free |= ((1 << BLOCK) - 1) << self.sends;
         self.sends += BLOCK;
         Ok(())
@@ -188,7 +194,7 @@ impl Buffers {
 
     /// It can be sent from again.
     pub fn sent(&mut self, index: usize) {
-        self.refused = false;
+        self.refused = self.refused.saturating_sub(1);
         self.free |= 1 << (index - RECEIVES);
         self.sent += 1;
         if self.sent < CALM {

@@ -47,6 +47,8 @@ pub(super) struct State {
     pub posting: c_int,
     /// Longer pieces are not registered.
     pub registers_max: Option<usize>,
+    /// How often that was said.
+    pub unregistered: usize,
     /// What of all devices may still be registered, in bytes.
     pub lockable: Option<Arc<Mutex<usize>>>,
     /// What is registered: its key, beginning, length and access.
@@ -341,6 +343,7 @@ unsafe extern "C" fn reg_mr(
     // SAFETY: a context of ours.
     let mut state = unsafe { state(context) };
     if state.registers_max.is_some_and(|max| bytes > max) {
+        state.unregistered += 1;
         return refuse(libc::ENOMEM);
     }
     if let Some(lockable) = &state.lockable {

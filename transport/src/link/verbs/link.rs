@@ -675,8 +675,8 @@ impl VerbsLink {
         sent.map_err(|error| self.not_posted("posting a send", &error))
     }
 
-    /// Whether a message that is there can go now. Over a link that is broken none can: it ends once what has come
-    /// is handed up.
+    /// Whether a message that is there can go now. Over a link that is broken none can: it ends once
+    /// what has come is handed up.
     fn can_send(&mut self) -> bool {
         self.broken.is_none() && self.messenger.can_send()
     }

@@ -74,8 +74,9 @@ const BLOCKS_PER_SLAB: usize = 16;
 /// Slabs none of which is in use that are kept for what comes.
 const UNUSED_MAX: usize = 4;
 
-/// [`BLOCK`] buffers of the pool's. What becomes of it is its owner's to say: it goes back by
-/// [`Pool::give`], or if it is dropped is never used again, because the device may still use it.
+/// [`BLOCK`] buffers of the pool's. What becomes of it is its owner's to say. It goes back by
+/// [`Pool::give`]. One that is dropped is nobody's until the pool is gone, which unmaps it; one that a
+/// device may use even then is abandoned.
 pub(super) struct Block {
     slab: Arc<Slab>,
     /// The first of its buffers.

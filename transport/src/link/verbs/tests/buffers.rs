@@ -1,5 +1,6 @@
 //! How many buffers a link has, and that there is always one for what the peer may send.
 
+use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::super::pool::{BLOCK, Pool};
@@ -54,7 +55,7 @@ fn a_link_takes_more_buffers_where_its_peer_waits_and_gives_them_back() {
     setting.crowd(16);
     assert_eq!(setting.posted(), RECEIVES, "more than there may be");
     // For long enough without waiting: those that messages leave are not posted again.
-    for _ in 0..1000 {
+    for _ in 0..2000 {
         setting.hear(false);
         setting.settle();
         setting.arrive();
@@ -139,21 +140,40 @@ fn a_link_does_without_more_buffers_where_there_are_none() {
     let taken: Vec<_> = (FIRST..16).map(|_| setting.fake.pool.take().expect("a block")).collect();
     setting.fake.state().registers_max = Some(0);
     setting.crowd(20);
-    assert_eq!(setting.driver.parcels, 20);
+    setting.hear(true);
+    setting.settle();
+    assert_eq!(setting.driver.parcels, 21);
     assert_eq!(setting.posted(), RECEIVES_FIRST);
     // One of them returns credit.
     for _ in 1..BLOCK {
         assert_eq!(setting.post(b"8 bytes.").expect("alive"), Post::Done);
     }
     assert_eq!(setting.post(b"no room").expect("alive"), Post::Full);
+    let refused = setting.fake.state().unregistered;
     taken.into_iter().for_each(|block| setting.fake.pool.give(block));
+    // It is asked for again, but not with each message.
+    for _ in 0..300 {
+        setting.arrive();
+        setting.hear(true);
+        setting.settle();
+    }
     setting.arrive();
     setting.settle();
+    assert_eq!(refused, 1);
     for _ in 0..2 * BLOCK {
         assert_eq!(setting.post(b"8 bytes.").expect("alive"), Post::Done);
     }
-    setting.crowd(9);
-    assert_eq!(setting.posted(), 48);
+    assert!(setting.posted() > RECEIVES_FIRST);
+}
+
+#[test]
+fn a_link_that_cannot_have_enough_gives_back_what_it_has_taken() {
+    let fake = Fake::new();
+    let taken: Vec<_> = (0..14).map(|_| fake.pool.take().expect("a block")).collect();
+    fake.state().registers_max = Some(0);
+    assert!(Messenger::new(&fake.pool, &fake.port(), 1).is_err());
+    assert_eq!(fake.pool.used(), 14);
+    taken.into_iter().for_each(|block| fake.pool.give(block));
 }
 
 #[test]
@@ -213,7 +233,9 @@ proptest! {
     /// Whoever keeps to his credit finds the receiver ready, however messages crowd; and credit is
     /// neither lost nor made of nothing.
     #[test]
-    fn a_receiver_is_always_ready(turns in proptest::collection::vec((0usize..70, 0usize..70, 0usize..3, any::<bool>()), 1..200)) {
+    fn a_receiver_is_always_ready(
+        turns in vec((0usize..70, 0usize..70, 0usize..3, any::<bool>()), 1..200),
+    ) {
         let mut setting = setting();
         let mut peer = Peer { credit: RECEIVES_FIRST - usize::from(RESERVE), ..Peer::default() };
         for (sends, looks, posts, calm) in turns {
