@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ import pytest
 import thalweg
 
 LIMIT = 30.0
+
+# A background job of a shell without job control is begun with interrupts ignored, and what it starts
+# would be, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(body: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
