@@ -130,8 +130,10 @@ impl Way {
             Way::Ucx => {
                 let is_set = |name: &str| std::env::var_os(name).is_some();
                 // The device is emulated, and so is the processor: connecting is slow.
-                let limit = is_set("THALWEG_TEST_UCX_SLOW").then_some(PATIENCE);
-                let config = limit.into_iter().fold(config, Config::handshake_timeout);
+                let config = match is_set("THALWEG_TEST_UCX_SLOW") {
+                    true => config.handshake_timeout(PATIENCE),
+                    false => config,
+                };
                 match is_set("THALWEG_TEST_UCX_SPINS") {
                     true => config.wake(Wake::Spin).spin_limit(PATIENCE),
                     false => config,

@@ -8,15 +8,10 @@ import gc
 import logging
 import os
 import pathlib
-import signal
 
 import pytest
 
 pytest.importorskip("distributed")
-
-# A background job of a shell without job control is begun with interrupts ignored, and what it starts
-# would be, too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = pathlib.Path(__file__).parent
 PROTOCOLS = ["tcp", "thalweg"]
