@@ -90,10 +90,14 @@ fn use_of(word: &str) -> Option<&'static str> {
     })
 }
 
+/// The lanes that carry messages.
+fn carriers(lanes: &[Lane]) -> impl Iterator<Item = &Lane> {
+    lanes.iter().filter(|lane| lane.uses.iter().any(|used| used.ends_with("messages")))
+}
+
 /// Whether every lane that carries messages is memory of this host.
 pub(super) fn shares_memory(lanes: &[Lane]) -> bool {
-    let mut carriers =
-        lanes.iter().filter(|lane| lane.uses.iter().any(|used| used.ends_with("messages")));
+    let mut carriers = carriers(lanes);
     let first = carriers.next();
     let shares = |lane: &Lane| {
         ["posix/", "sysv/", "xpmem/", "self/"].iter().any(|name| lane.transport.starts_with(name))
@@ -107,8 +111,7 @@ pub(super) fn reach(lanes: &[Lane], hardware: &Reach) -> bool {
         let (transport, device) = lane.transport.split_once('/')?;
         Some(hardware.has(transport, device))
     };
-    let carries = |lane: &&Lane| lane.uses.iter().any(|used| used.ends_with("messages"));
-    lanes.iter().filter(carries).any(|lane| over(lane) == Some(true))
+    carriers(lanes).any(|lane| over(lane) == Some(true))
 }
 
 /// `posix/memory (messages), cma/memory (bulk data)`.
