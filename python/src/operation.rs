@@ -15,9 +15,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning, PyStopIteration, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 use thalweg::{Error, Message};
 
@@ -162,13 +160,14 @@ impl Wakeup {
             return watch.look(py, shared, id);
         }
         let callbacks = std::mem::take(&mut *self.callbacks());
+        let used = used(py)?;
         let mut result = Ok(());
         for callback in callbacks {
             let called = match how {
                 Resume::Now => callback
                     .context
                     .bind(py)
-                    .call_method1(intern!(py, "run"), (callback.call, woken(py)?))
+                    .call_method1(&used.run, (callback.call, &used.woken))
                     .map(drop),
                 Resume::Soon => call_soon(py, shared, callback),
             };
@@ -192,25 +191,21 @@ impl Wake for Wakeup {
 /// What a task's callback is given as the future that is done: all it asks of it is whether that
 /// failed, and no operation tells before it is polled.
 #[pyclass(module = "thalweg", frozen)]
-struct Woken;
+pub struct Woken;
 
 #[pymethods]
 impl Woken {
     fn result(&self) {}
 }
 
-fn woken(py: Python<'_>) -> PyResult<&Bound<'_, Woken>> {
-    static WOKEN: PyOnceLock<Py<Woken>> = PyOnceLock::new();
-    WOKEN.get_or_try_init(py, || Py::new(py, Woken)).map(|woken| woken.bind(py))
-}
-
 fn call_soon(py: Python<'_>, shared: &Shared, callback: Callback) -> PyResult<()> {
     let Callback { call, context } = callback;
+    let used = used(py)?;
     let keywords = PyDict::new(py);
-    keywords.set_item(intern!(py, "context"), context)?;
+    keywords.set_item(&used.context, context)?;
     shared
         .event_loop(py)?
-        .call_method(intern!(py, "call_soon"), (call, woken(py)?), Some(&keywords))
+        .call_method(&used.call_soon, (call, &used.woken), Some(&keywords))
         .map(drop)
 }
 

@@ -1,14 +1,20 @@
 //! What this crate calls of Python: functions of asyncio's, and of the package's own that are
-//! written in Python.
+//! written in Python; and what it hands to them each time.
 //!
-//! All of it is looked up once, while the module itself is imported. An import later on would take
-//! the lock of the module it asks for, and a child forked off while another thread does that finds
-//! the lock held for ever.
+//! All of it is looked up or made once, while the module itself is imported. An import later on would
+//! take the lock of the module it asks for, and what is made at its first use (`PyOnceLock`,
+//! `intern!`) lets go of the GIL with a lock in hand: a child forked off while another thread is
+//! there finds the lock held for ever. `clippy.toml` sees to it that there is no other.
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+#[expect(clippy::disallowed_types, reason = "filled while the module is imported")]
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyString;
 
+use crate::operation::Woken;
+
+#[expect(clippy::disallowed_types, reason = "filled while the module is imported")]
 static USED: PyOnceLock<Used> = PyOnceLock::new();
 
 pub struct Used {
@@ -21,11 +27,20 @@ pub struct Used {
     pub make_error: Py<PyAny>,
     /// The module `thalweg._blocks`.
     pub blocks: Py<PyModule>,
+    /// What every task's callback is given.
+    pub woken: Py<Woken>,
+    /// The name `run`.
+    pub run: Py<PyString>,
+    /// The name `context`.
+    pub context: Py<PyString>,
+    /// The name `call_soon`.
+    pub call_soon: Py<PyString>,
 }
 
 impl Used {
     fn look_up(py: Python<'_>) -> PyResult<Self> {
         let asyncio = py.import("asyncio")?;
+        let name = |name| PyString::intern(py, name).unbind();
         Ok(Used {
             get_running_loop: asyncio.getattr("get_running_loop")?.unbind(),
             cancelled_error: asyncio.getattr("CancelledError")?.unbind(),
@@ -33,6 +48,10 @@ impl Used {
             logger: py.import("logging")?.call_method1("getLogger", ("thalweg",))?.unbind(),
             make_error: py.import("thalweg._errors")?.getattr("make")?.unbind(),
             blocks: py.import("thalweg._blocks")?.unbind(),
+            woken: Py::new(py, Woken)?,
+            run: name("run"),
+            context: name("context"),
+            call_soon: name("call_soon"),
         })
     }
 }

@@ -240,6 +240,8 @@ def test_forks_while_another_thread_sends() -> None:
     def in_child():
         asyncio.new_event_loop().run_until_complete(both(little))
 
+    # The first loop makes asyncio's policy, with a lock in hand that a child would inherit.
+    asyncio.new_event_loop().close()
     over = threading.Event()
     sender = threading.Thread(target=lambda: asyncio.run(both(much)))
     sender.start()

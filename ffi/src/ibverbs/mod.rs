@@ -19,7 +19,6 @@ mod bindings;
 use std::ffi::{CStr, OsStr, c_int, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 pub use bindings::*;
 
@@ -100,19 +99,14 @@ pub struct Verbs {
 pub type RegDmabufMr =
     unsafe extern "C" fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
 
-static LOADED: OnceLock<Result<Verbs, Absent>> = OnceLock::new();
-
-/// libibverbs: looked for once, in the file that [`LIBRARY_VARIABLE`] names; if it names none,
-/// where the dynamic linker looks.
+/// Looks for libibverbs in the file that [`LIBRARY_VARIABLE`] names; if it names none,
+/// where the dynamic linker looks. The caller keeps what it gets: no lock is kept here that a fork
+/// could leave taken for ever.
 ///
 /// # Errors
 ///
 /// What was tried, and why it will not do.
-pub fn load() -> Result<&'static Verbs, &'static Absent> {
-    LOADED.get_or_init(look).as_ref()
-}
-
-fn look() -> Result<Verbs, Absent> {
+pub fn load() -> Result<Verbs, Absent> {
     let named = std::env::var_os(LIBRARY_VARIABLE).filter(|name| !name.is_empty());
     let path = match &named {
         Some(path) => PathBuf::from(path),

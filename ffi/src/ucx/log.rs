@@ -6,7 +6,8 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::catch_unwind;
-use std::sync::OnceLock;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::dl::Library;
 
@@ -27,7 +28,8 @@ pub enum LogLevel {
 /// not call them.
 pub type Logger = fn(LogLevel, &str);
 
-static LOGGER: OnceLock<Logger> = OnceLock::new();
+/// A [`Logger`], or null. Not a `OnceLock`, which a fork can leave taken for ever.
+static LOGGER: AtomicPtr<c_void> = AtomicPtr::new(null_mut());
 
 type Handler = unsafe extern "C" fn(
     file: *const c_char,
@@ -71,7 +73,12 @@ unsafe extern "C" fn handler(
         2 => LogLevel::Warn,
         _ => LogLevel::Info,
     };
-    let Some(logger) = LOGGER.get() else { return CONTINUE };
+    let logger = LOGGER.load(Ordering::Acquire);
+    if logger.is_null() {
+        return CONTINUE;
+    }
+    // SAFETY: not null, so `redirect` has put it there, which takes nothing else.
+    let logger = unsafe { std::mem::transmute::<*mut c_void, Logger>(logger) };
     let mut text = [0; TEXT_MAX];
     // SAFETY: UCX passes a format and the arguments that fit it, as it would to its own handler.
     if unsafe { vsnprintf(text.as_mut_ptr(), text.len(), format, arguments) } < 0 {
@@ -86,7 +93,8 @@ unsafe extern "C" fn handler(
 }
 
 pub(super) fn redirect(library: Library, logger: Logger) {
-    if LOGGER.set(logger).is_err() {
+    let (none, logger) = (null_mut(), logger as *mut c_void);
+    if LOGGER.compare_exchange(none, logger, Ordering::AcqRel, Ordering::Acquire).is_err() {
         return;
     }
     if let Some(address) = library.symbol(c"ucs_log_push_handler") {

@@ -17,7 +17,6 @@ mod log;
 use std::ffi::{CStr, OsStr, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 pub use bindings::*;
 pub use log::{LogLevel, Logger};
@@ -147,21 +146,15 @@ impl Ucx {
     }
 }
 
-static LOADED: OnceLock<Result<Ucx, Absent>> = OnceLock::new();
-static LOADING: Mutex<()> = Mutex::new(());
-
-/// libucp: looked for once, in the file that [`LIBRARY_VARIABLE`] names; if it names none, where
-/// the dynamic linker looks, then beside the Python package `libucx`.
+/// Looks for libucp in the file that [`LIBRARY_VARIABLE`] names; if it names none, where
+/// the dynamic linker looks, then beside the Python package `libucx`. The caller keeps what it gets,
+/// and calls this from one thread at a time: another's signal handlers may get lost otherwise. (No
+/// lock is kept here that a fork could leave taken for ever.)
 ///
 /// # Errors
 ///
 /// What was tried, and why none of it will do.
-pub fn load() -> Result<&'static Ucx, &'static Absent> {
-    let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-    LOADED.get_or_init(look).as_ref()
-}
-
-fn look() -> Result<Ucx, Absent> {
+pub fn load() -> Result<Ucx, Absent> {
     let named = std::env::var_os(LIBRARY_VARIABLE).filter(|name| !name.is_empty());
     let places = match &named {
         Some(path) => vec![PathBuf::from(path)],

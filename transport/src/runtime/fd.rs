@@ -2,8 +2,7 @@
 //! a peer.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::Once;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Descriptors up to this number are tracked. The kernel's default ceiling (`fs.nr_open`) is the
 /// same. The table's pages are untouched, and so cost nothing, until a descriptor uses them.
@@ -14,9 +13,12 @@ static OPEN: [AtomicU64; TRACKED / 64] = [const { AtomicU64::new(0) }; TRACKED /
 static WORDS: AtomicU32 = AtomicU32::new(0);
 /// How often this process has been forked off: a descriptor made under another count is not ours.
 static FORKS: AtomicU32 = AtomicU32::new(0);
-static HOOK: Once = Once::new();
+/// Whether `in_child` is registered. Not a `Once`: a child forked off in its middle would wait for
+/// ever for a thread that it does not have.
+static HOOKED: AtomicBool = AtomicBool::new(false);
 
-/// Runs in a forked child before `fork` returns there. Async-signal-safe: atomics and `close`.
+/// Runs in a forked child before `fork` returns there, perhaps more than once. Async-signal-safe:
+/// atomics and `close`.
 extern "C" fn in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
     let words = WORDS.load(Ordering::Relaxed) as usize;
@@ -33,10 +35,12 @@ extern "C" fn in_child() {
 }
 
 fn track(raw: RawFd) {
-    // SAFETY: registers a handler that is async-signal-safe and lives as long as the program.
-    HOOK.call_once(|| unsafe {
-        libc::pthread_atfork(None, None, Some(in_child));
-    });
+    if !HOOKED.load(Ordering::Acquire) {
+        // Two threads at a time register it twice, which does no harm.
+        // SAFETY: registers a handler that is async-signal-safe and lives as long as the program.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        HOOKED.store(true, Ordering::Release);
+    }
     if let Some(word) = OPEN.get(raw as usize / 64) {
         WORDS.fetch_max(raw as u32 / 64 + 1, Ordering::Relaxed);
         word.fetch_or(1 << (raw % 64), Ordering::Relaxed);

@@ -20,7 +20,7 @@ use tokio::io::Interest as TokioInterest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 pub(crate) use fd::{Fd, Tracked};
-pub(crate) use fork::{FirstUse, ForkGuard, PerProcess};
+pub(crate) use fork::{FirstUse, ForkGuard, FoundOnce, PerProcess};
 pub(crate) use host::HostLoop;
 pub(crate) use net::{Acceptor, Stream, resolve};
 pub(crate) use timer::{Sleep, Ticker, Timers};

@@ -3,17 +3,31 @@
 use std::ffi::{CStr, CString};
 use std::sync::{Mutex, PoisonError};
 
-use thalweg_ffi::ucx::{self as ffi, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
+use thalweg_ffi::ucx::{self as ffi, Absent, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
 
 use super::lanes::{self, Resource};
 use super::{Scope, Unavailable, describe};
-use crate::runtime::FirstUse;
+use crate::runtime::{FirstUse, FoundOnce};
 
 /// Making and ending contexts touches state of the library's that is not guarded.
 static LIBRARY: Mutex<()> = Mutex::new(());
 static FIRST: FirstUse = FirstUse::new();
+static FOUND: FoundOnce<Result<Ucx, Absent>> = FoundOnce::new();
 
 const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in force";
+
+/// libucp, looked for once in this process.
+pub(super) fn library() -> Result<&'static Ucx, Unavailable> {
+    let found = FOUND.get(ffi::load).ok_or_else(forked)?;
+    found.as_ref().map_err(|absent| Unavailable { reason: absent.to_string(), fix: absent.fix() })
+}
+
+fn forked() -> Unavailable {
+    Unavailable {
+        reason: "UCX was in use when this process was forked off".into(),
+        fix: "start processes by spawn, or use UCX in children only".into(),
+    }
+}
 
 /// A context. One a node: its worker is the only one in it, so UCX needs no locks of its own.
 pub(super) struct Context {
@@ -80,10 +94,7 @@ impl Drop for Settings {
 impl Context {
     pub fn new(ucx: &'static Ucx, scope: &Scope) -> Result<Context, Unavailable> {
         if FIRST.inherited() {
-            return Err(Unavailable {
-                reason: "UCX was in use when this process was forked off".into(),
-                fix: "start processes by spawn, or use UCX in children only".into(),
-            });
+            return Err(forked());
         }
         let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
         let mut settings = Settings::read(ucx)?;

@@ -11,6 +11,7 @@ use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
 
 use super::blob::Blob;
 use super::bulk::PULLED_INBOX_BYTES;
+use super::context::library;
 use super::inbox::{Fault, Mailbox};
 use super::lanes::{self, Lane};
 use super::link::UcxLink;
@@ -51,9 +52,7 @@ impl UcxEngine {
         timers: Arc<Timers>,
         options: UcxOptions,
     ) -> Result<Arc<Self>, Unavailable> {
-        let absent =
-            |absent: &ffi::Absent| Unavailable { reason: absent.to_string(), fix: absent.fix() };
-        let ucx = ffi::load().map_err(absent)?;
+        let ucx = library()?;
         ucx.redirect_log(log);
         let worker = Worker::new(ucx, reactor, &options.scope)?;
         Ok(Arc::new(UcxEngine { worker, timers, options, ending: Mutex::new(None) }))

@@ -845,8 +845,8 @@ mod tests {
     /// The libucp that is here knows what we set, though it may not have all that is named there.
     #[test]
     fn libucp_leaves_out_what_it_is_told_to() {
-        let why = match ffi::load() {
-            Err(absent) => absent.to_string(),
+        let why = match super::super::context::library() {
+            Err(absent) => absent.reason,
             Ok(_) if std::env::var_os("UCX_TLS").is_some() => "UCX_TLS is set".into(),
             Ok(ucx) => {
                 let scope = Scope::Hardware { reach: reach(), without: UNASKED_WITHOUT };

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use thalweg_ffi::ibverbs as ffi;
+use thalweg_ffi::ibverbs::{self as ffi, Absent, Verbs};
 
 use super::VerbsOptions;
 use super::alarm::{Alarm, Alarms};
@@ -24,7 +24,7 @@ use super::setup::{Candidate, Setup, trial_max};
 use crate::link::lookout::Look;
 use crate::link::{Budget, Engine, Progress};
 use crate::proto::hello::Failure;
-use crate::runtime::{Fd, FirstUse, Interest, Reactor, Source, Timers};
+use crate::runtime::{Fd, FirstUse, FoundOnce, Interest, Reactor, Source, Timers};
 
 /// One device, and what its links share.
 struct Adapter {
@@ -98,6 +98,15 @@ impl After {
 }
 
 static FIRST: FirstUse = FirstUse::new();
+static FOUND: FoundOnce<Result<Verbs, Absent>> = FoundOnce::new();
+
+/// libibverbs, looked for once in this process.
+pub(super) fn library() -> Result<&'static Verbs, Unusable> {
+    let found = FOUND.get(ffi::load).ok_or(Unusable::Forked)?;
+    found
+        .as_ref()
+        .map_err(|absent| Unusable::Library { reason: absent.to_string(), fix: absent.fix() })
+}
 
 /// A node's devices.
 pub(crate) struct VerbsEngine {
@@ -166,10 +175,7 @@ impl VerbsEngine {
         timers: Arc<Timers>,
         options: VerbsOptions,
     ) -> Result<Arc<Self>, Unusable> {
-        let verbs = ffi::load().map_err(|absent| Unusable::Library {
-            reason: absent.to_string(),
-            fix: absent.fix(),
-        })?;
+        let verbs = library()?;
         // A library that is not there is not in use.
         if FIRST.inherited() {
             return Err(Unusable::Forked);

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use super::super::device::{Device, Domain, LocalPort};
+use super::super::engine::library;
 use super::super::messenger::Messenger;
 use super::super::pool::Pool;
 use super::*;
@@ -23,7 +24,7 @@ fn port() -> Option<LocalPort> {
         println!("SKIPPED: a real device: there is none outside of the virtual machine");
         return None;
     }
-    let verbs = ffi::load().unwrap_or_else(|absent| panic!("{absent}"));
+    let verbs = library().unwrap_or_else(|absent| panic!("{absent}"));
     let (devices, _) = Device::open_all(verbs, &["rxe0".to_owned()], &[]).expect("a device");
     let (ports, _) = devices[0].ports();
     let v4 = |port: &LocalPort| port.port.ip().is_some_and(|ip| ip.is_ipv4());
