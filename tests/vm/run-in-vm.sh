@@ -1,16 +1,17 @@
 #!/bin/bash
-# run-in-vm.sh [-t SECONDS] [-r] [-a FILE]... -- PROGRAM [ARGUMENT]...
+# run-in-vm.sh [-t SECONDS] [-r] [-n] [-a FILE]... -- PROGRAM [ARGUMENT]...
 #
 # Runs a program in a virtual machine that lives for just that: Debian's kernel, which has network
 # emulation, under qemu's software emulation, so that nothing of the host's kernel is needed. The
 # program comes along with the other files that its arguments name (by absolute paths), and with ip
 # and tc; all else is busybox. Programs come without what is only for debuggers. The variables
-# THALWEG_* and UCX_* come along. -a brings another file. With -r the machine has RDMA devices that
-# the kernel makes of network interfaces (soft-RoCE), and libibverbs: rxe0 (10.77.0.1); rxa
-# (10.78.0.1) and rxb (10.78.0.2), whose packets cross a wire, from va to vb; and in the same way rxc
-# (10.79.0.1) and rxd (10.79.0.2), from vc to vd. The program's output comes to standard output, and
-# its status is this script's. Where the machine's clock and the host's went apart meanwhile by 5 s or
-# more, the output's last line says so: timeouts and retries of adapters came early then.
+# THALWEG_* and UCX_* come along. -a brings another file. -n only sees to it that all is there to
+# make the machine of. With -r it has RDMA devices that the kernel makes of network interfaces
+# (soft-RoCE), and libibverbs: rxe0 (10.77.0.1); rxa (10.78.0.1) and rxb (10.78.0.2), whose packets
+# cross a wire, from va to vb; and in the same way rxc (10.79.0.1) and rxd (10.79.0.2), from vc to vd.
+# The program's output comes to standard output as it is said, and its status is this script's. Where
+# the machine's clock and the host's went apart meanwhile by 5 s or more, the output's last line says
+# so: timeouts and retries of adapters came early then.
 #
 #   77    the machine cannot be made here; the last line on standard error says why
 #   124   the time is up
@@ -24,18 +25,19 @@ PATH=$PATH:/usr/sbin:/sbin
 
 cannot() { echo "$*" >&2; exit 77; }
 
-limit=180 rdma='' files=()
-while getopts t:ra: option; do
+limit=180 rdma='' only='' files=()
+while getopts t:rna: option; do
   case $option in
     t) limit=$OPTARG ;;
     r) rdma=1 ;;
+    n) only=1 ;;
     a) files+=("$OPTARG") ;;
     *) exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
 [ "${1-}" != -- ] || shift
-[ $# -gt 0 ] || { echo "which program?" >&2; exit 2; }
+[ $# -gt 0 ] || [ -n "$only" ] || { echo "which program?" >&2; exit 2; }
 
 for tool in busybox cpio modprobe depmod xz zstd ip tc ${rdma:+rdma}; do
   command -v "$tool" >/dev/null || cannot "there is no $tool"
@@ -155,6 +157,7 @@ if ! command -v "${qemu[0]}" >/dev/null; then
 fi
 [ -s "$cache/kernel" ] || prepare
 exec 9>&-
+[ -z "$only" ] || exit 0
 
 # The file system of the machine: busybox, ip and tc, the program, what they are linked with.
 root=$work/root
@@ -234,13 +237,13 @@ chmod +x "$root/init"
 
 # Copying by `rep movsb` is emulated byte by byte, so the machine is not told that it would be fast: the
 # conformance tests take 73 s instead of 91.
-state=0
+states=0
 timeout -k 5 "$limit" "${qemu[@]}" -M q35 -accel tcg,thread=multi -cpu max,-erms,-fsrm -smp 2 -m 2048 \
   -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
   -append "console=ttyS0 panic=-1 mitigations=off loglevel=4 tsc=reliable clocksource=tsc" \
-  -serial "file:$work/log" -serial "file:$work/output" -serial "file:$work/status" \
-  </dev/null || state=$?
-tr -d '\r' <"$work/output"
+  -serial "file:$work/log" -chardev stdio,id=output,signal=off -serial chardev:output \
+  -serial "file:$work/status" </dev/null | cat || states="${PIPESTATUS[*]}"
+state=${states%% *}
 status=$(tr -cd '0-9' <"$work/status")
 [ -z "$status" ] || exit "$status"
 [ "$state" != 124 ] || { echo "no end within $limit s" >&2; exit 124; }

@@ -44,6 +44,11 @@ impl Step {
     }
 
     pub fn run(self, command: Command) -> Row {
+        self.listen(command, |_| {})
+    }
+
+    /// Hands on what the command says, line by line.
+    pub fn listen(self, command: Command, mut hear: impl FnMut(&str)) -> Row {
         println!("\n== {}", self.name);
         let start = Instant::now();
         let mut notes = Vec::new();
@@ -51,9 +56,13 @@ impl Step {
             Err(error) => notes.push(format!("cannot be started: {error}")),
             Ok(mut running) => {
                 while let Some(event) = running.next() {
-                    if event == Event::Tick && start.elapsed() > self.limit && notes.is_empty() {
-                        notes.push(format!("stopped after {} s", self.limit.as_secs()));
-                        running.kill_all();
+                    match event {
+                        Event::Line(line) => hear(&line),
+                        Event::Tick if start.elapsed() > self.limit && notes.is_empty() => {
+                            notes.push(format!("stopped after {} s", self.limit.as_secs()));
+                            running.kill_all();
+                        }
+                        Event::Tick => {}
                     }
                 }
                 let status = running.finish();
@@ -324,7 +333,6 @@ fn counted(line: &str) -> Option<String> {
     Some(line[at + COUNTED.len()..].trim().to_owned())
 }
 
-#[derive(PartialEq, Eq)]
 enum Event {
     Line(String),
     Tick,

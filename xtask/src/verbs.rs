@@ -1,19 +1,23 @@
 //! The tests over verbs, in a virtual machine whose kernel makes RDMA devices of network interfaces.
-//! Each test program runs in a machine of its own.
+//! Two machines are made, since each takes some 9 s: for what runs on one device, kills and removed
+//! devices among it, and for all else.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::run;
+use crate::run::{self, Step};
 use crate::summary::{Row, Summary};
-use crate::{FEATURES, With, cargo};
+use crate::{FEATURES, With, cargo, minutes};
 
 const NAME: &str = "tests over verbs";
 /// Its status when the machine cannot be made here.
 const CANNOT: i32 = 77;
+const CONFORMANCE: &str = "conformance";
+/// What runs on one device.
+const TESTS: [&str; 4] = [CONFORMANCE, "crash", "soak", "verbs"];
 /// What one test program may take in its machine, in seconds; and what it takes beyond that to make
-/// the machine, and to show what the program has said if it is ended.
+/// the machine.
 const PROGRAM_SECONDS: u64 = 240;
 const PROGRAM_SECONDS_LONG: u64 = 1200;
 const AROUND_SECONDS: u64 = 30;
@@ -27,7 +31,9 @@ const TEST_THREADS_POLLING: &str = "2";
 /// The machine is slow: after 5 s its pools still fill (93 to 143 MiB), after 15 s they do not.
 const SOAK_SECONDS: &str = "20";
 const SOAK_SECONDS_LONG: &str = "60";
-/// For each of two nodes: within one device.
+/// The devices of each of two nodes.
+const DEVICES: &str = "THALWEG_TEST_VERBS_DEVICES";
+/// Within one device.
 const WITHIN: &str = "rxe0,rxe0";
 /// The same, across two wires: long payloads go by both.
 const WIRES: &str = "rxa+rxc,rxb+rxd";
@@ -75,56 +81,107 @@ const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
 const UCX_FILES: [&str; 4] =
     ["libucp.so.0", "ucx/libuct_ib.so.0", "ucx/libuct_rdmacm.so.0", "ucx/libuct_cma.so.0"];
 
+/// The machine that they run in, and what it needs to run.
+struct Machine {
+    runner: PathBuf,
+    /// Every test program.
+    programs: Vec<PathBuf>,
+    long: bool,
+}
+
+/// One run of a test program.
+struct Job {
+    /// What it is that is tested.
+    what: &'static str,
+    program: &'static str,
+    filters: Vec<&'static str>,
+    threads: &'static str,
+    settings: Vec<(&'static str, &'static str)>,
+}
+
+impl Job {
+    fn within(program: &'static str, long: bool) -> Job {
+        let seconds = if long { SOAK_SECONDS_LONG } else { SOAK_SECONDS };
+        Job {
+            what: "verbs, rxe0",
+            program,
+            filters: vec!["verbs"],
+            threads: TEST_THREADS,
+            settings: vec![(DEVICES, WITHIN), ("THALWEG_TEST_SOAK_SECONDS", seconds)],
+        }
+    }
+
+    fn across() -> Job {
+        Job {
+            what: "verbs, two wires",
+            program: CONFORMANCE,
+            filters: ACROSS.to_vec(),
+            threads: TEST_THREADS,
+            settings: vec![(DEVICES, WIRES)],
+        }
+    }
+
+    fn over_ucx(long: bool) -> Job {
+        Job {
+            what: "ucx, rc on rxe0",
+            program: CONFORMANCE,
+            filters: if long { OVER_UCX_LONG.to_vec() } else { OVER_UCX.to_vec() },
+            threads: TEST_THREADS_OVER_UCX,
+            settings: UCX_SETTINGS.to_vec(),
+        }
+    }
+
+    fn polling(self) -> Job {
+        let settings = [self.settings, vec![(POLLING, "1")]].concat();
+        Job { what: "ucx, rc on rxe0, polling", threads: TEST_THREADS_POLLING, settings, ..self }
+    }
+
+    /// A line of the machine's shell, whose `number`-th argument is the program. Says what `cargo test`
+    /// says, for whoever reads the results.
+    fn line(&self, number: usize, long: bool) -> String {
+        let Job { program, threads, .. } = self;
+        let settings = self.settings.iter().map(|(name, value)| format!("{name}={value} "));
+        let settings: String = settings.collect();
+        let (long_too, show) =
+            if long { ("THALWEG_TEST_LONG=1 ", " --show-output") } else { ("", "") };
+        let (seconds, filters) = (program_seconds(long), self.filters.join(" "));
+        format!(
+            "echo \"     Running tests/{program}.rs (${number})\"\n\
+             env {settings}{long_too}timeout -s KILL {seconds} \"${number}\" {filters} \
+             --test-threads {threads}{show} || {{ echo \"error: test failed\"; failed=1; }}\n"
+        )
+    }
+}
+
 /// `long`: in their long forms.
 pub fn tests(root: &Path, long: bool) -> Summary {
     let mut summary = Summary::new();
-    let runner = root.join("tests/vm/run-in-vm.sh");
-    if let Err(why) = machine(&runner) {
+    let programs = match built(root, long) {
+        Ok(programs) => programs,
+        Err(row) => {
+            summary.add(row);
+            return summary;
+        }
+    };
+    let machine = Machine { runner: root.join("tests/vm/run-in-vm.sh"), programs, long };
+    if let Err(why) = machine.starts() {
         summary.add(Row::skipped(NAME, why));
         return summary;
     }
-    let programs =
-        ["--test", "conformance", "--test", "crash", "--test", "soak", "--test", "verbs"];
-    let seconds = if long { SOAK_SECONDS_LONG } else { SOAK_SECONDS };
-    let mut within = tests_in(root, &runner, long, &[]).with(&programs).with(&["--", "verbs"]);
-    within.env("THALWEG_TEST_SOAK_SECONDS", seconds);
-    within.env("THALWEG_TEST_VERBS_DEVICES", WITHIN);
-    let conformance = ["--test", "conformance", "--"];
-    let mut across = tests_in(root, &runner, long, &[]).with(&conformance);
-    across.args(ACROSS).env("THALWEG_TEST_VERBS_DEVICES", WIRES);
-    let mut variants =
-        vec![("verbs, rxe0", within, TEST_THREADS), ("verbs, two wires", across, TEST_THREADS)];
+    // What may leave the kernel's devices in disorder has a machine of its own.
+    let within = TESTS.map(|program| Job::within(program, long));
+    summary.extend(machine.run(&within, &[]));
+    let mut others = vec![Job::across()];
     let files: Vec<_> = UCX_FILES.iter().map(|file| Path::new(LIBRARIES).join(file)).collect();
-    match files.iter().find(|file| !file.exists()) {
-        Some(file) => {
-            let why = format!("there is no {} (Debian: libucx0)", file.display());
-            summary.add(Row::skipped("tests over UCX over rc", why));
-        }
-        None => {
-            let names = if long { &OVER_UCX_LONG[..] } else { &OVER_UCX };
-            let over_ucx = || {
-                let mut tests = tests_in(root, &runner, long, &files).with(&conformance);
-                tests.args(names).envs(UCX_SETTINGS);
-                tests
-            };
-            variants.push(("ucx, rc on rxe0", over_ucx(), TEST_THREADS_OVER_UCX));
-            if long {
-                let mut polling = over_ucx();
-                polling.env(POLLING, "1");
-                variants.push(("ucx, rc on rxe0, polling", polling, TEST_THREADS_POLLING));
-            }
-        }
+    let missing = files.iter().find(|file| !file.exists());
+    if missing.is_none() {
+        others.push(Job::over_ucx(long));
+        others.extend(long.then(|| Job::over_ucx(long).polling()));
     }
-    for (what, mut command, threads) in variants {
-        println!("\n== {what}");
-        command.args(["--test-threads", threads]);
-        if long {
-            command.arg("--show-output").env("THALWEG_TEST_LONG", "1");
-        }
-        let each = Duration::from_secs(program_seconds(long) + AROUND_SECONDS);
-        let mut rows = run::tests(command, each, 3 * each);
-        rows.iter_mut().for_each(|row| row.name = format!("{} ({what})", row.name));
-        summary.extend(rows);
+    summary.extend(machine.run(&others, if missing.is_none() { &files } else { &[] }));
+    if let Some(file) = missing {
+        let why = format!("there is no {} (Debian: libucx0)", file.display());
+        summary.add(Row::skipped("tests over UCX over rc", why));
     }
     summary
 }
@@ -133,33 +190,121 @@ fn program_seconds(long: bool) -> u64 {
     if long { PROGRAM_SECONDS_LONG } else { PROGRAM_SECONDS }
 }
 
-/// `cargo test` with the machine between it and the test programs, which has these files too.
-fn tests_in(root: &Path, runner: &Path, long: bool, files: &[PathBuf]) -> Command {
-    let mut command = match long {
-        true => cargo(&["test", "--release", "--package", "thalweg-tests", "--no-fail-fast"]),
-        false => cargo(&["test", "--workspace", "--no-fail-fast"]).with(&FEATURES),
+/// The test programs and the one that plays their peer; a row if they cannot be built.
+fn built(root: &Path, long: bool) -> Result<Vec<PathBuf>, Row> {
+    let mut build = match long {
+        true => cargo(&["test", "--release", "--package", "thalweg-tests", "--no-run"]),
+        false => cargo(&["test", "--workspace", "--no-run"]).with(&FEATURES),
     };
+    for test in TESTS {
+        build.args(["--test", test]);
+    }
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
     let peer = target.join(if long { "release" } else { "debug" }).join("thalweg-test-peer");
-    let limit = program_seconds(long);
-    let mut runner = format!("{} -t {limit} -r", runner.display());
-    for file in std::iter::once(&peer).chain(files) {
-        runner = format!("{runner} -a {}", file.display());
-    }
-    runner.push_str(" --");
-    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
-    command
+    let mut programs = vec![peer];
+    let row = Step::new(NAME, minutes(20))
+        .listen(build, |line| programs.extend(executable(line).map(|path| root.join(path))));
+    if row.failed() { Err(row) } else { Ok(programs) }
 }
 
-/// Whether the machine can be made; `Err`: what is missing.
-fn machine(runner: &Path) -> Result<(), String> {
-    let tried = Command::new(runner).args(["-t", "120", "-r", "--", "/bin/true"]).output();
-    let output = tried.map_err(|error| format!("{}: {error}", runner.display()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.lines().last().unwrap_or("it did not say why").to_owned();
-    match output.status.code() {
-        Some(0) => Ok(()),
-        Some(CANNOT) => Err(last),
-        _ => Err(format!("the virtual machine does not start: {last}")),
+/// `Executable tests/crash.rs (target/debug/deps/crash-0123456789abcdef)`
+fn executable(line: &str) -> Option<&str> {
+    let (_, path) = line.trim_start().strip_prefix("Executable ")?.split_once(" (")?;
+    path.strip_suffix(')')
+}
+
+impl Machine {
+    /// Whether it can be made; `Err`: what is missing.
+    fn starts(&self) -> Result<(), String> {
+        let tried = Command::new(&self.runner).args(["-t", "120", "-r", "-n"]).output();
+        let output = tried.map_err(|error| format!("{}: {error}", self.runner.display()))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last = said.lines().last().unwrap_or("it did not say why").to_owned();
+        match output.status.code() {
+            Some(0) => Ok(()),
+            Some(CANNOT) => Err(last),
+            _ => Err(format!("the virtual machine cannot be made: {last}")),
+        }
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        let is_it = |path: &&PathBuf| {
+            let file = path.file_name().and_then(|file| file.to_str());
+            file.and_then(|file| file.rsplit_once('-')).is_some_and(|(of, _)| of == name)
+        };
+        // One that is not there is said by the machine.
+        self.programs.iter().find(is_it).cloned().unwrap_or_else(|| name.into())
+    }
+
+    /// The jobs, one after the other in one machine, which has these files too: a row for each.
+    fn run(&self, jobs: &[Job], files: &[PathBuf]) -> Vec<Row> {
+        let each = program_seconds(self.long) + AROUND_SECONDS;
+        let all = each * jobs.len() as u64;
+        let mut script = String::from("failed=0\n");
+        for (index, job) in jobs.iter().enumerate() {
+            script.push_str(&job.line(index + 1, self.long));
+        }
+        script.push_str("exit $failed");
+        let mut command = Command::new(&self.runner);
+        command.args(["-r", "-t", &all.to_string()]);
+        self.programs.iter().take(1).chain(files).for_each(|file| {
+            command.arg("-a").arg(file);
+        });
+        command.args(["--", "sh", "-c", &script, "sh"]);
+        command.args(jobs.iter().map(|job| self.program(job.program)));
+        let seconds = Duration::from_secs;
+        let mut rows = run::tests(command, seconds(each), seconds(all + AROUND_SECONDS));
+        for (row, job) in rows.iter_mut().zip(jobs) {
+            row.name = format!("{} ({})", row.name, job.what);
+        }
+        rows.extend(jobs.iter().skip(rows.len()).map(|job| {
+            let name = format!("{} ({})", job.program, job.what);
+            Row::failure(name, "the machine did not come to it".to_owned())
+        }));
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cargo_built_is_found() {
+        let line = "  Executable tests/crash.rs (target/debug/deps/crash-00aa)";
+        assert_eq!(executable(line), Some("target/debug/deps/crash-00aa"));
+        assert_eq!(executable("   Compiling thalweg v0.1.0 (/x)"), None);
+    }
+
+    /// What the machine's shell gets runs every job, with its settings, and fails if one does.
+    #[test]
+    fn every_job_is_run() {
+        let job = |program, value| Job {
+            what: "x",
+            program,
+            filters: vec!["a::b"],
+            threads: "1",
+            settings: vec![("OF", value)],
+        };
+        let jobs = [job("one", "1"), job("two", "2")];
+        let lines: String =
+            jobs.iter().enumerate().map(|(at, job)| job.line(at + 1, false)).collect();
+        let mut shell = Command::new("sh");
+        let fails = "#!/bin/sh\necho $0 $OF $*; [ $OF = 2 ]\n";
+        let file = std::env::temp_dir().join(format!("thalweg-job-{}", std::process::id()));
+        std::fs::write(&file, fails).expect("written");
+        let mut mode = std::fs::metadata(&file).expect("there").permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut mode, 0o755);
+        std::fs::set_permissions(&file, mode).expect("its own file");
+        shell.args(["-c", &format!("failed=0\n{lines}exit $failed"), "sh"]);
+        let output = shell.arg(&file).arg(&file).output().expect("a shell");
+        std::fs::remove_file(&file).expect("there");
+        let path = file.display();
+        let expected = format!(
+            "     Running tests/one.rs ({path})\n{path} 1 a::b --test-threads 1\nerror: test failed\n     \
+             Running tests/two.rs ({path})\n{path} 2 a::b --test-threads 1\n"
+        );
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+        assert_eq!(output.status.code(), Some(1));
     }
 }
