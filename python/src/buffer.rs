@@ -61,9 +61,7 @@ impl View {
 fn refused(object: &Bound<'_, PyAny>, flags: c_int) -> PyErr {
     let py = object.py();
     let cause = PyErr::take(py);
-    // Not `PyType::name`, which makes a name at its first use (see `used`).
-    let name = object.get_type().getattr("__name__");
-    let name = name.map(|name| name.to_string()).unwrap_or_default();
+    let name = object.get_type().name().map(|name| name.to_string()).unwrap_or_default();
     // SAFETY: with the GIL, on an object that lives.
     let exports = unsafe { ffi::PyObject_CheckBuffer(object.as_ptr()) } != 0;
     let error = if !exports {

@@ -83,7 +83,9 @@ impl Endpoint {
         if buffer::is_buffer(frames) {
             return Ok(Message::from(self.frame(frames)?));
         }
-        frames.try_iter()?.map(|frame| self.frame(&frame?)).collect()
+        // Its length is not asked for: PyO3 looks up how at the first use (see `used`).
+        let mut frames = frames.try_iter()?;
+        std::iter::from_fn(|| frames.next()).map(|frame| self.frame(&frame?)).collect()
     }
 }
 

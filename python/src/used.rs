@@ -4,13 +4,14 @@
 //! All of it is looked up or made once, while the module itself is imported. An import later on would
 //! take the lock of the module it asks for, and what is made at its first use (`PyOnceLock`,
 //! `intern!`) lets go of the GIL with a lock in hand: a child forked off while another thread is
-//! there finds the lock held for ever. `clippy.toml` sees to it that there is no other.
+//! there finds the lock held for ever. `clippy.toml` sees to it that this crate has no other; those
+//! that PyO3 has within itself are used once here, as far as this crate comes to them.
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 #[expect(clippy::disallowed_types, reason = "filled while the module is imported")]
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyString;
+use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 
 use crate::operation::Woken;
 
@@ -58,7 +59,30 @@ impl Used {
 
 /// While the module is imported.
 pub fn look_up(py: Python<'_>) -> PyResult<()> {
-    USED.get_or_try_init(py, || Used::look_up(py)).map(drop)
+    USED.get_or_try_init(py, || Used::look_up(py))?;
+    use_pyo3(py)
+}
+
+#[pyfunction]
+fn takes_a_number(_number: f64) {}
+
+/// Uses once what PyO3 makes at its first use: for arguments of a wrong type, for lists of texts, for
+/// truth values that are numpy's (taken by their names), and for threads that come back to Python.
+fn use_pyo3(py: Python<'_>) -> PyResult<()> {
+    let refused = wrap_pyfunction!(takes_a_number, py)?.call1(("no number",));
+    let zero = 0_u8.into_pyobject(py)?;
+    let text = |error: PyErr| error.to_string();
+    let _texts = [
+        refused.map_err(text).err(),
+        zero.extract::<Vec<String>>().map_err(text).err(),
+        zero.extract::<bool>().map_err(text).err(),
+    ];
+    let attributes = PyDict::new(py);
+    attributes.set_item("__module__", "numpy")?;
+    let other = py.get_type::<PyType>().call1(("bool", PyTuple::empty(py), attributes))?;
+    let _ = other.call0()?.extract::<bool>();
+    py.detach(|| Python::attach(|_| ()));
+    Ok(())
 }
 
 /// Fails only where the import of the module failed.

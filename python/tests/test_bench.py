@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -429,7 +430,11 @@ def descendants(pid: int) -> list[int]:
 @needs_distributed
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGKILL", -9)])
 def test_no_cluster_outlives_the_program(name, code):
-    with program("dask", "--only", "idle", "--protocol", "thalweg") as process:
+    with (
+        # A program that is killed leaves its files.
+        tempfile.TemporaryDirectory() as folder,
+        program("dask", "--only", "idle", "--protocol", "thalweg", TMPDIR=folder) as process,
+    ):
         # The session, a scheduler and two workers.
         family = until(lambda: len(found := descendants(process.pid)) >= 4 and found, 90)
         process.send_signal(getattr(signal, name))

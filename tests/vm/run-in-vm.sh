@@ -144,17 +144,15 @@ prepare() {
 exec 9>"$cache/lock"
 flock 9
 qemu=(qemu-system-x86_64)
+starts() { "${qemu[@]}" --version >"$work/version" 2>&1; }
 if ! command -v "${qemu[0]}" >/dev/null; then
   here=$cache/qemu
   paths=$here$libraries:$here${libraries#/usr} # packages of before the two became one
   qemu=(env LD_LIBRARY_PATH="$paths" "$here/usr/bin/qemu-system-x86_64"
     -L "$here/usr/share/qemu" -L "$here/usr/share/seabios")
-  starts() { "${qemu[@]}" --version >"$work/version" 2>&1; }
-  if ! starts; then
-    prepare_qemu
-    starts || cannot "qemu does not start: $(head -1 "$work/version")"
-  fi
+  starts || prepare_qemu
 fi
+starts || cannot "qemu does not start: $(head -1 "$work/version")"
 [ -s "$cache/kernel" ] || prepare
 exec 9>&-
 [ -z "$only" ] || exit 0
@@ -238,7 +236,7 @@ chmod +x "$root/init"
 # Copying by `rep movsb` is emulated byte by byte, so the machine is not told that it would be fast: the
 # conformance tests take 73 s instead of 91.
 states=0
-timeout -k 5 "$limit" "${qemu[@]}" -M q35 -accel tcg,thread=multi -cpu max,-erms,-fsrm -smp 2 -m 2048 \
+timeout --foreground -k 5 "$limit" "${qemu[@]}" -M q35 -accel tcg,thread=multi -cpu max,-erms,-fsrm -smp 2 -m 2048 \
   -nodefaults -display none -no-reboot -kernel "$cache/kernel" -initrd "$work/initrd" \
   -append "console=ttyS0 panic=-1 mitigations=off loglevel=4 tsc=reliable clocksource=tsc" \
   -serial "file:$work/log" -chardev stdio,id=output,signal=off -serial chardev:output \

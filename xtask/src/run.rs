@@ -295,7 +295,9 @@ fn own_skips(row: &Row) -> u64 {
     row.notes.iter().filter(|note| note.starts_with("skipped ")).count() as u64
 }
 
-/// `Running unittests src/lib.rs (target/debug/deps/thalweg-0123456789abcdef)` and the like.
+/// `Running unittests src/lib.rs (target/debug/deps/thalweg-0123456789abcdef)` and the like; of
+/// `Running tests/conformance.rs [over verbs] (target/…)`, which is not cargo's, `conformance (over
+/// verbs)`.
 fn program_of(line: &str) -> Option<String> {
     let line = line.trim_start();
     if let Some(name) = line.strip_prefix("Doc-tests ") {
@@ -304,6 +306,9 @@ fn program_of(line: &str) -> Option<String> {
     let (source, program) = line.strip_prefix("Running ")?.strip_suffix(')')?.split_once(" (")?;
     let file = Path::new(program).file_name()?.to_str()?;
     let name = file.rsplit_once('-').map_or(file, |(name, _)| name);
+    if let Some((_, what)) = source.strip_suffix(']').and_then(|source| source.split_once(" [")) {
+        return Some(format!("{name} ({what})"));
+    }
     Some(match source.strip_prefix("unittests ") {
         Some(_) => format!("{name}: unit tests"),
         None => name.to_owned(),
@@ -537,6 +542,8 @@ error: test failed, to rerun pass `--test aborts`
      Running tests/loud.rs (/x/debug/deps/loud-0011223344556677)
 [1795273948.296818] [host:20931:0]          parser.c:1908 UCX  WARN  unused env variable
 test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.0s
+     Running tests/crash.rs [over it, once more] (/x/debug/deps/crash-0011223344556677)
+test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.0s
    Doc-tests thalweg
 test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.0s
    Doc-tests thalweg_ffi
@@ -555,6 +562,7 @@ test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
             ("crash", "1 passed, 0 failed, 2 skipped"),
             ("aborts", "0 passed, 1 failed, 0 skipped"),
             ("loud", "1 passed, 1 failed, 0 skipped"),
+            ("crash (over it, once more)", "1 passed, 0 failed, 0 skipped"),
             ("thalweg: examples in the documentation", "5 passed, 0 failed, 0 skipped"),
         ];
         assert_eq!(found, expected.map(|(name, counts)| (name, counts.to_owned())));

@@ -1,6 +1,6 @@
 //! The tests over verbs, in a virtual machine whose kernel makes RDMA devices of network interfaces.
-//! Two machines are made, since each takes some 9 s: for what runs on one device, kills and removed
-//! devices among it, and for all else.
+//! Two machines are made, since each takes some 8 s: for all tests over verbs on one device, which
+//! kill processes and remove devices, and for what runs besides.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +13,8 @@ use crate::{FEATURES, With, cargo, minutes};
 const NAME: &str = "tests over verbs";
 /// Its status when the machine cannot be made here.
 const CANNOT: i32 = 77;
+/// The status of `timeout`.
+const TIME_UP: i32 = 124;
 const CONFORMANCE: &str = "conformance";
 /// What runs on one device.
 const TESTS: [&str; 4] = [CONFORMANCE, "crash", "soak", "verbs"];
@@ -136,21 +138,32 @@ impl Job {
         Job { what: "ucx, rc on rxe0, polling", threads: TEST_THREADS_POLLING, settings, ..self }
     }
 
+    /// What its results are called.
+    fn name(&self) -> String {
+        format!("{} ({})", self.program, self.what)
+    }
+
     /// A line of the machine's shell, whose `number`-th argument is the program. Says what `cargo test`
     /// says, for whoever reads the results.
     fn line(&self, number: usize, long: bool) -> String {
-        let Job { program, threads, .. } = self;
+        let Job { what, program, threads, .. } = self;
         let settings = self.settings.iter().map(|(name, value)| format!("{name}={value} "));
         let settings: String = settings.collect();
         let (long_too, show) =
             if long { ("THALWEG_TEST_LONG=1 ", " --show-output") } else { ("", "") };
         let (seconds, filters) = (program_seconds(long), self.filters.join(" "));
         format!(
-            "echo \"     Running tests/{program}.rs (${number})\"\n\
+            "echo \"     Running tests/{program}.rs [{what}] (${number})\"\n\
              env {settings}{long_too}timeout -s KILL {seconds} \"${number}\" {filters} \
              --test-threads {threads}{show} || {{ echo \"error: test failed\"; failed=1; }}\n"
         )
     }
+}
+
+/// What the machine's shell does: each job in turn, in the face of failures, which the status tells of.
+fn script(jobs: &[Job], long: bool) -> String {
+    let lines = jobs.iter().enumerate().map(|(index, job)| job.line(index + 1, long));
+    format!("failed=0\n{}exit $failed", lines.collect::<String>())
 }
 
 /// `long`: in their long forms.
@@ -216,13 +229,16 @@ fn executable(line: &str) -> Option<&str> {
 impl Machine {
     /// Whether it can be made; `Err`: what is missing.
     fn starts(&self) -> Result<(), String> {
-        let tried = Command::new(&self.runner).args(["-t", "120", "-r", "-n"]).output();
+        // It may have to fetch things, or to wait for another that does.
+        let mut timeout = Command::new("timeout").with(&["-k", "5", "600"]);
+        let tried = timeout.arg(&self.runner).args(["-r", "-n"]).output();
         let output = tried.map_err(|error| format!("{}: {error}", self.runner.display()))?;
         let said = String::from_utf8_lossy(&output.stderr);
         let last = said.lines().last().unwrap_or("it did not say why").to_owned();
         match output.status.code() {
             Some(0) => Ok(()),
             Some(CANNOT) => Err(last),
+            Some(TIME_UP) => Err(format!("nothing to make the machine of within 600 s: {last}")),
             _ => Err(format!("the virtual machine cannot be made: {last}")),
         }
     }
@@ -240,27 +256,21 @@ impl Machine {
     fn run(&self, jobs: &[Job], files: &[PathBuf]) -> Vec<Row> {
         let each = program_seconds(self.long) + AROUND_SECONDS;
         let all = each * jobs.len() as u64;
-        let mut script = String::from("failed=0\n");
-        for (index, job) in jobs.iter().enumerate() {
-            script.push_str(&job.line(index + 1, self.long));
-        }
-        script.push_str("exit $failed");
         let mut command = Command::new(&self.runner);
         command.args(["-r", "-t", &all.to_string()]);
         self.programs.iter().take(1).chain(files).for_each(|file| {
             command.arg("-a").arg(file);
         });
-        command.args(["--", "sh", "-c", &script, "sh"]);
+        command.args(["--", "sh", "-c", &script(jobs, self.long), "sh"]);
         command.args(jobs.iter().map(|job| self.program(job.program)));
         let seconds = Duration::from_secs;
         let mut rows = run::tests(command, seconds(each), seconds(all + AROUND_SECONDS));
-        for (row, job) in rows.iter_mut().zip(jobs) {
-            row.name = format!("{} ({})", row.name, job.what);
+        // Those without a single test are not there.
+        for name in jobs.iter().map(Job::name) {
+            if rows.iter().all(|row| row.name != name) {
+                rows.push(Row::failure(name, "the machine told no result".to_owned()));
+            }
         }
-        rows.extend(jobs.iter().skip(rows.len()).map(|job| {
-            let name = format!("{} ({})", job.program, job.what);
-            Row::failure(name, "the machine did not come to it".to_owned())
-        }));
         rows
     }
 }
@@ -287,8 +297,6 @@ mod tests {
             settings: vec![("OF", value)],
         };
         let jobs = [job("one", "1"), job("two", "2")];
-        let lines: String =
-            jobs.iter().enumerate().map(|(at, job)| job.line(at + 1, false)).collect();
         let mut shell = Command::new("sh");
         let fails = "#!/bin/sh\necho $0 $OF $*; [ $OF = 2 ]\n";
         let file = std::env::temp_dir().join(format!("thalweg-job-{}", std::process::id()));
@@ -296,13 +304,13 @@ mod tests {
         let mut mode = std::fs::metadata(&file).expect("there").permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut mode, 0o755);
         std::fs::set_permissions(&file, mode).expect("its own file");
-        shell.args(["-c", &format!("failed=0\n{lines}exit $failed"), "sh"]);
+        shell.args(["-c", &script(&jobs, false), "sh"]);
         let output = shell.arg(&file).arg(&file).output().expect("a shell");
         std::fs::remove_file(&file).expect("there");
         let path = file.display();
         let expected = format!(
-            "     Running tests/one.rs ({path})\n{path} 1 a::b --test-threads 1\nerror: test failed\n     \
-             Running tests/two.rs ({path})\n{path} 2 a::b --test-threads 1\n"
+            "     Running tests/one.rs [x] ({path})\n{path} 1 a::b --test-threads 1\nerror: test failed\n     \
+             Running tests/two.rs [x] ({path})\n{path} 2 a::b --test-threads 1\n"
         );
         assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
         assert_eq!(output.status.code(), Some(1));

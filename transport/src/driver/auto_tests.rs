@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Whether there is a libucp that uses what it likes; says what is left out if not.
 fn ucx_is_here(test: &str) -> bool {
-    let why = match thalweg_ffi::ucx::load() {
-        Err(absent) => absent.to_string(),
+    let why = match crate::link::ucx::library() {
+        Err(absent) => absent.reason,
         Ok(_) if std::env::var_os("UCX_TLS").is_some() => "UCX_TLS is set".into(),
         Ok(_) => return true,
     };

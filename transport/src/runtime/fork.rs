@@ -126,7 +126,9 @@ impl FirstUse {
 
     /// Whether the library was in use already when this process was forked off. If not, it is now.
     pub fn inherited(&self) -> bool {
-        let us = ForkGuard::get().maker;
+        let ForkGuard { number, maker } = ForkGuard::get();
+        // Without such numbers the system's must do, though they come again.
+        let us = if number.is_some() { maker } else { std::process::id() };
         match self.0.compare_exchange(0, us, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => false,
             Err(first) => first != us,

@@ -17,7 +17,7 @@ static FOUND: FoundOnce<Result<Ucx, Absent>> = FoundOnce::new();
 const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in force";
 
 /// libucp, looked for once in this process.
-pub(super) fn library() -> Result<&'static Ucx, Unavailable> {
+pub(crate) fn library() -> Result<&'static Ucx, Unavailable> {
     let found = FOUND.get(ffi::load).ok_or_else(forked)?;
     found.as_ref().map_err(|absent| Unavailable { reason: absent.to_string(), fix: absent.fix() })
 }

@@ -64,6 +64,8 @@ use super::hardware::Reach;
 use crate::error::{ErrorKind, LinkError};
 
 pub(crate) use blob::{transports, verdict};
+#[cfg(test)]
+pub(crate) use context::library;
 pub(crate) use engine::{Opened, Reservation, UcxEngine};
 
 /// What a link is told when it is made.

@@ -809,7 +809,7 @@ unsafe extern "C" fn endpoint_failed(arg: *mut c_void, _ep: ucp_ep_h, status: uc
 mod tests {
     use super::*;
     use crate::link::hardware::{Hardware, Nature, RdmaDevice, Reach};
-    use crate::link::ucx::UNASKED_WITHOUT;
+    use crate::link::ucx::{UNASKED_WITHOUT, library};
 
     fn resources(names: &[&str]) -> Vec<Resource> {
         let one = |name: &&str| {
@@ -845,7 +845,7 @@ mod tests {
     /// The libucp that is here knows what we set, though it may not have all that is named there.
     #[test]
     fn libucp_leaves_out_what_it_is_told_to() {
-        let why = match super::super::context::library() {
+        let why = match library() {
             Err(absent) => absent.reason,
             Ok(_) if std::env::var_os("UCX_TLS").is_some() => "UCX_TLS is set".into(),
             Ok(ucx) => {
