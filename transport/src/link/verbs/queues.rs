@@ -462,11 +462,12 @@ impl Queues {
         self.under_way[what as usize]
     }
 
-    /// Counts one more, if there is room.
-    fn begin(&mut self, what: What) -> io::Result<()> {
+    /// Posts one more, if there is room.
+    fn counted(&mut self, what: What, post: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if self.room(what) == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        post()?;
         self.under_way[what as usize] += 1;
         Ok(())
     }
@@ -484,53 +485,29 @@ impl Queues {
         bytes: usize,
         key: u32,
     ) -> io::Result<()> {
-        let Pair { raw, state } = self.pairs[Lane::Messages as usize];
-        if state == State::Destroyed {
-            return Err(io::ErrorKind::NotConnected.into());
-        }
-        self.begin(What::Receive)?;
         let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
-        let mut request = ibv_recv_wr {
-            wr_id: id,
-            next: std::ptr::null_mut(),
-            sg_list: &raw mut piece,
-            num_sge: 1,
-        };
-        // SAFETY: a live pair; request and list are live for the call; for the memory answers the
-        // caller.
-        let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
-        self.under_way[What::Receive as usize] -= u32::from(posted.is_err());
-        posted
+        let (next, sg_list) = (std::ptr::null_mut(), &raw mut piece);
+        let request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 1 };
+        // SAFETY: the list is live for the call; for the memory answers the caller.
+        unsafe { self.receive(Lane::Messages, What::Receive, request) }
     }
 
     /// Posts room for one of the peer's markers. No memory belongs to it.
     pub fn post_marked(&mut self, id: u64) -> io::Result<()> {
-        let Pair { raw, state } = self.pairs[Lane::Reads as usize];
-        if state == State::Destroyed {
-            return Err(io::ErrorKind::NotConnected.into());
-        }
-        self.begin(What::Marked)?;
         let (next, sg_list) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let mut request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 0 };
-        // SAFETY: a live pair; the request is live for the call, and names no memory.
-        let posted = check(unsafe { ffi::post_recv(raw, &raw mut request) });
-        self.under_way[What::Marked as usize] -= u32::from(posted.is_err());
-        posted
+        let request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 0 };
+        // SAFETY: it names no memory.
+        unsafe { self.receive(Lane::Reads, What::Marked, request) }
     }
 
     /// Posts a marker, behind all reads that were posted.
     pub fn post_marker(&mut self, id: u64) -> io::Result<()> {
-        let raw = self.connected(Lane::Reads)?;
-        self.begin(What::Marker)?;
         // SAFETY: zero is valid for every field.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
         request.wr_id = id;
         request.opcode = ffi::IBV_WR_SEND;
-        request.send_flags = ffi::IBV_SEND_SIGNALED;
         // SAFETY: as in `post_marked`.
-        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
-        self.under_way[What::Marker as usize] -= u32::from(posted.is_err());
-        posted
+        unsafe { self.send(Lane::Reads, What::Marker, request) }
     }
 
     /// Posts a send. With `inline` its bytes are copied into the request.
@@ -547,8 +524,6 @@ impl Queues {
         key: u32,
         inline: bool,
     ) -> io::Result<()> {
-        let raw = self.connected(Lane::Messages)?;
-        self.begin(What::Send)?;
         let mut piece = ibv_sge { addr: ptr as u64, length: bytes as u32, lkey: key };
         // SAFETY: zero is valid for every field.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
@@ -556,14 +531,11 @@ impl Queues {
         request.sg_list = &raw mut piece;
         request.num_sge = 1;
         request.opcode = ffi::IBV_WR_SEND;
-        request.send_flags = ffi::IBV_SEND_SIGNALED;
         if inline {
-            request.send_flags |= ffi::IBV_SEND_INLINE;
+            request.send_flags = ffi::IBV_SEND_INLINE;
         }
         // SAFETY: as in `post_receive`.
-        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
-        self.under_way[What::Send as usize] -= u32::from(posted.is_err());
-        posted
+        unsafe { self.send(Lane::Messages, What::Send, request) }
     }
 
     /// Posts a request of one of the pairs that read and write the peer's memory. One of no bytes
@@ -580,8 +552,6 @@ impl Queues {
             Lane::Reach => What::Reach,
             Lane::Messages | Lane::Reached => return Err(io::ErrorKind::InvalidInput.into()),
         };
-        let raw = self.connected(lane)?;
-        self.begin(what)?;
         let (addr, length, lkey) = (rdma.local as u64, rdma.bytes, rdma.local_key);
         let mut piece = ibv_sge { addr, length, lkey };
         // SAFETY: zero is valid for every field.
@@ -591,16 +561,44 @@ impl Queues {
         // One of no bytes names no memory.
         request.num_sge = i32::from(rdma.bytes > 0);
         request.opcode = if rdma.writes { ffi::IBV_WR_RDMA_WRITE } else { ffi::IBV_WR_RDMA_READ };
-        request.send_flags = ffi::IBV_SEND_SIGNALED;
         if rdma.inline {
-            request.send_flags |= ffi::IBV_SEND_INLINE;
+            request.send_flags = ffi::IBV_SEND_INLINE;
         }
         request.wr.rdma.remote_addr = rdma.remote;
         request.wr.rdma.rkey = rdma.remote_key;
         // SAFETY: as in `post_receive`.
-        let posted = check(unsafe { ffi::post_send(raw, &raw mut request) });
-        self.under_way[what as usize] -= u32::from(posted.is_err());
-        posted
+        unsafe { self.send(lane, what, request) }
+    }
+
+    /// # Safety
+    ///
+    /// As for `post_receive`, of what the request's list names; the list is live for the call.
+    unsafe fn receive(
+        &mut self,
+        lane: Lane,
+        what: What,
+        mut request: ibv_recv_wr,
+    ) -> io::Result<()> {
+        let Pair { raw, state } = self.pairs[lane as usize];
+        if state == State::Destroyed {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.counted(what, || {
+            // SAFETY: a live pair; for the request answers the caller.
+            check(unsafe { ffi::post_recv(raw, &raw mut request) })
+        })
+    }
+
+    /// # Safety
+    ///
+    /// As for `post_send` and `post_rdma`, of what the request names; its list is live for the call.
+    unsafe fn send(&mut self, lane: Lane, what: What, mut request: ibv_send_wr) -> io::Result<()> {
+        let raw = self.connected(lane)?;
+        request.send_flags |= ffi::IBV_SEND_SIGNALED;
+        self.counted(what, || {
+            // SAFETY: as in `receive`.
+            check(unsafe { ffi::post_send(raw, &raw mut request) })
+        })
     }
 
     fn connected(&self, lane: Lane) -> io::Result<*mut ibv_qp> {
