@@ -188,16 +188,6 @@ impl Wake for Wakeup {
     }
 }
 
-/// What a task's callback is given as the future that is done: all it asks of it is whether that
-/// failed, and no operation tells before it is polled.
-#[pyclass(module = "thalweg", frozen)]
-pub struct Woken;
-
-#[pymethods]
-impl Woken {
-    fn result(&self) {}
-}
-
 fn call_soon(py: Python<'_>, shared: &Shared, callback: Callback) -> PyResult<()> {
     let Callback { call, context } = callback;
     let used = used(py)?;

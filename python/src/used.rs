@@ -13,8 +13,6 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 
-use crate::operation::Woken;
-
 #[expect(clippy::disallowed_types, reason = "filled while the module is imported")]
 static USED: PyOnceLock<Used> = PyOnceLock::new();
 
@@ -36,6 +34,16 @@ pub struct Used {
     pub context: Py<PyString>,
     /// The name `call_soon`.
     pub call_soon: Py<PyString>,
+}
+
+/// What a task's callback is given as the future that is done: all it asks of it is whether that
+/// failed, and no operation tells before it is polled.
+#[pyclass(module = "thalweg", frozen)]
+pub struct Woken;
+
+#[pymethods]
+impl Woken {
+    fn result(&self) {}
 }
 
 impl Used {

@@ -23,6 +23,7 @@ use super::onesided::{Means, Outcome, Reachable, Reaches};
 use super::queues::{Completion, Side};
 use super::rails::Rails;
 use super::registrations::{Held, Registrations, Use};
+use super::watchdog::{SILENCE_MAX, Watchdog};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, end_of_peer, offered_len, sent_len};
@@ -160,6 +161,7 @@ pub(crate) struct VerbsLink {
     alarm: Arc<Alarm>,
     engine: Weak<VerbsEngine>,
     lookout: Lookout,
+    watchdog: Watchdog,
     caps: Caps,
     max_payload: u64,
     /// Where the peer's process shows that it lives. Nothing more is said on it.
@@ -204,6 +206,7 @@ impl VerbsLink {
         let Opened { received, options, timers, why, .. } = opened;
         let rails = Rails::new(messenger.rate(), &registrations, rails);
         let ways = ways(messenger.port(), &why, &rails);
+        let watchdog = Watchdog::new(&timers);
         VerbsLink {
             messenger,
             rails,
@@ -213,6 +216,7 @@ impl VerbsLink {
             alarm,
             engine,
             lookout: Lookout::new(),
+            watchdog,
             caps: Caps { eager_max: options.eager_max.min(EAGER_BYTES_MAX), ways },
             max_payload: options.max_payload,
             bootstrap,
@@ -271,6 +275,30 @@ impl VerbsLink {
             engine.hear_now().into_iter().for_each(|waker| sink.wake(waker));
         }
         self.look_for_ends(Look::Now);
+    }
+
+    /// Whether requests are under way, and how many have ended so far.
+    fn requests(&mut self) -> (bool, u64) {
+        let queues = self.messenger.queues();
+        let (any, ends) = (queues.has_requests(), queues.ends());
+        (any || self.rails.any_under_way(), ends + self.rails.ends())
+    }
+
+    /// Whether the device has stopped to end what was posted.
+    fn look_for_silence(&mut self) -> Result<(), LinkError> {
+        let (under_way, ends) = self.requests();
+        if !self.watchdog.is_due(under_way, ends) {
+            return Ok(());
+        }
+        // What ends is not looked at where nobody waits for it.
+        self.take(Side::Send)?;
+        let (under_way, ends) = self.requests();
+        if self.watchdog.judge(under_way, ends) && self.broken.is_none() {
+            let (port, silence) = (self.messenger.port(), SILENCE_MAX);
+            let why = format!("nothing that was posted at {port} has ended for {silence:?}");
+            self.broken = Some(error(ErrorKind::ConnectionLost, why));
+        }
+        Ok(())
     }
 
     fn hear_alarm(&mut self) {
@@ -946,6 +974,8 @@ impl Link for VerbsLink {
         // Before the queues are looked at: what the peer sent before it ended is there by then.
         if self.lookout.is_due() {
             self.look_now(sink);
+            let looked = self.look_for_silence();
+            self.settle(looked)?;
         }
         if !spinning {
             self.look_for_ends(Look::Told(cx));
@@ -969,7 +999,9 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         self.look_for_ends(Look::Told(cx));
-        let waits = self.has_taken() || self.alarm.watch(cx.waker());
+        let looked = self.look_for_silence();
+        self.settle(looked)?;
+        let waits = self.watchdog.watch(cx) || self.has_taken() || self.alarm.watch(cx.waker());
         let registers = self.registers_next || self.reaches.registers_next();
         if self.broken.is_some() || waits || registers || self.may_send_chunks() {
             return Ok(Armed::Busy);

@@ -23,6 +23,7 @@
 //! | `alarm` | what devices say by themselves |
 //! | `removal` | what the kernel says of devices that are taken away |
 //! | `engine` | devices of a node |
+//! | `watchdog` | requests that the device never ends |
 //! | `setup` | trying a link's queues, and which rails work |
 //! | `link` | the link |
 //!
@@ -68,6 +69,7 @@ mod setup;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod watchdog;
 mod wire;
 
 use std::time::Duration;

@@ -183,6 +183,8 @@ pub(super) struct Queues {
     depths: Depths,
     /// Requests whose completions have not been taken, by [`What`].
     under_way: [u32; 6],
+    /// Requests of this side's that have ended so far.
+    ends: u64,
     /// The queue will tell the channel of its next completion.
     armed: [bool; 2],
     /// Events of the queue that have been taken and not acknowledged.
@@ -238,6 +240,7 @@ impl Queues {
             pairs: [(); Lane::COUNT].map(|()| destroyed()),
             depths,
             under_way: [0; 6],
+            ends: 0,
             armed: [false; 2],
             unacknowledged: [0; 2],
             max_inline_bytes: [0; 2],
@@ -462,6 +465,18 @@ impl Queues {
         self.under_way[what as usize]
     }
 
+    /// Whether requests of this side's are under way; room for the peer's is not.
+    pub fn has_requests(&self) -> bool {
+        [What::Send, What::Read, What::Reach, What::Marker]
+            .into_iter()
+            .any(|what| self.under_way(what) > 0)
+    }
+
+    /// How many requests of this side's have ended so far.
+    pub fn ends(&self) -> u64 {
+        self.ends
+    }
+
     /// Posts one more, if there is room.
     fn counted(&mut self, what: What, post: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if self.room(what) == 0 {
@@ -622,6 +637,9 @@ impl Queues {
             ffi::poll_cq(self.completions[side as usize], BATCH, batch.as_mut_ptr().cast())
         };
         let count = usize::try_from(count).map_err(|_| os_error(count))?;
+        if side == Side::Send {
+            self.ends += count as u64;
+        }
         for entry in batch.iter().take(count) {
             // SAFETY: the call has filled in the first `count`.
             let entry = unsafe { entry.assume_init_ref() };

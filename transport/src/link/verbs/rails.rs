@@ -493,6 +493,11 @@ impl Rails {
         self.further.iter().any(Further::is_reading)
     }
 
+    /// How many reads have ended at further rails so far. A rail that is given up takes its own along.
+    pub fn ends(&self) -> u64 {
+        self.further.iter().filter_map(Further::queues).map(Queues::ends).sum()
+    }
+
     /// Has `cx`'s waker called when reads end, or a rail is said to fail. `true`: some have.
     pub fn watch(&mut self, cx: &mut Context<'_>) -> bool {
         for (number, further) in (1..).zip(&mut self.further) {

@@ -33,6 +33,7 @@ mod marked;
 mod onesided;
 mod rails;
 mod real;
+mod watchdog;
 
 /// The keys of what the peer offers, by rail.
 const OFFERED_BY: [u32; RAILS_MAX] = [101, 103, 105, 107];
