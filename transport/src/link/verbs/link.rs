@@ -291,7 +291,8 @@ impl VerbsLink {
             return Ok(());
         }
         // What ends is not looked at where nobody waits for it.
-        self.take(Side::Send)?;
+        let taken = self.take(Side::Send);
+        self.settle(taken)?;
         let (under_way, ends) = self.requests();
         if self.watchdog.judge(under_way, ends) && self.broken.is_none() {
             let (port, silence) = (self.messenger.port(), SILENCE_MAX);
@@ -974,8 +975,7 @@ impl Link for VerbsLink {
         // Before the queues are looked at: what the peer sent before it ended is there by then.
         if self.lookout.is_due() {
             self.look_now(sink);
-            let looked = self.look_for_silence();
-            self.settle(looked)?;
+            self.look_for_silence()?;
         }
         if !spinning {
             self.look_for_ends(Look::Told(cx));
@@ -999,8 +999,7 @@ impl Link for VerbsLink {
         }
         self.alive()?;
         self.look_for_ends(Look::Told(cx));
-        let looked = self.look_for_silence();
-        self.settle(looked)?;
+        self.look_for_silence()?;
         let waits = self.watchdog.watch(cx) || self.has_taken() || self.alarm.watch(cx.waker());
         let registers = self.registers_next || self.reaches.registers_next();
         if self.broken.is_some() || waits || registers || self.may_send_chunks() {
