@@ -1,6 +1,7 @@
 """What Dask demands of a comm, and what its own TCP does where nothing is written down."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ import ssl
 import struct
 import threading
 import weakref
+from types import SimpleNamespace
 
 import dask.config
 import numpy as np
@@ -818,11 +820,45 @@ async def test_a_listener_that_never_answers(protocol):
                 await attempt
 
 
+# Where a connect is cancelled is chosen: on Python 3.10 ``asyncio.wait_for``, which Dask puts around
+# each attempt, drops a cancellation that comes in the turn of the loop in which the attempt ends.
+# Cancelled blindly while refused again and again, 12 of 400 went on over tcp and 9 over thalweg.
+
+
 @in_loop
-async def test_a_cancelled_connect(protocol):
-    port = free_port()
-    attempt = asyncio.ensure_future(connect(f"{protocol}://127.0.0.1:{port}", timeout=20))
-    await asyncio.sleep(0.05)
+async def test_a_connect_cancelled_in_an_attempt(protocol):
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        port = server.getsockname()[1]
+        attempt = asyncio.ensure_future(connect(f"{protocol}://127.0.0.1:{port}", timeout=20))
+        connection, _ = await loop.sock_accept(server)
+        with connection:
+            connection.setblocking(False)
+            # It has spoken, and waits for an answer.
+            assert await loop.sock_recv(connection, 1)
+            attempt.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await attempt
+            # Nothing of it is left: the connection ends, and there is no other.
+            with contextlib.suppress(ConnectionResetError):
+                while await loop.sock_recv(connection, 4096):
+                    pass
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+@in_loop
+async def test_a_connect_cancelled_between_attempts(protocol, monkeypatch):
+    waits = asyncio.Event()
+
+    def pause(least, most):
+        waits.set()
+        return 20
+
+    monkeypatch.setattr("distributed.comm.core.random", SimpleNamespace(uniform=pause))
+    attempt = asyncio.ensure_future(connect(f"{protocol}://127.0.0.1:{free_port()}", timeout=20))
+    await waits.wait()
     attempt.cancel()
     with pytest.raises(asyncio.CancelledError):
         await attempt
