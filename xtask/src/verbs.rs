@@ -86,9 +86,16 @@ const UCX_FILES: [&str; 4] =
 /// The machine that they run in, and what it needs to run.
 struct Machine {
     runner: PathBuf,
-    /// Every test program.
-    programs: Vec<PathBuf>,
+    built: Built,
     long: bool,
+}
+
+/// What was built.
+struct Built {
+    /// The test programs.
+    tests: Vec<PathBuf>,
+    /// The program that plays their peer.
+    peer: PathBuf,
 }
 
 /// One run of a test program.
@@ -169,14 +176,14 @@ fn script(jobs: &[Job], long: bool) -> String {
 /// `long`: in their long forms.
 pub fn tests(root: &Path, long: bool) -> Summary {
     let mut summary = Summary::new();
-    let programs = match built(root, long) {
-        Ok(programs) => programs,
+    let built = match Built::new(root, long) {
+        Ok(built) => built,
         Err(row) => {
             summary.add(row);
             return summary;
         }
     };
-    let machine = Machine { runner: root.join("tests/vm/run-in-vm.sh"), programs, long };
+    let machine = Machine { runner: root.join("tests/vm/run-in-vm.sh"), built, long };
     if let Err(why) = machine.starts() {
         summary.add(Row::skipped(NAME, why));
         return summary;
@@ -203,21 +210,32 @@ fn program_seconds(long: bool) -> u64 {
     if long { PROGRAM_SECONDS_LONG } else { PROGRAM_SECONDS }
 }
 
-/// The test programs and the one that plays their peer; a row if they cannot be built.
-fn built(root: &Path, long: bool) -> Result<Vec<PathBuf>, Row> {
-    let mut build = match long {
-        true => cargo(&["test", "--release", "--package", "thalweg-tests", "--no-run"]),
-        false => cargo(&["test", "--workspace", "--no-run"]).with(&FEATURES),
-    };
-    for test in TESTS {
-        build.args(["--test", test]);
+impl Built {
+    /// `Err`: why nothing was.
+    fn new(root: &Path, long: bool) -> Result<Built, Row> {
+        let mut build = match long {
+            true => cargo(&["test", "--release", "--package", "thalweg-tests", "--no-run"]),
+            false => cargo(&["test", "--workspace", "--no-run"]).with(&FEATURES),
+        };
+        for test in TESTS {
+            build.args(["--test", test]);
+        }
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
+        let peer = target.join(if long { "release" } else { "debug" }).join("thalweg-test-peer");
+        let mut tests = Vec::new();
+        let row = Step::new(NAME, minutes(20))
+            .listen(build, |line| tests.extend(executable(line).map(|path| root.join(path))));
+        if row.failed() { Err(row) } else { Ok(Built { tests, peer }) }
     }
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
-    let peer = target.join(if long { "release" } else { "debug" }).join("thalweg-test-peer");
-    let mut programs = vec![peer];
-    let row = Step::new(NAME, minutes(20))
-        .listen(build, |line| programs.extend(executable(line).map(|path| root.join(path))));
-    if row.failed() { Err(row) } else { Ok(programs) }
+
+    /// The program of a test; one that is not there is said by the machine.
+    fn test(&self, name: &str) -> PathBuf {
+        let is_it = |path: &&PathBuf| {
+            let file = path.file_name().and_then(|file| file.to_str());
+            file.and_then(|file| file.rsplit_once('-')).is_some_and(|(of, _)| of == name)
+        };
+        self.tests.iter().find(is_it).cloned().unwrap_or_else(|| name.into())
+    }
 }
 
 /// `Executable tests/crash.rs (target/debug/deps/crash-0123456789abcdef)`
@@ -243,26 +261,17 @@ impl Machine {
         }
     }
 
-    fn program(&self, name: &str) -> PathBuf {
-        let is_it = |path: &&PathBuf| {
-            let file = path.file_name().and_then(|file| file.to_str());
-            file.and_then(|file| file.rsplit_once('-')).is_some_and(|(of, _)| of == name)
-        };
-        // One that is not there is said by the machine.
-        self.programs.iter().find(is_it).cloned().unwrap_or_else(|| name.into())
-    }
-
     /// The jobs, one after the other in one machine, which has these files too: a row for each.
     fn run(&self, jobs: &[Job], files: &[PathBuf]) -> Vec<Row> {
         let each = program_seconds(self.long) + AROUND_SECONDS;
         let all = each * jobs.len() as u64;
         let mut command = Command::new(&self.runner);
         command.args(["-r", "-t", &all.to_string()]);
-        self.programs.iter().take(1).chain(files).for_each(|file| {
+        std::iter::once(&self.built.peer).chain(files).for_each(|file| {
             command.arg("-a").arg(file);
         });
         command.args(["--", "sh", "-c", &script(jobs, self.long), "sh"]);
-        command.args(jobs.iter().map(|job| self.program(job.program)));
+        command.args(jobs.iter().map(|job| self.built.test(job.program)));
         let seconds = Duration::from_secs;
         let mut rows = run::tests(command, seconds(each), seconds(all + AROUND_SECONDS));
         // Those without a single test are not there.

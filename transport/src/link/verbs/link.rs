@@ -23,7 +23,7 @@ use super::onesided::{Means, Outcome, Reachable, Reaches};
 use super::queues::{Completion, Side};
 use super::rails::Rails;
 use super::registrations::{Held, Registrations, Use};
-use super::watchdog::{SILENCE_MAX, Watchdog};
+use super::watchdog::{Finding, Watchdog};
 use super::wire::{BODY_MAX, CHUNKS_LEAVE, HEADER_BYTES, Header, Kind, PIECES_MAX, Piece};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, end_of_peer, offered_len, sent_len};
@@ -248,6 +248,11 @@ impl VerbsLink {
         self.messenger.owed()
     }
 
+    #[cfg(test)]
+    pub(super) fn watchdog(&mut self) -> &mut Watchdog {
+        &mut self.watchdog
+    }
+
     fn alive(&self) -> Result<(), LinkError> {
         self.dead.clone().map_or(Ok(()), Err)
     }
@@ -277,26 +282,22 @@ impl VerbsLink {
         self.look_for_ends(Look::Now);
     }
 
-    /// Whether requests are under way, and how many have ended so far.
-    fn requests(&mut self) -> (bool, u64) {
-        let queues = self.messenger.queues();
-        let (any, ends) = (queues.has_requests(), queues.ends());
-        (any || self.rails.any_under_way(), ends + self.rails.ends())
-    }
-
     /// Whether the device has stopped to end what was posted.
     fn look_for_silence(&mut self) -> Result<(), LinkError> {
-        let (under_way, ends) = self.requests();
-        if !self.watchdog.is_due(under_way, ends) {
+        if !self.watchdog.is_due() {
             return Ok(());
         }
-        // What ends is not looked at where nobody waits for it.
-        let taken = self.take(Side::Send);
-        self.settle(taken)?;
-        let (under_way, ends) = self.requests();
-        if self.watchdog.judge(under_way, ends) && self.broken.is_none() {
-            let (port, silence) = (self.messenger.port(), SILENCE_MAX);
-            let why = format!("nothing that was posted at {port} has ended for {silence:?}");
+        if self.watchdog.knows_of_requests() {
+            // What ends is not looked at where nobody waits for it.
+            let taken = self.take(Side::Send);
+            self.settle(taken)?;
+        }
+        let silence = self.watchdog.silence_max();
+        let found = self.messenger.queues().look();
+        self.watchdog.looked(found.max(self.rails.look(silence)));
+        if found == Finding::Silence && self.broken.is_none() {
+            let port = self.messenger.port();
+            let why = format!("a queue pair at {port} has ended nothing for {silence:?}");
             self.broken = Some(error(ErrorKind::ConnectionLost, why));
         }
         Ok(())

@@ -20,6 +20,7 @@ use thalweg_ffi::ibverbs::{
 
 use super::blob::{Fabric, Port};
 use super::device::{Device, Domain, Limits, LocalPort, os_error, set_nonblocking};
+use super::watchdog::{Finding, Looks};
 use crate::runtime::Tracked;
 
 /// Completions taken at a time.
@@ -92,6 +93,20 @@ pub(super) enum What {
     Marker = 4,
     /// Room for one of the peer's.
     Marked = 5,
+}
+
+impl What {
+    /// Those that this side waits for the end of; room for the peer's is not among them.
+    const REQUESTS: [What; 4] = [What::Send, What::Read, What::Reach, What::Marker];
+
+    /// Where they are posted.
+    fn lane(self) -> Lane {
+        match self {
+            What::Receive | What::Send => Lane::Messages,
+            What::Read | What::Marker | What::Marked => Lane::Reads,
+            What::Reach => Lane::Reach,
+        }
+    }
 }
 
 /// A request to write or read memory of the peer's.
@@ -169,6 +184,13 @@ pub(super) struct Remote {
 struct Pair {
     raw: *mut ibv_qp,
     state: State,
+    looks: Looks,
+}
+
+impl Pair {
+    fn new(raw: *mut ibv_qp, state: State) -> Pair {
+        Pair { raw, state, looks: Looks::default() }
+    }
 }
 
 /// The queues of one link.
@@ -183,8 +205,6 @@ pub(super) struct Queues {
     depths: Depths,
     /// Requests whose completions have not been taken, by [`What`].
     under_way: [u32; 6],
-    /// Requests of this side's that have ended so far.
-    ends: u64,
     /// The queue will tell the channel of its next completion.
     armed: [bool; 2],
     /// Events of the queue that have been taken and not acknowledged.
@@ -229,7 +249,7 @@ impl Queues {
             true => Domain::new(&domain.device)?,
             false => domain.clone(),
         };
-        let destroyed = || Pair { raw: std::ptr::null_mut(), state: State::Destroyed };
+        let destroyed = || Pair::new(std::ptr::null_mut(), State::Destroyed);
         // From here on, what has been made is ended if the next step fails.
         let mut queues = Queues {
             domain: domain.clone(),
@@ -240,7 +260,6 @@ impl Queues {
             pairs: [(); Lane::COUNT].map(|()| destroyed()),
             depths,
             under_way: [0; 6],
-            ends: 0,
             armed: [false; 2],
             unacknowledged: [0; 2],
             max_inline_bytes: [0; 2],
@@ -303,7 +322,7 @@ impl Queues {
             Lane::Reach => self.max_inline_bytes[1] = wanted.cap.max_inline_data,
             Lane::Reads | Lane::Reached => {}
         }
-        let pair = Pair { raw, state: State::Initial };
+        let pair = Pair::new(raw, State::Initial);
         // SAFETY: zero is valid for every field; the mask says which are read.
         let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
         attributes.qp_state = ffi::IBV_QPS_INIT;
@@ -465,16 +484,14 @@ impl Queues {
         self.under_way[what as usize]
     }
 
-    /// Whether requests of this side's are under way; room for the peer's is not.
-    pub fn has_requests(&self) -> bool {
-        [What::Send, What::Read, What::Reach, What::Marker]
-            .into_iter()
-            .any(|what| self.under_way(what) > 0)
-    }
-
-    /// How many requests of this side's have ended so far.
-    pub fn ends(&self) -> u64 {
-        self.ends
+    /// Looks at each pair whether any of this side's requests have ended since the last look.
+    pub fn look(&mut self) -> Finding {
+        let mut under_way = [false; Lane::COUNT];
+        for what in What::REQUESTS {
+            under_way[what.lane() as usize] |= self.under_way(what) > 0;
+        }
+        let pairs = self.pairs.iter_mut().zip(under_way);
+        pairs.map(|(pair, under_way)| pair.looks.look(under_way)).max().unwrap_or(Finding::Nothing)
     }
 
     /// Posts one more, if there is room.
@@ -504,7 +521,7 @@ impl Queues {
         let (next, sg_list) = (std::ptr::null_mut(), &raw mut piece);
         let request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 1 };
         // SAFETY: the list is live for the call; for the memory answers the caller.
-        unsafe { self.receive(Lane::Messages, What::Receive, request) }
+        unsafe { self.receive(What::Receive, request) }
     }
 
     /// Posts room for one of the peer's markers. No memory belongs to it.
@@ -512,7 +529,7 @@ impl Queues {
         let (next, sg_list) = (std::ptr::null_mut(), std::ptr::null_mut());
         let request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge: 0 };
         // SAFETY: it names no memory.
-        unsafe { self.receive(Lane::Reads, What::Marked, request) }
+        unsafe { self.receive(What::Marked, request) }
     }
 
     /// Posts a marker, behind all reads that were posted.
@@ -522,7 +539,7 @@ impl Queues {
         request.wr_id = id;
         request.opcode = ffi::IBV_WR_SEND;
         // SAFETY: as in `post_marked`.
-        unsafe { self.send(Lane::Reads, What::Marker, request) }
+        unsafe { self.send(What::Marker, request) }
     }
 
     /// Posts a send. With `inline` its bytes are copied into the request.
@@ -550,7 +567,7 @@ impl Queues {
             request.send_flags = ffi::IBV_SEND_INLINE;
         }
         // SAFETY: as in `post_receive`.
-        unsafe { self.send(Lane::Messages, What::Send, request) }
+        unsafe { self.send(What::Send, request) }
     }
 
     /// Posts a request of one of the pairs that read and write the peer's memory. One of no bytes
@@ -582,19 +599,14 @@ impl Queues {
         request.wr.rdma.remote_addr = rdma.remote;
         request.wr.rdma.rkey = rdma.remote_key;
         // SAFETY: as in `post_receive`.
-        unsafe { self.send(lane, what, request) }
+        unsafe { self.send(what, request) }
     }
 
     /// # Safety
     ///
     /// As for `post_receive`, of what the request's list names; the list is live for the call.
-    unsafe fn receive(
-        &mut self,
-        lane: Lane,
-        what: What,
-        mut request: ibv_recv_wr,
-    ) -> io::Result<()> {
-        let Pair { raw, state } = self.pairs[lane as usize];
+    unsafe fn receive(&mut self, what: What, mut request: ibv_recv_wr) -> io::Result<()> {
+        let Pair { raw, state, .. } = self.pairs[what.lane() as usize];
         if state == State::Destroyed {
             return Err(io::ErrorKind::NotConnected.into());
         }
@@ -607,8 +619,8 @@ impl Queues {
     /// # Safety
     ///
     /// As for `post_send` and `post_rdma`, of what the request names; its list is live for the call.
-    unsafe fn send(&mut self, lane: Lane, what: What, mut request: ibv_send_wr) -> io::Result<()> {
-        let raw = self.connected(lane)?;
+    unsafe fn send(&mut self, what: What, mut request: ibv_send_wr) -> io::Result<()> {
+        let raw = self.connected(what.lane())?;
         request.send_flags |= ffi::IBV_SEND_SIGNALED;
         self.counted(what, || {
             // SAFETY: as in `receive`.
@@ -618,7 +630,7 @@ impl Queues {
 
     fn connected(&self, lane: Lane) -> io::Result<*mut ibv_qp> {
         match self.pairs[lane as usize] {
-            Pair { raw, state: State::Connected } => Ok(raw),
+            Pair { raw, state: State::Connected, .. } => Ok(raw),
             _ => Err(io::ErrorKind::NotConnected.into()),
         }
     }
@@ -637,9 +649,6 @@ impl Queues {
             ffi::poll_cq(self.completions[side as usize], BATCH, batch.as_mut_ptr().cast())
         };
         let count = usize::try_from(count).map_err(|_| os_error(count))?;
-        if side == Side::Send {
-            self.ends += count as u64;
-        }
         for entry in batch.iter().take(count) {
             // SAFETY: the call has filled in the first `count`.
             let entry = unsafe { entry.assume_init_ref() };
@@ -650,6 +659,9 @@ impl Queues {
             };
             let under_way = &mut self.under_way[what as usize];
             *under_way = under_way.saturating_sub(1);
+            if side == Side::Send {
+                self.pairs[what.lane() as usize].looks.ended();
+            }
             into.push(Completion {
                 id: entry.wr_id,
                 status: entry.status,
@@ -740,7 +752,7 @@ impl Queues {
             return Err(io::Error::other("they are another process's"));
         }
         for lane in 0..self.pairs.len() {
-            let Pair { raw, state } = &mut self.pairs[lane];
+            let Pair { raw, state, .. } = &mut self.pairs[lane];
             if *state == State::Destroyed {
                 continue;
             }

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -24,6 +25,7 @@ use super::messenger::{Messenger, READS};
 use super::pool::Slab;
 use super::queues::{Completion, Depths, Lane, Queues, Rdma, Remote, Side, What};
 use super::registrations::{Found, Held, Registrations, Use};
+use super::watchdog::Finding;
 use super::wire::{BUFFER_BYTES, Piece};
 use crate::link::LinkCounters;
 use crate::runtime::{Attempt, Source};
@@ -493,9 +495,17 @@ impl Rails {
         self.further.iter().any(Further::is_reading)
     }
 
-    /// How many reads have ended at further rails so far. A rail that is given up takes its own along.
-    pub fn ends(&self) -> u64 {
-        self.further.iter().filter_map(Further::queues).map(Queues::ends).sum()
+    /// Looks at each further rail whether any of its reads have ended since the last look. One at which
+    /// none has for too long counts as failed, and not as silent; `silence` is how long that is.
+    pub fn look(&mut self, silence: Duration) -> Finding {
+        let look = |further: &mut Further| {
+            let found = further.rail.as_mut().map_or(Finding::Nothing, |rail| rail.queues.look());
+            if found == Finding::Silence {
+                further.failed.get_or_insert_with(|| format!("no read has ended for {silence:?}"));
+            }
+            found.min(Finding::UnderWay)
+        };
+        self.further.iter_mut().map(look).max().unwrap_or(Finding::Nothing)
     }
 
     /// Has `cx`'s waker called when reads end, or a rail is said to fail. `true`: some have.

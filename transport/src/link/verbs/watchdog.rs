@@ -4,10 +4,10 @@
 //! Soft-RoCE sometimes does not (Linux 6.1): of 150 wires cut in the midst of transfers one left all
 //! queue pairs ready, a packet unacknowledged and nothing that would send it again, so that operations
 //! waited for ever. So while requests are under way somebody looks every few seconds whether any has
-//! ended.
+//! ended, at each queue pair for itself: others of the link may go on.
 //!
-//! A tick counts only from the time at which the one before it was looked at: a process that was
-//! stopped for long has missed one, not all.
+//! The time from one look to the next begins when somebody looked: a process that was stopped for long
+//! has missed one look, not all.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,70 +17,95 @@ use std::time::{Duration, Instant};
 
 use crate::runtime::{Sleep, Timers};
 
-/// A queue pair gives up after 1.9 s, by some adapters' timers after 7.5 s, if nothing gets through,
-/// and no request is longer than 256 KiB: less than 22 KB/s of it is taken for none.
-const TICK: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(4) };
-/// So many in a row without an end are too many.
-pub(super) const TICKS_MAX: u32 = 3;
+/// From one look to the next. A queue pair gives up after 1.9 s, by some adapters' timers after 7.5 s,
+/// if nothing gets through, and no request is longer than 256 KiB: less than 22 KB/s of it is taken for
+/// none.
+const TICK: Duration = Duration::from_secs(4);
+/// So many of these in a row without an end are too many.
+const TICKS_MAX: u32 = 3;
 
-/// After so long a link is given up, if not a moment later.
-pub(super) const SILENCE_MAX: Duration = TICK.saturating_mul(TICKS_MAX);
+/// What looks find. Of several the greatest counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Finding {
+    /// No requests are under way.
+    Nothing,
+    UnderWay,
+    /// They have been for too long, and none has ended.
+    Silence,
+}
 
-pub(super) struct Watchdog {
-    timers: Arc<Timers>,
-    tick: Option<Tick>,
-    /// How many requests had ended when that began.
-    ends: u64,
-    /// Ticks in a row without an end.
+/// What the looks at one queue pair have found.
+#[derive(Default)]
+pub(super) struct Looks {
+    /// Requests were under way at the last one.
+    under_way: bool,
+    /// Some have ended since.
+    ended: bool,
+    /// Times from look to look, in a row, in which none ended.
     silent: u32,
 }
 
-struct Tick {
-    until: Instant,
-    over: Sleep,
+impl Looks {
+    pub fn ended(&mut self) {
+        self.ended = true;
+    }
+
+    pub fn look(&mut self, under_way: bool) -> Finding {
+        let silent = self.under_way && !self.ended;
+        self.silent = if silent { self.silent + 1 } else { 0 };
+        (self.under_way, self.ended) = (under_way, false);
+        match under_way {
+            false => Finding::Nothing,
+            true if self.silent >= TICKS_MAX => Finding::Silence,
+            true => Finding::UnderWay,
+        }
+    }
+}
+
+/// When a link looks.
+pub(super) struct Watchdog {
+    timers: Arc<Timers>,
+    tick: Duration,
+    /// Of the look that is to come, if requests were under way at the last one.
+    next: Option<(Instant, Sleep)>,
 }
 
 impl Watchdog {
     pub fn new(timers: &Arc<Timers>) -> Watchdog {
-        Watchdog { timers: timers.clone(), tick: None, ends: 0, silent: 0 }
+        Watchdog { timers: timers.clone(), tick: TICK, next: None }
     }
 
-    /// Whether a tick is over, so that it is time to look what has ended, and to [`judge`].
-    /// One begins where requests are under way; `ends`: how many have ended so far.
-    ///
-    /// [`judge`]: Watchdog::judge
-    pub fn is_due(&mut self, under_way: bool, ends: u64) -> bool {
-        match &self.tick {
-            Some(tick) => Instant::now() >= tick.until,
-            None if under_way => {
-                (self.ends, self.silent) = (ends, 0);
-                self.begin();
-                false
-            }
-            None => false,
-        }
+    #[cfg(test)]
+    pub fn set_tick(&mut self, tick: Duration) {
+        self.tick = tick;
     }
 
-    /// A tick is over, and what has ended is counted. Whether requests have been under way for too long
-    /// while none ended.
-    pub fn judge(&mut self, under_way: bool, ends: u64) -> bool {
-        self.silent = if ends == self.ends { self.silent + 1 } else { 0 };
-        self.ends = ends;
-        self.tick = None;
-        if under_way {
-            self.begin();
-        }
-        under_way && self.silent >= TICKS_MAX
+    /// After so long without an end a queue pair is given up, if not a moment later.
+    pub fn silence_max(&self) -> Duration {
+        self.tick * TICKS_MAX
     }
 
-    fn begin(&mut self) {
-        let until = Instant::now() + TICK;
-        self.tick = Some(Tick { until, over: self.timers.sleep_until(until) });
+    /// Whether requests were under way at the last look.
+    pub fn knows_of_requests(&self) -> bool {
+        self.next.is_some()
     }
 
-    /// Has `cx`'s waker called when a tick is over, if one has begun. `true`: it is over.
+    /// Whether it is time to look. Where no requests were under way, it always is.
+    pub fn is_due(&self) -> bool {
+        self.next.as_ref().is_none_or(|(at, _)| Instant::now() >= *at)
+    }
+
+    /// Somebody has looked at all queue pairs.
+    pub fn looked(&mut self, found: Finding) {
+        self.next = (found > Finding::Nothing).then(|| {
+            let at = Instant::now() + self.tick;
+            (at, self.timers.sleep_until(at))
+        });
+    }
+
+    /// Has `cx`'s waker called when it is time to look, if requests were under way. `true`: it is.
     pub fn watch(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(tick) = &mut self.tick else { return false };
-        Pin::new(&mut tick.over).poll(cx).is_ready()
+        let Some((_, sleep)) = &mut self.next else { return false };
+        Pin::new(sleep).poll(cx).is_ready()
     }
 }

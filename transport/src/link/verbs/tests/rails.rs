@@ -66,12 +66,6 @@ fn over_to(alarms: &Alarms, rates: &[(u16, u16)]) -> Railed {
     Railed { setting: setting_of(fake, registrations, made), others }
 }
 
-fn setting_of(fake: Fake, registrations: Arc<Registrations>, made: Made) -> Setting {
-    let Made { link, timers, host, bootstrap } = made;
-    let (driver, woken) = (Driver::default(), Arc::new(Count(AtomicUsize::new(0))));
-    Setting { fake, link, registrations, timers, driver, woken, host, bootstrap: Some(bootstrap) }
-}
-
 fn over(rates: &[u16]) -> Railed {
     over_with(&Alarms::default(), rates)
 }
@@ -366,6 +360,29 @@ fn a_rail_that_takes_no_reads_is_given_up() {
     rails.setting.fake.end_send(ffi::IBV_WC_SUCCESS);
     rails.others[0].state().posting = 0;
     goes_on_without(&mut rails);
+}
+
+/// What the first one reads meanwhile shows nothing of the other.
+#[test]
+fn a_rail_that_never_ends_its_reads_is_given_up() {
+    for asleep in [true, false] {
+        let mut rails = over(&[1000; 2]);
+        rails.setting.looks_often();
+        rails.others[0].state().holds_reads = true;
+        let bytes = pattern(STRIPE_BYTES_MIN);
+        let mut to = vec![0; bytes.len()];
+        rails.setting.driver.landings.push_back(place(&mut to));
+        rails.setting.offer_by(SECOND, 1, &bytes);
+        let began = Instant::now();
+        let ends = |setting: &mut Setting| !setting.driver.done.is_empty();
+        let ended =
+            if asleep { rails.setting.asleep_until(ends) } else { rails.setting.busy_until(ends) };
+        assert!(ended.is_none(), "the link goes on: {ended:?}");
+        assert!(began.elapsed() >= rails.setting.link.watchdog().silence_max());
+        assert!(to == bytes, "wrong bytes");
+        assert!(rails.setting.driver.done.remove(0).1.is_ok());
+        goes_on_without(&mut rails);
+    }
 }
 
 #[test]
