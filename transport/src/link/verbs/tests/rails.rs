@@ -362,25 +362,49 @@ fn a_rail_that_takes_no_reads_is_given_up() {
     goes_on_without(&mut rails);
 }
 
-/// What the first one reads meanwhile shows nothing of the other.
+/// After it has read well, and while the first one goes on.
 #[test]
 fn a_rail_that_never_ends_its_reads_is_given_up() {
     for asleep in [true, false] {
         let mut rails = over(&[1000; 2]);
         rails.setting.looks_often();
-        rails.others[0].state().holds_reads = true;
-        let bytes = pattern(STRIPE_BYTES_MIN);
-        let mut to = vec![0; bytes.len()];
+        let (bytes, short) = (pattern(STRIPE_BYTES_MIN), pattern(64 << 10));
+        let (mut to, mut besides) = (vec![0; bytes.len()], vec![0; short.len()]);
         rails.setting.driver.landings.push_back(place(&mut to));
         rails.setting.offer_by(SECOND, 1, &bytes);
+        rails.setting.settle();
+        assert!(rails.setting.link.counters().rail_bytes_received[1] > 0);
+        to.fill(0);
+        rails.setting.driver.done.clear();
+        rails.others[0].state().holds_reads = true;
         let began = Instant::now();
-        let ends = |setting: &mut Setting| !setting.driver.done.is_empty();
+        rails.setting.driver.landings.push_back(place(&mut to));
+        rails.setting.offer_by(SECOND, 2, &bytes);
+        rails.setting.settle();
+        let (mut more, mut last) = (0, Instant::now());
+        let ends = |setting: &mut Setting| {
+            while !setting.fake.state().sent.is_empty() {
+                setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+            }
+            if setting.driver.done.len() > more {
+                return true;
+            }
+            if last.elapsed() > Duration::from_millis(10) {
+                (more, last) = (more + 1, Instant::now());
+                setting.driver.landings.push_back(place(&mut besides));
+                setting.offer(2 + more as u32, &short);
+                setting.woken.0.fetch_add(1, Ordering::SeqCst);
+            }
+            false
+        };
         let ended =
             if asleep { rails.setting.asleep_until(ends) } else { rails.setting.busy_until(ends) };
         assert!(ended.is_none(), "the link goes on: {ended:?}");
         assert!(began.elapsed() >= rails.setting.link.watchdog().silence_max());
         assert!(to == bytes, "wrong bytes");
-        assert!(rails.setting.driver.done.remove(0).1.is_ok());
+        assert!(more > 2, "the first one read nothing meanwhile");
+        assert!(rails.setting.driver.done.drain(..).all(|(_, result)| result.is_ok()));
+        rails.setting.settle();
         goes_on_without(&mut rails);
     }
 }

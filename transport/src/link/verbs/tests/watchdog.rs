@@ -1,13 +1,15 @@
 //! Requests that the device never ends.
 
 use super::*;
+use crate::link::{OneSided, Registration, RemoteId};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+const TICK: Duration = Duration::from_millis(100);
 
 impl Setting {
     /// Its link looks often.
     pub(super) fn looks_often(&mut self) {
-        self.link.watchdog().set_tick(Duration::from_millis(150));
+        self.link.watchdog().set_tick(TICK);
     }
 
     /// As the resident task drives a link that sleeps: it is polled when it is woken. Its error, if it
@@ -82,56 +84,149 @@ fn is_silence(ended: Option<LinkError>) {
     assert!(error.detail.contains("has ended nothing for"), "{}", error.detail);
 }
 
-#[test]
-fn a_link_that_sleeps_ends_if_the_device_ends_nothing() {
-    let mut setting = watched();
-    setting.post(b"a message").expect("posted");
-    let began = Instant::now();
-    is_silence(setting.asleep_until(|_| false));
-    assert!(began.elapsed() >= setting.silence_max());
+/// What a link can be at.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Request {
+    Message,
+    Read,
+    Marker,
+    Put,
 }
 
-#[test]
-fn a_link_that_is_kept_busy_ends_if_the_device_ends_nothing() {
-    let mut setting = watched();
-    setting.fake.state().holds_reads = true;
-    let bytes = pattern(100 << 10);
-    let mut place_of = vec![0; bytes.len()];
-    setting.driver.landings.push_back(place(&mut place_of));
-    setting.offer(1, &bytes);
-    let began = Instant::now();
-    is_silence(setting.busy_until(|_| false));
-    assert!(began.elapsed() >= setting.silence_max());
-    assert_eq!(setting.kill(), Killed::Over);
+/// What requests are made of.
+struct Requests {
+    bytes: Vec<u8>,
+    to: Vec<u8>,
+    _region: (Vec<u8>, Arc<dyn Registration>),
+    remote: RemoteId,
+    payloads: u32,
+    last: Instant,
 }
 
-/// A message is never sent, while payloads come one after the other: those are read by another pair.
-#[test]
-fn a_queue_pair_that_ends_nothing_is_not_hidden_by_others() {
+impl Requests {
+    fn new(setting: &mut Setting) -> Requests {
+        let mut reached = vec![0; 8];
+        let region = setting.link.register(place(&mut reached)[0], true, true);
+        let region = region.expect("registered");
+        let remote = setting.link.open(region.grant()).expect("opened");
+        Requests {
+            bytes: pattern(64 << 10),
+            to: vec![0; 64 << 10],
+            _region: (reached, region),
+            remote,
+            payloads: 0,
+            last: Instant::now(),
+        }
+    }
+
+    fn begin(&mut self, setting: &mut Setting, what: Request) {
+        match what {
+            Request::Message => assert_eq!(setting.post(b"x").expect("posted"), Post::Done),
+            Request::Put => {
+                let posted = setting.link.put(OP, segment(b"x"), self.remote, 0);
+                assert_eq!(posted.expect("posted"), Post::Pending);
+            }
+            Request::Read | Request::Marker => {
+                self.payloads += 1;
+                setting.driver.landings.push_back(place(&mut self.to));
+                setting.offer(self.payloads, &self.bytes);
+            }
+        }
+        // The fake tells nobody.
+        setting.woken.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The same, if the last time was a while ago.
+    fn go_on(&mut self, setting: &mut Setting, what: Request) {
+        if self.last.elapsed() > TICK / 10 {
+            self.last = Instant::now();
+            self.begin(setting, what);
+        }
+    }
+}
+
+fn end_sends(setting: &mut Setting) {
+    while !setting.fake.state().sent.is_empty() {
+        setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    }
+}
+
+/// One request of a kind ends well, another one never, while requests go on ending at other pairs.
+fn never_ends(what: Request) {
     for asleep in [true, false] {
         let mut setting = watched();
-        setting.post(b"a message").expect("posted");
-        let bytes = pattern(100 << 10);
-        let mut to = vec![0; bytes.len()];
-        let (mut payloads, mut last) = (0, Instant::now());
-        let feed = |setting: &mut Setting| {
-            if last.elapsed() > Duration::from_millis(40) {
-                (payloads, last) = (payloads + 1, Instant::now());
-                setting.driver.landings.push_back(place(&mut to));
-                setting.offer(payloads, &bytes);
-                // The fake tells nobody.
-                setting.woken.0.fetch_add(1, Ordering::SeqCst);
+        let mut requests = Requests::new(&mut setting);
+        requests.begin(&mut setting, what);
+        let settled = |setting: &mut Setting| {
+            end_sends(setting);
+            setting.link.flushed() && what == Request::Message || !setting.driver.done.is_empty()
+        };
+        assert!(setting.asleep_until(settled).is_none());
+        // Somebody has looked by then.
+        assert!(setting.asleep_for(2 * TICK).is_none());
+        {
+            let mut state = setting.fake.state();
+            state.holds_reads = what == Request::Read;
+            state.holds_markers = what == Request::Marker;
+            state.holds_reaching = what == Request::Put;
+        }
+        setting.driver.done.clear();
+        let began = Instant::now();
+        requests.begin(&mut setting, what);
+        let other = match what {
+            Request::Message | Request::Put => Request::Read,
+            Request::Read | Request::Marker => Request::Put,
+        };
+        let go_on = |setting: &mut Setting| {
+            requests.go_on(setting, other);
+            if what != Request::Message {
+                end_sends(setting);
             }
             false
         };
-        let ended = match asleep {
-            true => setting.asleep_until(feed),
-            false => setting.busy_until(feed),
-        };
+        let ended = if asleep { setting.asleep_until(go_on) } else { setting.busy_until(go_on) };
         is_silence(ended);
-        let ended = setting.driver.done.len();
-        assert!(ended > 5 && ended as u32 >= payloads - 1, "{ended} of {payloads}");
+        assert!(began.elapsed() >= setting.silence_max());
+        assert!(setting.driver.done.len() > 2, "nothing else ended meanwhile");
+        assert!(setting.driver.done.iter().all(|(_, result)| result.is_ok()));
+        assert_eq!(setting.kill(), Killed::Over);
     }
+}
+
+#[test]
+fn a_message_that_never_ends_ends_the_link() {
+    never_ends(Request::Message);
+}
+
+#[test]
+fn a_read_that_never_ends_ends_the_link() {
+    never_ends(Request::Read);
+}
+
+#[test]
+fn a_marker_that_never_ends_ends_the_link() {
+    never_ends(Request::Marker);
+}
+
+#[test]
+fn a_put_that_never_ends_ends_the_link() {
+    never_ends(Request::Put);
+}
+
+/// A process that was stopped, or a link that nobody polled: that counts as one look that was missed.
+#[test]
+fn time_in_which_nobody_looked_does_not_count() {
+    let mut setting = watched();
+    setting.post(b"x").expect("posted");
+    assert!(setting.asleep_for(TICK / 2).is_none());
+    std::thread::sleep(2 * setting.silence_max());
+    for _ in 0..20 {
+        setting.poll().expect("the link works");
+        setting.arm();
+    }
+    setting.fake.end_send(ffi::IBV_WC_SUCCESS);
+    let silence = setting.silence_max();
+    assert!(setting.asleep_for(silence).is_none());
 }
 
 /// Something ends now and then, though there is always something under way.
