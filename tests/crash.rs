@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use thalweg::{
     Access, CloseReason, Endpoint, Error, ErrorKind, Listener, Message, Node, RemoteKey,
 };
 use thalweg_tests::{Random, Watch, Way, runtime};
+use tokio::sync::watch;
 
 /// Half of the operations must have failed by then…
 const MEDIAN_MAX: Duration = Duration::from_millis(100);
@@ -78,6 +80,39 @@ fn verbs_peers_killed() {
         return thalweg_tests::skipped("verbs_peers_killed", &why);
     }
     rounds(Way::Verbs);
+}
+
+#[test]
+fn tcp_peer_killed_beside_another() {
+    beside_another(Way::Tcp);
+}
+
+#[test]
+fn shm_peer_killed_beside_another() {
+    beside_another(Way::ShmAll);
+}
+
+#[test]
+fn ucx_peer_killed_beside_another() {
+    const NAME: &str = "ucx_peer_killed_beside_another";
+    if let Some(why) = Way::Ucx.missing() {
+        return thalweg_tests::skipped(NAME, &why);
+    }
+    if std::env::var("UCX_TLS").is_ok_and(|lanes| lanes == "tcp") {
+        return beside_another(Way::Ucx);
+    }
+    thalweg_tests::skipped(
+        NAME,
+        "over UCX's shared memory a peer that is killed can hold up the worker (see ARCHITECTURE.md)",
+    );
+}
+
+#[test]
+fn verbs_peer_killed_beside_another() {
+    match Way::Verbs.missing() {
+        Some(why) => thalweg_tests::skipped("verbs_peer_killed_beside_another", &why),
+        None => beside_another(Way::Verbs),
+    }
 }
 
 /// UCX itself ends the process then; see ARCHITECTURE.md.
@@ -461,5 +496,93 @@ impl Survivor {
                 Ok(())
             });
         }
+    }
+}
+
+/// Endpoints to two peers in one node. One peer is killed while all of them are busy: each endpoint to
+/// it fails, and those to the other go on.
+fn beside_another(way: Way) {
+    const TO_THE_KILLED: usize = 4;
+    const TO_THE_OTHER: usize = 2;
+    let _alone = serially();
+    let work = || async move {
+        let node = Node::new(way.config()).expect("a node");
+        let words = ["echo".to_owned(), format!("way={way:?}")];
+        let mut peers = [(); 2].map(|()| Peer::start(&words));
+        let [killed, other] = peers.each_mut().map(|peer| peer.said("LISTENING"));
+        // One after the other: those of both peers come to lie beside each other.
+        let mut busy = [killed, other].map(|address| (address, Vec::new()));
+        for index in 0..TO_THE_KILLED + TO_THE_OTHER {
+            let (address, busy) = &mut busy[usize::from(index % 3 == 2)];
+            let endpoint = node.connect(address.as_str()).await.expect("connecting");
+            assert_eq!(endpoint.route().link(), way.link());
+            busy.push(Busy::new(endpoint, index));
+        }
+        let [(_, failing), (_, going)] = busy;
+        assert_eq!((failing.len(), going.len()), (TO_THE_KILLED, TO_THE_OTHER));
+        for busy in failing.iter().chain(&going) {
+            busy.goes_on(3).await;
+        }
+        let [victim, other] = peers;
+        let killed = Instant::now();
+        victim.kill();
+        for busy in failing {
+            let error = busy.task.await.expect("no panic").expect_err("its peer is dead");
+            let late = killed.elapsed();
+            assert!(
+                matches!(error.kind(), ErrorKind::PeerGone | ErrorKind::ConnectionLost),
+                "{error}"
+            );
+            assert!(late <= EACH_MAX * slowness(), "it failed after {late:?}");
+        }
+        for busy in going {
+            busy.goes_on(10).await;
+            busy.stop.store(true, Ordering::Relaxed);
+            let endpoint = busy.task.await.expect("no panic").expect("its peer lives");
+            endpoint.close(CloseReason::new(0, "done")).await.expect("closing");
+        }
+        drop(victim);
+        drop(other);
+    };
+    let name = format!("{way:?}: a peer killed beside another");
+    // What a process keeps for good exists after this.
+    thalweg_tests::run(&name, work);
+    let leftovers = Leftovers::now();
+    thalweg_tests::run(&name, work);
+    leftovers.none_within(GONE_MAX * slowness(), &name);
+}
+
+/// A task that has messages sent back, of all lengths, until it is told to stop.
+struct Busy {
+    task: tokio::task::JoinHandle<Result<Endpoint, Error>>,
+    rounds: watch::Receiver<usize>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Busy {
+    fn new(endpoint: Endpoint, seed: usize) -> Busy {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let (done, rounds) = watch::channel(0);
+        let task = tokio::spawn(async move {
+            while !stopped.load(Ordering::Relaxed) {
+                let round = *done.borrow() + seed;
+                let len = [8, 700, 20_000, 100_000, 1 << 20][round % 5];
+                let bytes: Vec<u8> = (0..len).map(|at| (at / 256 + at + round) as u8).collect();
+                endpoint.send(bytes.clone()).await.map_err(|failed| failed.error)?;
+                let back = endpoint.recv().await?;
+                assert!(back.to_vec()? == bytes, "wrong bytes");
+                done.send_modify(|rounds| *rounds += 1);
+            }
+            Ok(endpoint)
+        });
+        Busy { task, rounds, stop }
+    }
+
+    /// So many more rounds.
+    async fn goes_on(&self, rounds: usize) {
+        let mut done = self.rounds.clone();
+        let goal = *done.borrow() + rounds;
+        done.wait_for(|done| *done >= goal).await.expect("it goes on");
     }
 }

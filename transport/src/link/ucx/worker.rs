@@ -40,7 +40,8 @@ pub(super) const PACKED_MAX: usize = LONG_HEADER_BYTES + HEAD_MAX + INLINE_MAX;
 
 /// Whom the worker's descriptor wakes.
 pub(super) struct Sleeper {
-    /// The descriptor will fire for what comes next.
+    /// The descriptor will fire for what comes next, and UCX is at nothing that it would have to be
+    /// polled for. See [`Sleeper::disarm`].
     armed: AtomicBool,
     /// The endpoint that armed last: it moves the data itself.
     last: Mutex<Option<Waker>>,
@@ -59,6 +60,15 @@ impl Sleeper {
         match &*resident {
             Some(known) if known.will_wake(waker) => {}
             _ => *resident = Some(waker.clone()),
+        }
+    }
+
+    /// UCX may be at something from here on that nothing will tell of: a send, or an answer of its own,
+    /// that waits for room in the peer's memory is moved on only by polling. So whoever sleeps next has
+    /// to ask UCX again, which refuses then.
+    fn disarm(&self) {
+        if self.armed.load(Ordering::Relaxed) {
+            self.armed.store(false, Ordering::Release);
         }
     }
 
@@ -379,7 +389,12 @@ impl Locked<'_> {
     #[inline]
     pub fn progress(&mut self) -> bool {
         // SAFETY: the worker is live, and locked.
-        unsafe { (self.worker.ucx.functions.ucp_worker_progress)(self.worker.raw) != 0 }
+        let moved =
+            unsafe { (self.worker.ucx.functions.ucp_worker_progress)(self.worker.raw) != 0 };
+        if moved {
+            self.worker.sleeper.disarm();
+        }
+        moved
     }
 
     /// As many steps as there is something to do, at most `limit`. `true`: there may be more.
@@ -521,7 +536,7 @@ impl Locked<'_> {
         };
         let status = match begun(pointer) {
             Begun::Pending => {
-                ep.mailbox.begin(&mut self.key);
+                self.begins(ep);
                 return Ok(None);
             }
             Begun::Done => ffi::UCS_OK,
@@ -530,6 +545,12 @@ impl Locked<'_> {
         // SAFETY: UCX is finished with it, and there will be no callback.
         let op = unsafe { Box::from_raw(raw) };
         if status == ffi::UCS_OK { Ok(Some(op)) } else { Err((op, status)) }
+    }
+
+    /// UCX is at a request of this endpoint's.
+    fn begins(&mut self, ep: &Ep) {
+        ep.mailbox.begin(&mut self.key);
+        self.worker.sleeper.disarm();
     }
 
     /// Gives a descriptor back.
@@ -550,7 +571,7 @@ impl Locked<'_> {
             unsafe { (self.worker.ucx.functions.ucp_ep_flush_nbx)(ep.raw, &raw const params) };
         let begun = begun(pointer);
         match begun {
-            Begun::Pending => ep.mailbox.begin(&mut self.key),
+            Begun::Pending => self.begins(ep),
             // SAFETY: UCX is finished with it, and there will be no callback.
             Begun::Done | Begun::Failed(_) => drop(unsafe { Box::from_raw(raw) }),
         }
