@@ -61,6 +61,13 @@ impl Setting {
         None
     }
 
+    /// What was sent ends well.
+    pub(super) fn end_sends(&self) {
+        while !self.fake.state().sent.is_empty() {
+            self.fake.end_send(ffi::IBV_WC_SUCCESS);
+        }
+    }
+
     fn asleep_for(&mut self, time: Duration) -> Option<LinkError> {
         let until = Instant::now() + time;
         self.asleep_until(|_| Instant::now() >= until)
@@ -145,12 +152,6 @@ impl Requests {
     }
 }
 
-fn end_sends(setting: &mut Setting) {
-    while !setting.fake.state().sent.is_empty() {
-        setting.fake.end_send(ffi::IBV_WC_SUCCESS);
-    }
-}
-
 /// One request of a kind ends well, another one never, while requests go on ending at other pairs.
 fn never_ends(what: Request) {
     for asleep in [true, false] {
@@ -158,7 +159,7 @@ fn never_ends(what: Request) {
         let mut requests = Requests::new(&mut setting);
         requests.begin(&mut setting, what);
         let settled = |setting: &mut Setting| {
-            end_sends(setting);
+            setting.end_sends();
             setting.link.flushed() && what == Request::Message || !setting.driver.done.is_empty()
         };
         assert!(setting.asleep_until(settled).is_none());
@@ -180,7 +181,7 @@ fn never_ends(what: Request) {
         let go_on = |setting: &mut Setting| {
             requests.go_on(setting, other);
             if what != Request::Message {
-                end_sends(setting);
+                setting.end_sends();
             }
             false
         };
