@@ -3,13 +3,15 @@
 
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Output;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use support::{Folder, Leftovers, inside, note, outside, resident_bytes, serially};
-use thalweg::{CloseReason, Endpoint, LinkKind, Listener, Message, Node};
+use thalweg::{CloseReason, Endpoint, ErrorKind, LinkKind, Listener, Message, Node};
 use thalweg_tests::{Way, connect, run_once, runtime, skipped, within};
 
 const LIBRARY: &str = "THALWEG_UCX_LIBRARY";
@@ -160,6 +162,129 @@ fn ucx_endpoints_are_no_business_of_each_other() {
         }
         listeners.into_iter().for_each(|(_, task)| task.abort());
     });
+}
+
+/// A process that is killed while it sends over UCX's shared memory leaves a place in the receiver's ring
+/// that is never filled, and nothing behind it is read. Here the test takes that place.
+#[test]
+fn ucx_worker_that_is_held_up_is_replaced() {
+    const NAME: &str = "ucx_worker_that_is_held_up_is_replaced";
+    if let Some(why) = Way::Ucx.missing() {
+        return skipped(NAME, &why);
+    }
+    let _alone = serially();
+    if !inside() {
+        let output = outside(NAME, &[]);
+        assert_silent(&output);
+        let said = String::from_utf8_lossy(&output.stderr);
+        return said.lines().filter(|line| line.starts_with("SKIPPED")).for_each(|line| note(line));
+    }
+    run_once("a ring that is held up", async {
+        let nodes = [(); 3].map(|()| Node::new(Way::Ucx.config()).expect("a node"));
+        let listener = nodes[0].listen("thalweg://127.0.0.1:0").await.expect("listening");
+        let (going, _) = connect(&nodes[1], &listener).await;
+        let (stays, stays_here) = connect(&nodes[2], &listener).await;
+        let before = all_mapped();
+        for _ in 0..MESSAGES {
+            stays.send(Message::copy_from_slice(&[1])).await.expect("sending");
+            stays_here.recv().await.expect("receiving");
+        }
+        let Some(ring) = Ring::of_whoever_received(&before) else {
+            return skipped(NAME, "no ring of libucp's in shared memory was found");
+        };
+
+        // One peer has gone and holds up nothing: the node asks itself, and has its answer.
+        let (mappings, place) = (all_mapped().len(), ring.places_taken());
+        going.abort();
+        thalweg_tests::until("the question", || ring.places_taken() > place).await;
+        thalweg_tests::until("its end", || all_mapped().len() <= mappings).await;
+        stays.send(Message::copy_from_slice(&[2])).await.expect("sending");
+        assert_eq!(stays_here.recv().await.expect("receiving").to_vec().expect("its bytes"), [2]);
+
+        let (going, _) = connect(&nodes[1], &listener).await;
+        ring.take_place();
+        going.abort();
+        let ended = within(Duration::from_secs(20), "the end", stays_here.recv()).await;
+        let error = ended.expect_err("the ring is held up");
+        assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{error}");
+        assert!(error.to_string().contains("was killed while it wrote there"), "{error}");
+        let ended = within(Duration::from_secs(20), "its peer's", stays.recv()).await;
+        let error = ended.expect_err("its peer's end");
+        assert!(matches!(error.kind(), ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
+
+        let (new, new_here) = connect(&nodes[2], &listener).await;
+        for index in 0..MESSAGES {
+            new.send(Message::copy_from_slice(&[index as u8])).await.expect("sending");
+            let bytes = new_here.recv().await.expect("receiving").to_vec().expect("its bytes");
+            assert_eq!(bytes, [index as u8]);
+        }
+        // Nothing is left of the worker that was held up.
+        drop((stays, stays_here));
+        thalweg_tests::until("its ring to go", || ring.mapped().is_none()).await;
+    });
+}
+
+/// Enough to tell who received them.
+const MESSAGES: u64 = 64;
+
+/// The ring of one of UCX's workers: shared memory that begins with the number of places that were taken,
+/// and a bit that says whether its owner sleeps.
+struct Ring {
+    /// Device and number of its file.
+    file: String,
+}
+
+/// Shared memory that is mapped into this process.
+struct Mapped {
+    at: usize,
+    file: String,
+    /// Its first word, as of a ring.
+    places_taken: u64,
+}
+
+const SLEEPS: u64 = 1 << 63;
+
+fn all_mapped() -> Vec<Mapped> {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("mappings");
+    let memory = std::fs::File::open("/proc/self/mem").expect("this process's memory");
+    let mapped = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [range, "rw-s", _, device, number, ..] = words[..] else { return None };
+        let at = usize::from_str_radix(range.split_once('-')?.0, 16).ok()?;
+        let mut word = [0; 8];
+        memory.read_exact_at(&mut word, at as u64).ok()?;
+        let places_taken = u64::from_ne_bytes(word) & !SLEEPS;
+        Some(Mapped { at, file: format!("{device} {number}"), places_taken })
+    };
+    maps.lines().filter_map(mapped).collect()
+}
+
+impl Ring {
+    /// The one whose places were taken by [`MESSAGES`] since `before`.
+    fn of_whoever_received(before: &[Mapped]) -> Option<Ring> {
+        let received = |now: &Mapped| {
+            let then = before.iter().find(|then| then.file == now.file)?;
+            let taken = now.places_taken.wrapping_sub(then.places_taken);
+            (MESSAGES..2 * MESSAGES).contains(&taken).then_some(())
+        };
+        let ring = all_mapped().into_iter().find(|now| received(now).is_some())?;
+        Some(Ring { file: ring.file })
+    }
+
+    fn mapped(&self) -> Option<Mapped> {
+        all_mapped().into_iter().find(|mapped| mapped.file == self.file)
+    }
+
+    fn places_taken(&self) -> u64 {
+        self.mapped().expect("it is mapped").places_taken
+    }
+
+    fn take_place(&self) {
+        let at = std::ptr::with_exposed_provenance_mut(self.mapped().expect("it is mapped").at);
+        // SAFETY: mapped, aligned to a page, and changed by atomic instructions only. What unmaps it runs
+        // on this thread.
+        unsafe { AtomicU64::from_ptr(at) }.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 async fn talk(endpoint: &Endpoint, number: u64) {

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use thalweg_ffi::ucx::{self as ffi, Absent, SignalHandlers, Ucx, ucp_config_t, ucp_context_h};
 
 use super::lanes::{self, Resource};
-use super::{Scope, Unavailable, describe};
+use super::{Unavailable, describe};
 use crate::runtime::{FirstUse, FoundOnce};
 
 /// Making and ending contexts touches state of the library's that is not guarded.
@@ -29,7 +29,18 @@ fn forked() -> Unavailable {
     }
 }
 
-/// A context. One a node: its worker is the only one in it, so UCX needs no locks of its own.
+/// Which transports a context may use.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Tls<'a> {
+    /// What the site says, or else all.
+    Site,
+    /// What the site says, or else all but these.
+    Without(&'a [&'a str]),
+    /// This one, whatever the site says.
+    Only(&'a str),
+}
+
+/// A context. Its worker is the only one in it, so UCX needs no locks of its own.
 pub(super) struct Context {
     pub ucx: &'static Ucx,
     raw: ucp_context_h,
@@ -66,21 +77,22 @@ impl Settings {
 
     /// Sets one setting, unless the environment has; whether it did. A `ucx.conf` is not asked.
     fn prefer(&mut self, name: &CStr, value: &CStr) -> Result<bool, Unavailable> {
-        let variable = format!("UCX_{}", name.to_string_lossy());
-        if std::env::var_os(&variable).is_some() {
+        if std::env::var_os(format!("UCX_{}", name.to_string_lossy())).is_some() {
             return Ok(false);
         }
+        self.set(name, value).map(|()| true)
+    }
+
+    fn set(&mut self, name: &CStr, value: &CStr) -> Result<(), Unavailable> {
         // SAFETY: `raw` is a live configuration; both strings are copied.
         let status = unsafe {
             (self.ucx.functions.ucp_config_modify)(self.raw, name.as_ptr(), value.as_ptr())
         };
         if status == ffi::UCS_OK {
-            return Ok(true);
+            return Ok(());
         }
-        Err(Unavailable {
-            reason: describe(self.ucx, &format!("UCX refuses {variable}"), status),
-            fix: String::new(),
-        })
+        let setting = format!("UCX refuses UCX_{}", name.to_string_lossy());
+        Err(Unavailable { reason: describe(self.ucx, &setting, status), fix: String::new() })
     }
 }
 
@@ -92,7 +104,7 @@ impl Drop for Settings {
 }
 
 impl Context {
-    pub fn new(ucx: &'static Ucx, scope: &Scope) -> Result<Context, Unavailable> {
+    pub fn new(ucx: &'static Ucx, tls: Tls<'_>) -> Result<Context, Unavailable> {
         if FIRST.inherited() {
             return Err(forked());
         }
@@ -100,12 +112,18 @@ impl Context {
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
         settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
-        let mut tls = None;
-        if let Scope::Hardware { without, .. } = scope {
-            let list = format!("^{}", without.join(","));
-            let value = CString::new(list.as_str()).unwrap_or_default();
-            tls = settings.prefer(c"TLS", &value)?.then_some(list);
-        }
+        let tls = match tls {
+            Tls::Site => None,
+            Tls::Without(names) => {
+                let list = format!("^{}", names.join(","));
+                let value = CString::new(list.as_str()).unwrap_or_default();
+                settings.prefer(c"TLS", &value)?.then_some(list)
+            }
+            Tls::Only(name) => {
+                settings.set(c"TLS", &CString::new(name).unwrap_or_default())?;
+                Some(name.to_owned())
+            }
+        };
         // SAFETY: zero is a valid value of every field; the mask says which are read.
         let mut params: ffi::ucp_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = ffi::UCP_PARAM_FIELD_FEATURES.into();

@@ -3,11 +3,12 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use thalweg_ffi::ucx::{self as ffi, LogLevel, Version};
+use smallvec::SmallVec;
+use thalweg_ffi::ucx::{self as ffi, LogLevel, Ucx, Version};
 
 use super::blob::Blob;
 use super::bulk::PULLED_INBOX_BYTES;
@@ -15,10 +16,11 @@ use super::context::library;
 use super::inbox::{Fault, Mailbox};
 use super::lanes::{self, Lane};
 use super::link::UcxLink;
+use super::probe::Probe;
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind, SECRET_BITS, SLOTS_MAX};
 use super::worker::{Ep, Worker};
-use super::{Scope, UcxOptions, Unavailable, describe};
+use super::{HELD_UP, Scope, UcxOptions, Unavailable, describe};
 use crate::link::{Armed, Budget, Class, Engine, LinkKind, Progress, insist};
 use crate::proto::hello::Failure;
 use crate::runtime::{Reactor, Sleep, Source, Timers};
@@ -30,10 +32,37 @@ const ENDING_EVERY: Duration = Duration::from_millis(1);
 
 /// A node's worker, and what drives it.
 pub(crate) struct UcxEngine {
-    worker: Arc<Worker>,
+    ucx: &'static Ucx,
+    /// The worker's transports over hardware, by name.
+    transports: Vec<String>,
+    /// Those that we have set for it.
+    tls: Option<String>,
+    workers: Mutex<Workers>,
+    probe: Mutex<Probe>,
+    reactor: Reactor,
     timers: Arc<Timers>,
     options: UcxOptions,
     ending: Mutex<Option<Sleep>>,
+}
+
+#[derive(Default)]
+struct Workers {
+    /// None after one that was held up, until there is a connection to be made.
+    current: Option<Arc<Worker>>,
+    /// Those that were held up, for as long as anything of theirs is left.
+    retired: Vec<Weak<Worker>>,
+    resident: Option<Waker>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What only one peer can know.
+pub(super) fn secret() -> Result<u64, String> {
+    let mut secret = [0; 8];
+    getrandom::fill(&mut secret).map_err(|error| format!("random numbers: {error}"))?;
+    Ok(u64::from_ne_bytes(secret) >> (u64::BITS - SECRET_BITS))
 }
 
 fn log(level: LogLevel, text: &str) {
@@ -55,12 +84,22 @@ impl UcxEngine {
         let ucx = library()?;
         ucx.redirect_log(log);
         let worker = Worker::new(ucx, reactor, &options.scope)?;
-        Ok(Arc::new(UcxEngine { worker, timers, options, ending: Mutex::new(None) }))
+        Ok(Arc::new(UcxEngine {
+            ucx,
+            transports: worker.transports.clone(),
+            tls: worker.tls().map(str::to_owned),
+            workers: Mutex::new(Workers { current: Some(worker), ..Workers::default() }),
+            probe: Mutex::default(),
+            reactor: reactor.clone(),
+            timers,
+            options,
+            ending: Mutex::new(None),
+        }))
     }
 
     /// What was found, for people.
     pub fn found(&self) -> String {
-        let ucx = self.worker.ucx;
+        let ucx = self.ucx;
         let mut found = format!("UCX {} from {}", ucx.version, ucx.path.display());
         let settings = ffi::site_settings();
         if !settings.is_empty() {
@@ -68,23 +107,23 @@ impl UcxEngine {
                 settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
             found = format!("{found}, with {}", list.join(" "));
         }
-        if let Some(tls) = self.worker.tls() {
+        if let Some(tls) = &self.tls {
             found = format!("{found}, for which we set UCX_TLS={tls}");
         }
         if let Scope::Hardware { reach, .. } = &self.options.scope {
-            let transports = self.worker.transports.join(", ");
+            let transports = self.transports.join(", ");
             found = format!("{found}, for {transports} over {}", reach.names());
         }
         found
     }
 
     pub fn version(&self) -> Version {
-        self.worker.ucx.version
+        self.ucx.version
     }
 
     /// Its transports over hardware.
     pub fn transports(&self) -> &[String] {
-        &self.worker.transports
+        &self.transports
     }
 
     /// Whether UCX took hardware for messages: it chooses by itself, and tells only afterwards.
@@ -101,16 +140,29 @@ impl UcxEngine {
 
     /// A slot for a connection that is being made.
     pub fn reserve(&self) -> Result<Reservation, String> {
-        let mut secret = [0; 8];
-        getrandom::fill(&mut secret).map_err(|error| format!("random numbers: {error}"))?;
-        let secret = u64::from_ne_bytes(secret) >> (u64::BITS - SECRET_BITS);
-        let worker = &self.worker;
+        let worker = self.worker()?;
         let limit = self.options.inbox_max_bytes.saturating_add(PULLED_INBOX_BYTES);
-        let mailbox = worker
-            .dispatch
-            .register(worker.ucx, secret, limit)
+        let slot = Slot::for_peer(&worker, secret()?, limit)
             .ok_or_else(|| format!("a node has at most {SLOTS_MAX} links over UCX"))?;
-        Ok(Reservation { slot: Some(Slot { worker: worker.clone(), mailbox }) })
+        Ok(Reservation { slot: Some(slot) })
+    }
+
+    /// The worker of new links: another one, if the last was held up.
+    fn worker(&self) -> Result<Arc<Worker>, String> {
+        let mut workers = lock(&self.workers);
+        if let Some(worker) = &workers.current {
+            return Ok(worker.clone());
+        }
+        let worker = Worker::new(self.ucx, &self.reactor, &self.options.scope)
+            .map_err(|absent| format!("no new worker of UCX's: {}", absent.reason))?;
+        workers.current = Some(worker.clone());
+        let resident = workers.resident.clone();
+        drop(workers);
+        // From now on it has this worker to move.
+        if let Some(resident) = resident {
+            resident.wake();
+        }
+        Ok(worker)
     }
 
     /// Connects to the peer's worker, and waits until both directions are known to work: the peer's
@@ -129,12 +181,12 @@ impl UcxEngine {
         let ep = self.connect(&slot, &blob).map_err(failure)?;
         let limit = self.options.setup_timeout.min(at_most);
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
-        poll_fn(|cx| {
-            if let Some(result) = self.look(&slot.mailbox, cx) {
+        let opened = poll_fn(|cx| {
+            if let Some(result) = look(&slot, cx) {
                 return Poll::Ready(result);
             }
             Pin::new(&mut patience).poll(cx).map(|()| {
-                let pinged = slot.mailbox.inbox(&mut self.worker.lock().key).pinged;
+                let pinged = slot.mailbox.inbox(&mut slot.worker.lock().key).pinged;
                 let missing = match pinged {
                     true => "sent nothing to",
                     false => "brought nothing from",
@@ -142,22 +194,22 @@ impl UcxEngine {
                 Err(format!("UCX connected, but {missing} the peer within {limit:?}"))
             })
         })
-        .await
-        .map_err(failure)?;
-        let mut worker = self.worker.lock();
+        .await;
+        let mut worker = slot.worker.lock();
         let lanes = worker.lanes(&ep);
         let waker = slot.mailbox.forget_waker(slot.mailbox.inbox(&mut worker.key));
         drop(worker);
         drop(waker);
+        opened.map_err(failure)?;
         Ok(Opened { slot, ep, to: blob.to, lanes, options: self.options.clone() })
     }
 
     /// An endpoint to the peer's worker, with a ping on its way.
     fn connect(&self, slot: &Slot, blob: &Blob) -> Result<Ep, String> {
-        let ucx = self.worker.ucx;
-        let mut worker = self.worker.lock();
+        let ucx = self.ucx;
+        let mut worker = slot.worker.lock();
         let ep = worker
-            .connect(&blob.worker, &slot.mailbox, &self.worker)
+            .connect(&blob.worker, &slot.mailbox, &slot.worker)
             .map_err(|status| describe(ucx, "UCX finds no way to the peer", status))?;
         match ping(&mut worker, &ep, blob.to) {
             Ok(()) => Ok(ep),
@@ -169,43 +221,49 @@ impl UcxEngine {
         }
     }
 
-    /// Whether both pings are where they belong. `None`: not yet, and `cx`'s waker is called when
-    /// there is something new. The slot stays parked, so that the resident task goes on progressing.
-    fn look(&self, mailbox: &Mailbox, cx: &mut Context<'_>) -> Option<Result<(), String>> {
-        let ucx = self.worker.ucx;
-        let mut worker = self.worker.lock();
-        let mut more = worker.progress_all(STEPS);
-        let inbox = mailbox.inbox(&mut worker.key);
-        let replaced = mailbox.park(inbox, cx.waker());
-        let found = match inbox.fault {
-            _ if inbox.works_both_ways() => Some(Ok(())),
-            Some(Fault::Endpoint(status)) => {
-                Some(Err(describe(ucx, "UCX could not connect to the peer", status)))
-            }
-            Some(Fault::Peer(what)) => Some(Err(format!("the peer: {what}"))),
-            None => None,
+    /// Those that are to be moved, the current one first, and whether it is there.
+    fn all_workers(&self, cx: &Context<'_>) -> (SmallVec<[Arc<Worker>; 2]>, bool) {
+        let mut workers = lock(&self.workers);
+        let Workers { current, retired, resident } = &mut *workers;
+        let replaced = match resident {
+            Some(known) if known.will_wake(cx.waker()) => None,
+            _ => resident.replace(cx.waker().clone()),
         };
-        let armed = worker.arm(None);
+        let mut all: SmallVec<[Arc<Worker>; 2]> = current.iter().cloned().collect();
+        retired.retain(|worker| match worker.upgrade() {
+            Some(worker) => {
+                all.push(worker);
+                true
+            }
+            None => false,
+        });
+        let is_current = current.is_some();
+        drop(workers);
+        drop(replaced);
+        (all, is_current)
+    }
+
+    /// Ends all links of a worker that is held up. The next connection gets another one.
+    fn retire(&self, held_up: &Arc<Worker>, transport: &str) {
+        {
+            let mut workers = lock(&self.workers);
+            workers.current = None;
+            workers.retired.push(Arc::downgrade(held_up));
+        }
+        let mut worker = held_up.lock();
+        let links = held_up.dispatch.give_up(&mut worker.key);
         let wakes = worker.take_wakes();
         drop(worker);
-        drop(replaced);
+        tracing::warn!(links, transport, "{HELD_UP}");
         for waker in wakes {
             waker.wake();
         }
-        match armed {
-            Ok(armed) => more |= armed == Armed::Busy,
-            Err(error) => return Some(Err(error.detail)),
-        }
-        if more && found.is_none() {
-            cx.waker().wake_by_ref();
-        }
-        found
     }
 
     /// Comes back soon while something is ending: UCX may not tell through its descriptor.
-    fn look_after_the_ending(&self, cx: &mut Context<'_>) {
-        let mut ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.worker.dispatch.ending.load(Ordering::Acquire) == 0 {
+    fn look_after_the_ending(&self, is_ending: bool, cx: &mut Context<'_>) {
+        let mut ending = lock(&self.ending);
+        if !is_ending {
             *ending = None;
             return;
         }
@@ -218,7 +276,43 @@ impl UcxEngine {
     }
 }
 
-fn ping(
+/// Whether both pings are where they belong. `None`: not yet, and `cx`'s waker is called when
+/// there is something new. The slot stays parked, so that the resident task goes on progressing.
+fn look(slot: &Slot, cx: &mut Context<'_>) -> Option<Result<(), String>> {
+    let Slot { worker, mailbox, .. } = slot;
+    let ucx = worker.ucx;
+    let mut worker = worker.lock();
+    let mut more = worker.progress_all(STEPS);
+    let inbox = mailbox.inbox(&mut worker.key);
+    let replaced = mailbox.park(inbox, cx.waker());
+    let found = match inbox.fault {
+        _ if inbox.works_both_ways() => Some(Ok(())),
+        Some(Fault::Endpoint(status)) => {
+            Some(Err(describe(ucx, "UCX could not connect to the peer", status)))
+        }
+        Some(Fault::Peer(what)) => Some(Err(format!("the peer: {what}"))),
+        Some(Fault::Worker) => Some(Err(HELD_UP.into())),
+        None => None,
+    };
+    let armed = worker.arm(None);
+    let wakes = worker.take_wakes();
+    drop(worker);
+    drop(replaced);
+    for waker in wakes {
+        waker.wake();
+    }
+    match armed {
+        Ok(armed) => more |= armed == Armed::Busy,
+        Err(error) => return Some(Err(error.detail)),
+    }
+    if more && found.is_none() {
+        cx.waker().wake_by_ref();
+    }
+    found
+}
+
+/// Says that this way works.
+pub(super) fn ping(
     worker: &mut super::worker::Locked<'_>,
     ep: &Ep,
     to: Address,
@@ -230,21 +324,43 @@ fn ping(
     unsafe { worker.send(ep, op, 0) }.map(drop).map_err(|(_, status)| status)
 }
 
+/// One turn of a worker, which is armed then. `true`: there is more to do.
+fn turn(worker: &Arc<Worker>, is_retired: bool, cx: &Context<'_>) -> bool {
+    worker.sleeper.set_resident(cx.waker());
+    let mut locked = worker.lock();
+    let mut more = locked.progress_all(STEPS);
+    // One that is held up cannot be armed, and what it has left to do is looked after by time.
+    if !more && !is_retired && worker.dispatch.parked.load(Ordering::Acquire) > 0 {
+        // An error is that of the runtime, which others report.
+        more = matches!(locked.arm(None), Ok(Armed::Busy));
+    }
+    let wakes = locked.take_wakes();
+    drop(locked);
+    for waker in wakes {
+        waker.wake();
+    }
+    more
+}
+
 impl Engine for UcxEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
-        self.worker.sleeper.set_resident(cx.waker());
-        let mut worker = self.worker.lock();
-        let mut more = worker.progress_all(STEPS);
-        if !more && self.worker.dispatch.parked.load(Ordering::Acquire) > 0 {
-            // An error is that of the runtime, which others report.
-            more = matches!(worker.arm(None), Ok(Armed::Busy));
+        let (workers, is_current) = self.all_workers(cx);
+        let current = workers.first().filter(|_| is_current);
+        let (mut more, mut is_ending) = (false, false);
+        for worker in &workers {
+            let is_retired = !current.is_some_and(|current| Arc::ptr_eq(current, worker));
+            more |= turn(worker, is_retired, cx);
+            is_ending |= worker.dispatch.ending.load(Ordering::Acquire) > 0;
         }
-        let wakes = worker.take_wakes();
-        drop(worker);
-        for waker in wakes {
-            waker.wake();
+        self.look_after_the_ending(is_ending, cx);
+        if let Some(current) = current {
+            // Nobody but the resident task has it, and others are woken meanwhile.
+            let mut probe = std::mem::take(&mut *lock(&self.probe));
+            match probe.poll(current, &self.reactor, &self.timers, cx) {
+                None => *lock(&self.probe) = probe,
+                Some(transport) => self.retire(current, transport),
+            }
         }
-        self.look_after_the_ending(cx);
         if more { Progress::More } else { Progress::Idle }
     }
 }
@@ -253,17 +369,34 @@ impl Engine for UcxEngine {
 pub(crate) struct Slot {
     pub(super) worker: Arc<Worker>,
     pub(super) mailbox: Arc<Mailbox>,
+    /// A peer is told of it.
+    for_peer: bool,
 }
 
 impl Slot {
+    fn for_peer(worker: &Arc<Worker>, secret: u64, max_bytes: usize) -> Option<Slot> {
+        let mailbox = worker.dispatch.register(worker.ucx, secret, max_bytes)?;
+        Some(Slot { worker: worker.clone(), mailbox, for_peer: true })
+    }
+
+    /// One that no peer is told of, for pings.
+    pub(super) fn internal(worker: &Arc<Worker>, secret: u64) -> Option<Slot> {
+        let mailbox = worker.dispatch.register(worker.ucx, secret, 0)?;
+        Some(Slot { worker: worker.clone(), mailbox, for_peer: false })
+    }
+
     /// Takes no more, and forgets what came.
     pub(super) fn close(&self, worker: &mut super::worker::Locked<'_>) {
         self.worker.dispatch.unregister(&mut worker.key, &self.mailbox);
         let inbox = self.mailbox.inbox(&mut worker.key);
         self.mailbox.unpark(inbox);
+        let was_closed = inbox.closed;
         let forgotten = inbox.close();
         for desc in forgotten {
             worker.release(desc);
+        }
+        if self.for_peer && !was_closed {
+            worker.suspect();
         }
     }
 }

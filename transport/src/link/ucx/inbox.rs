@@ -88,6 +88,8 @@ pub(super) enum Fault {
     Endpoint(ucs_status_t),
     /// The peer does what it must not.
     Peer(&'static str),
+    /// The worker is held up for good: nothing comes any more, whoever sends it.
+    Worker,
 }
 
 const BEYOND_CREDIT: Fault = Fault::Peer("parcels beyond the credit");
@@ -375,6 +377,15 @@ impl Mailbox {
         self.rouse(inbox, &mut state.wakes);
     }
 
+    /// The worker is held up for good.
+    fn give_up(&self, key: &mut Key<'_>) {
+        let mut wakes = Vec::new();
+        let inbox = self.inbox(key);
+        inbox.fault.get_or_insert(Fault::Worker);
+        self.rouse(inbox, &mut wakes);
+        self.dispatch.state(key).wakes.append(&mut wakes);
+    }
+
     /// # Safety
     ///
     /// As of [`Guarded::get_called_back`].
@@ -491,6 +502,8 @@ pub(super) struct State {
     pub wakes: Vec<Waker>,
     /// Requests that UCX is at work on, of all links.
     pub in_flight: usize,
+    /// Transports that links have used and in which a sender that is killed can hold up all others.
+    pub rings: Vec<&'static str>,
     /// The mailbox of the link that is being polled.
     polled: Option<(NonNull<Mailbox>, NonNull<Polled<'static>>)>,
 }
@@ -507,6 +520,8 @@ pub(super) struct Dispatch {
     pub parked: AtomicUsize,
     /// Endpoints that are being closed, and killed links that linger: somebody has to progress.
     pub ending: AtomicUsize,
+    /// A peer is gone that may hold up the others: see [`super::probe`].
+    pub suspect: AtomicBool,
 }
 
 impl Dispatch {
@@ -546,6 +561,15 @@ impl Dispatch {
         if slots.get(slot).is_some_and(|known| std::ptr::eq(&raw const **known, mailbox)) {
             slots.remove(slot);
         }
+    }
+
+    /// Ends every link: the worker is held up for good. How many.
+    pub fn give_up(&self, key: &mut Key<'_>) -> usize {
+        let all: Vec<_> = self.state(key).slots.iter().map(|(_, known)| known.clone()).collect();
+        for mailbox in &all {
+            mailbox.give_up(key);
+        }
+        all.len()
     }
 
     /// The mailbox of a slot, if whoever asks knows its secret and something is still wanted.

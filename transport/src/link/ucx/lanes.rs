@@ -58,6 +58,13 @@ pub(super) struct Lane {
     uses: Vec<String>,
 }
 
+impl Lane {
+    /// The transport's name, without the device.
+    fn name(&self) -> &str {
+        self.transport.split_once('/').map_or(&self.transport, |(name, _)| name)
+    }
+}
+
 /// The lanes that a print of an endpoint names.
 pub(super) fn parse(text: &str) -> Vec<Lane> {
     text.lines().filter_map(lane).collect()
@@ -95,14 +102,20 @@ fn carriers(lanes: &[Lane]) -> impl Iterator<Item = &Lane> {
     lanes.iter().filter(|lane| lane.uses.iter().any(|used| used.ends_with("messages")))
 }
 
+/// UCX's transports through memory of this host in which senders write into one ring of the receiver's.
+const RINGS: [&str; 3] = ["posix", "sysv", "xpmem"];
+
 /// Whether every lane that carries messages is memory of this host.
 pub(super) fn shares_memory(lanes: &[Lane]) -> bool {
     let mut carriers = carriers(lanes);
     let first = carriers.next();
-    let shares = |lane: &Lane| {
-        ["posix/", "sysv/", "xpmem/", "self/"].iter().any(|name| lane.transport.starts_with(name))
-    };
+    let shares = |lane: &Lane| RINGS.contains(&lane.name()) || lane.name() == "self";
     first.is_some_and(shares) && carriers.all(shares)
+}
+
+/// Those of the lanes' transports in which senders write into one ring of the receiver's.
+pub(super) fn rings(lanes: &[Lane]) -> impl Iterator<Item = &'static str> {
+    RINGS.into_iter().filter(|name| lanes.iter().any(|lane| lane.name() == *name))
 }
 
 /// Whether a lane that carries messages lies on this hardware.
@@ -195,6 +208,8 @@ mod tests {
         assert!(shares_memory(&parse(&format!("{PRINTED}{lane} keepalive\n"))));
         assert!(!shares_memory(&parse(&format!("{PRINTED}{lane} am_bw#1\n"))));
         assert!(!shares_memory(&parse("")));
+        assert_eq!(rings(&parse(PRINTED)).collect::<Vec<_>>(), ["posix"]);
+        assert_eq!(rings(&parse(&format!("# {lane} am\n"))).count(), 0);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox, Polled};
 use super::request::{Begun, SendOp};
 use super::wire::{Address, Header, Kind, LONG_HEADER_BYTES};
 use super::worker::{Ep, Locked, Sent, Worker};
-use super::{UcxOptions, lanes, link_error};
+use super::{HELD_UP, UcxOptions, lanes, link_error};
 use crate::error::{ErrorKind, LinkError};
 use crate::link::arrivals::{self, Offered, end_of_peer, filling, offered_len, sent_len};
 use crate::link::lookout::{Look, Lookout};
@@ -307,6 +307,7 @@ impl UcxLink {
         }
         let broken = match (fault, &self.hung_up) {
             (Some(Fault::Peer(what)), _) => Some(LinkError::protocol(LinkKind::Ucx, what)),
+            (Some(Fault::Worker), None) => Some(error(ErrorKind::ConnectionLost, HELD_UP)),
             (_, Some(hung_up)) => Some(hung_up.clone()),
             (Some(Fault::Endpoint(status)), None) => {
                 Some(self.status_error("the connection to the peer", status))

@@ -15,7 +15,8 @@
 //! | `bulk` | long payloads, in chunks that the receiver pulls |
 //! | `blob` | what a node tells its peers, and the judgement on it |
 //! | `lanes` | what UCX says about its transports, and the lanes of an endpoint |
-//! | `engine` | progress when nobody polls, sleep and wake, set-up |
+//! | `engine` | progress when nobody polls, sleep and wake, set-up, and another worker in place of one that is held up |
+//! | `probe` | whether the worker is held up by a peer that is dead |
 //! | `link` | the link |
 //!
 //! # Ownership
@@ -49,6 +50,7 @@ mod gate;
 mod inbox;
 mod lanes;
 mod link;
+mod probe;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -62,6 +64,8 @@ use thalweg_ffi::ucx::{self as ffi, Ucx, ucs_status_t};
 use super::LinkKind;
 use super::hardware::Reach;
 use crate::error::{ErrorKind, LinkError};
+
+use context::Tls;
 
 pub(crate) use blob::{transports, verdict};
 #[cfg(test)]
@@ -96,12 +100,23 @@ impl Scope {
         let (Scope::Named(reach) | Scope::Hardware { reach, .. }) = self;
         reach
     }
+
+    fn tls(&self) -> Tls<'_> {
+        match self {
+            Scope::Named(_) => Tls::Site,
+            Scope::Hardware { without, .. } => Tls::Without(without),
+        }
+    }
 }
 
 /// UCX's transports that act on this host by what the address of a peer says: sockets connect to where it
 /// says, and memory of this host is opened, mapped, read and written by the names and process numbers in it.
 /// Nobody who has not named UCX is to find out that way what strangers can do with it.
 pub(crate) const UNASKED_WITHOUT: &[&str] = &["tcp", "posix", "sysv", "xpmem", "cma", "knem"];
+
+/// Why every link of a worker has ended; see `probe`.
+const HELD_UP: &str = "UCX reads nothing any more that comes through shared memory: a process was \
+                       killed while it wrote there. New connections get a new worker";
 
 /// Why this node cannot use UCX at all.
 #[derive(Clone, Debug, PartialEq, Eq)]

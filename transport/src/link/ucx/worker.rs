@@ -17,7 +17,7 @@ use thalweg_ffi::ucx::{
 
 use super::blob::{NAMES_MAX, fits, is_name};
 use super::bulk;
-use super::context::Context;
+use super::context::{Context, Tls};
 use super::gate::Key;
 use super::inbox::{AT_ONCE_MAX, Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
 use super::lanes::{self, Lane, Resource};
@@ -72,6 +72,11 @@ impl Sleeper {
         }
     }
 
+    /// The resident task, if it has been here.
+    pub fn resident(&self) -> Option<Waker> {
+        lock(&self.resident).clone()
+    }
+
     /// An endpoint is gone: it must not be woken in place of others.
     pub fn forget(&self, waker: &Waker) {
         let mut last = lock(&self.last);
@@ -93,11 +98,8 @@ impl Wake for Sleeper {
         if let Some(last) = last {
             last.wake();
         }
-        if !alone {
-            let resident = lock(&self.resident).clone();
-            if let Some(resident) = resident {
-                resident.wake();
-            }
+        if !alone && let Some(resident) = self.resident() {
+            resident.wake();
         }
     }
 }
@@ -139,6 +141,12 @@ impl Drop for Raw<'_> {
 /// A context that is ended again if no worker comes of it.
 struct Ends(Option<Context>);
 
+impl Ends {
+    fn new(ucx: &'static Ucx, tls: Tls<'_>) -> Result<Ends, Unavailable> {
+        Context::new(ucx, tls).map(|context| Ends(Some(context)))
+    }
+}
+
 impl Drop for Ends {
     fn drop(&mut self) {
         if let Some(context) = self.0.take() {
@@ -149,14 +157,34 @@ impl Drop for Ends {
 }
 
 impl Worker {
+    /// A node's.
     pub fn new(
         ucx: &'static Ucx,
         reactor: &Reactor,
         scope: &Scope,
     ) -> Result<Arc<Worker>, Unavailable> {
-        let mut ends = Ends(Some(Context::new(ucx, scope)?));
+        let ends = Ends::new(ucx, scope.tls())?;
+        let resources = ends.0.as_ref().map(Context::resources).unwrap_or_default();
+        let transports = transports(resources, scope)?;
+        Worker::within(ucx, reactor, ends, transports)
+    }
+
+    /// One that has a single transport.
+    pub fn over(
+        ucx: &'static Ucx,
+        reactor: &Reactor,
+        transport: &str,
+    ) -> Result<Arc<Worker>, Unavailable> {
+        Worker::within(ucx, reactor, Ends::new(ucx, Tls::Only(transport))?, Vec::new())
+    }
+
+    fn within(
+        ucx: &'static Ucx,
+        reactor: &Reactor,
+        mut ends: Ends,
+        transports: Vec<String>,
+    ) -> Result<Arc<Worker>, Unavailable> {
         let Some(context) = &ends.0 else { return Err(failed(ucx, "", 0)) };
-        let transports = transports(context.resources(), scope)?;
         let made = Worker::make(context)?;
         let dispatch = Arc::new(Dispatch::default());
         set_handler(ucx, made.raw, &dispatch)?;
@@ -413,6 +441,15 @@ impl Locked<'_> {
         !self.worker.dispatch.state(&mut self.key).wakes.is_empty()
     }
 
+    /// A peer is gone, or was never there, that may hold up the others.
+    pub fn suspect(&mut self) {
+        let dispatch = &self.worker.dispatch;
+        let state = dispatch.state(&mut self.key);
+        if !state.rings.is_empty() && !dispatch.suspect.swap(true, Ordering::AcqRel) {
+            state.wakes.extend(self.worker.sleeper.resident());
+        }
+    }
+
     /// Whether UCX is at work on something.
     fn is_busy(&mut self) -> bool {
         let dispatch = &self.worker.dispatch;
@@ -611,11 +648,18 @@ impl Locked<'_> {
         }
     }
 
-    /// The lanes of an endpoint, as far as UCX tells.
+    /// The lanes of an endpoint of a link's, as far as UCX tells.
     pub fn lanes(&mut self, ep: &Ep) -> Vec<Lane> {
         let print = self.worker.ucx.functions.ucp_ep_print_info;
         // SAFETY: the endpoint is live, its worker locked, the stream open.
-        lanes::parse(&lanes::printed(|stream| unsafe { print(ep.raw, stream) }))
+        let lanes = lanes::parse(&lanes::printed(|stream| unsafe { print(ep.raw, stream) }));
+        let rings = &mut self.worker.dispatch.state(&mut self.key).rings;
+        for ring in lanes::rings(&lanes) {
+            if !rings.contains(&ring) {
+                rings.push(ring);
+            }
+        }
+        lanes
     }
 }
 
@@ -871,7 +915,7 @@ mod tests {
             Ok(_) if std::env::var_os("UCX_TLS").is_some() => "UCX_TLS is set".into(),
             Ok(ucx) => {
                 let scope = Scope::Hardware { reach: reach(), without: UNASKED_WITHOUT };
-                let context = Context::new(ucx, &scope).expect("a context");
+                let context = Context::new(ucx, scope.tls()).expect("a context");
                 let all = context.resources();
                 // SAFETY: no worker is in it.
                 unsafe { context.end() };
