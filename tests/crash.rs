@@ -14,7 +14,7 @@ use support::{Leftovers, Peer, note, seed, serially, short_or_long, slowness};
 use thalweg::{
     Access, CloseReason, Endpoint, Error, ErrorKind, Listener, Message, Node, RemoteKey,
 };
-use thalweg_tests::{Random, Watch, Way, runtime};
+use thalweg_tests::{Random, Watch, Way, run_on, runtime};
 use tokio::sync::watch;
 
 /// Half of the operations must have failed by then…
@@ -540,9 +540,9 @@ fn beside_another(way: Way) {
     };
     let name = format!("{way:?}: a peer killed beside another");
     // What a process keeps for good exists after this.
-    thalweg_tests::run(&name, work);
+    run_on(1, &name, work());
     let leftovers = Leftovers::now();
-    thalweg_tests::run(&name, work);
+    run_on(2, &name, work());
     leftovers.none_within(GONE_MAX * slowness(), &name);
 }
 

@@ -177,7 +177,7 @@ fn ucx_worker_that_is_held_up_is_replaced() {
         let output = outside(NAME, &[]);
         assert_silent(&output);
         let said = String::from_utf8_lossy(&output.stderr);
-        return said.lines().filter(|line| line.starts_with("SKIPPED")).for_each(|line| note(line));
+        return said.lines().filter(|line| line.starts_with("SKIPPED")).for_each(note);
     }
     run_once("a ring that is held up", async {
         let nodes = [(); 3].map(|()| Node::new(Way::Ucx.config()).expect("a node"));

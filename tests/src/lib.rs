@@ -246,8 +246,13 @@ pub fn run<F: Future<Output = ()>>(name: &str, work: impl Fn() -> F) {
 
 /// As [`run`], on one thread only.
 pub fn run_once(name: &str, work: impl Future<Output = ()>) {
+    run_on(1, name, work);
+}
+
+/// As [`run`], on this many threads only.
+pub fn run_on(threads: usize, name: &str, work: impl Future<Output = ()>) {
     let watch = Watch::over(name, patience());
-    let result = runtime(1).block_on(async { tokio::time::timeout(patience(), work).await });
+    let result = runtime(threads).block_on(async { tokio::time::timeout(patience(), work).await });
     assert!(result.is_ok(), "{name} hangs");
     drop(watch);
 }
