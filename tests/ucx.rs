@@ -53,10 +53,10 @@ fn ucx_rounds_of_connecting_and_closing() {
             }
             round(&nodes[0], &listener, index).await;
         }
-        let late = resident_bytes();
         // Endpoints are ended by UCX in its own time.
         tokio::task::yield_now().await;
         thalweg_tests::until("descriptors to go", || leftovers.more().is_none()).await;
+        let late = resident_bytes();
         note(format_args!(
             "SOAK: {ROUNDS} rounds over ucx: resident {} MiB early, {} MiB late",
             early >> 20,
