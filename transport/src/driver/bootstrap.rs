@@ -222,7 +222,7 @@ async fn establish(
         getrandom::fill(&mut token)
             .map_err(|error| lost(&shown, "random numbers", &io::Error::other(error)))?;
     }
-    let reservation = reserve(node, &shown)?;
+    let reservation = reserve(node);
     let own = own_hello(node, token, window.bytes, reservation.as_ref());
     let left = deadline.saturating_duration_since(Instant::now());
     let (theirs, minor) =
@@ -318,13 +318,10 @@ fn silent(role: Role, limit: Duration, error: Error) -> Error {
         .with_hint("check the port: something else may listen there")
 }
 
-/// A place for this connection at the node's UCX worker, if it has one.
-fn reserve(node: &NodeShared, shown: &str) -> Result<Option<Reservation>> {
-    let Some(engine) = &node.ucx else { return Ok(None) };
-    engine
-        .reserve()
-        .map(Some)
-        .map_err(|why| lost(shown, "reserving a place at the worker", &io::Error::other(why)))
+/// A place for this connection at the node's UCX worker, if it has one. Without it `ucx` is not offered.
+fn reserve(node: &NodeShared) -> Option<Reservation> {
+    let reserved = node.ucx.as_ref()?.reserve();
+    reserved.inspect_err(|why| tracing::warn!(why, "ucx is not offered to a peer")).ok()
 }
 
 fn own_hello(

@@ -10,9 +10,13 @@ use super::{Unavailable, describe};
 use crate::runtime::{FirstUse, FoundOnce};
 
 /// Making and ending contexts touches state of the library's that is not guarded.
-static LIBRARY: Mutex<()> = Mutex::new(());
+static LIBRARY: Mutex<Library> = Mutex::new(Library { has_had_context: false });
 static FIRST: FirstUse = FirstUse::new();
 static FOUND: FoundOnce<Result<Ucx, Absent>> = FoundOnce::new();
+
+struct Library {
+    has_had_context: bool,
+}
 
 const MODIFY_FIX: &str = "thalweg-info lists the UCX_* settings that are in force";
 
@@ -108,7 +112,7 @@ impl Context {
         if FIRST.inherited() {
             return Err(forked());
         }
-        let _one = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
         settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
@@ -130,8 +134,10 @@ impl Context {
         params.features = u64::from(ffi::UCP_FEATURE_AM | ffi::UCP_FEATURE_WAKEUP);
         let mut raw = std::ptr::null_mut();
         let (major, minor) = ffi::VERSION_MIN;
-        // Opening devices may load libraries that install handlers.
-        let handlers = SignalHandlers::remember();
+        // The first one loads UCX's modules, and libraries of devices with them, that install handlers.
+        // Later ones are made while the program runs, which may install its own meanwhile.
+        let is_first = !std::mem::replace(&mut library.has_had_context, true);
+        let handlers = is_first.then(SignalHandlers::remember);
         // SAFETY: parameters and settings are live for the call; `raw` is written on success.
         let status = unsafe {
             let init = ucx.functions.ucp_init_version;

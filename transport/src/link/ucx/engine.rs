@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ use crate::runtime::{Reactor, Sleep, Source, Timers};
 const STEPS: usize = 64;
 /// How often endpoints that are ending are looked after.
 const ENDING_EVERY: Duration = Duration::from_millis(1);
+/// The same for workers that were held up, and whose links others have still.
+const RETIRED_EVERY: Duration = Duration::from_secs(1);
 
 /// A node's worker, and what drives it.
 pub(crate) struct UcxEngine {
@@ -42,7 +44,7 @@ pub(crate) struct UcxEngine {
     reactor: Reactor,
     timers: Arc<Timers>,
     options: UcxOptions,
-    ending: Mutex<Option<Sleep>>,
+    ending: Mutex<Option<(Duration, Sleep)>>,
 }
 
 #[derive(Default)]
@@ -50,7 +52,7 @@ struct Workers {
     /// None after one that was held up, until there is a connection to be made.
     current: Option<Arc<Worker>>,
     /// Those that were held up, for as long as anything of theirs is left.
-    retired: Vec<Weak<Worker>>,
+    retired: Vec<Arc<Worker>>,
     resident: Option<Waker>,
 }
 
@@ -149,13 +151,14 @@ impl UcxEngine {
 
     /// The worker of new links: another one, if the last was held up.
     fn worker(&self) -> Result<Arc<Worker>, String> {
-        let mut workers = lock(&self.workers);
-        if let Some(worker) = &workers.current {
+        if let Some(worker) = &lock(&self.workers).current {
             return Ok(worker.clone());
         }
-        let worker = Worker::new(self.ucx, &self.reactor, &self.options.scope)
+        let made = Worker::new(self.ucx, &self.reactor, &self.options.scope)
             .map_err(|absent| format!("no new worker of UCX's: {}", absent.reason))?;
-        workers.current = Some(worker.clone());
+        let mut workers = lock(&self.workers);
+        // Another connection may have been as quick.
+        let worker = workers.current.get_or_insert_with(|| made.clone()).clone();
         let resident = workers.resident.clone();
         drop(workers);
         // From now on it has this worker to move.
@@ -181,7 +184,7 @@ impl UcxEngine {
         let ep = self.connect(&slot, &blob).map_err(failure)?;
         let limit = self.options.setup_timeout.min(at_most);
         let mut patience = self.timers.sleep_until(Instant::now() + limit);
-        let opened = poll_fn(|cx| {
+        poll_fn(|cx| {
             if let Some(result) = look(&slot, cx) {
                 return Poll::Ready(result);
             }
@@ -194,13 +197,13 @@ impl UcxEngine {
                 Err(format!("UCX connected, but {missing} the peer within {limit:?}"))
             })
         })
-        .await;
+        .await
+        .map_err(failure)?;
         let mut worker = slot.worker.lock();
         let lanes = worker.lanes(&ep);
         let waker = slot.mailbox.forget_waker(slot.mailbox.inbox(&mut worker.key));
         drop(worker);
         drop(waker);
-        opened.map_err(failure)?;
         Ok(Opened { slot, ep, to: blob.to, lanes, options: self.options.clone() })
     }
 
@@ -211,6 +214,8 @@ impl UcxEngine {
         let ep = worker
             .connect(&blob.worker, &slot.mailbox, &slot.worker)
             .map_err(|status| describe(ucx, "UCX finds no way to the peer", status))?;
+        // The rest may take long, and never come to its end.
+        let _ = worker.lanes(&ep);
         match ping(&mut worker, &ep, blob.to) {
             Ok(()) => Ok(ep),
             Err(status) => {
@@ -229,16 +234,15 @@ impl UcxEngine {
             Some(known) if known.will_wake(cx.waker()) => None,
             _ => resident.replace(cx.waker().clone()),
         };
-        let mut all: SmallVec<[Arc<Worker>; 2]> = current.iter().cloned().collect();
-        retired.retain(|worker| match worker.upgrade() {
-            Some(worker) => {
-                all.push(worker);
-                true
-            }
-            None => false,
-        });
+        // Nobody else has it, so nobody begins anything; and what has begun is over.
+        let is_over = |worker: &mut Arc<Worker>| {
+            Arc::strong_count(worker) == 1 && worker.dispatch.ending.load(Ordering::Acquire) == 0
+        };
+        let over: SmallVec<[Arc<Worker>; 2]> = retired.extract_if(.., is_over).collect();
+        let all = current.iter().chain(retired.iter()).cloned().collect();
         let is_current = current.is_some();
         drop(workers);
+        drop(over);
         drop(replaced);
         (all, is_current)
     }
@@ -248,27 +252,30 @@ impl UcxEngine {
         {
             let mut workers = lock(&self.workers);
             workers.current = None;
-            workers.retired.push(Arc::downgrade(held_up));
+            workers.retired.push(held_up.clone());
         }
         let mut worker = held_up.lock();
-        let links = held_up.dispatch.give_up(&mut worker.key);
+        held_up.dispatch.give_up(&mut worker.key);
         let wakes = worker.take_wakes();
         drop(worker);
-        tracing::warn!(links, transport, "{HELD_UP}");
+        tracing::warn!(transport, "{HELD_UP}");
         for waker in wakes {
             waker.wake();
         }
     }
 
     /// Comes back soon while something is ending: UCX may not tell through its descriptor.
-    fn look_after_the_ending(&self, is_ending: bool, cx: &mut Context<'_>) {
+    fn look_after_the_ending(&self, every: Option<Duration>, cx: &mut Context<'_>) {
         let mut ending = lock(&self.ending);
-        if !is_ending {
+        let Some(every) = every else {
             *ending = None;
             return;
+        };
+        let begin = || (every, self.timers.sleep_until(Instant::now() + every));
+        if ending.as_ref().is_some_and(|(begun, _)| *begun > every) {
+            *ending = None;
         }
-        let sleep =
-            ending.get_or_insert_with(|| self.timers.sleep_until(Instant::now() + ENDING_EVERY));
+        let (_, sleep) = ending.get_or_insert_with(begin);
         if Pin::new(sleep).poll(cx).is_ready() {
             *ending = None;
             cx.waker().wake_by_ref();
@@ -352,7 +359,12 @@ impl Engine for UcxEngine {
             more |= turn(worker, is_retired, cx);
             is_ending |= worker.dispatch.ending.load(Ordering::Acquire) > 0;
         }
-        self.look_after_the_ending(is_ending, cx);
+        let any_retired = workers.len() > usize::from(is_current);
+        let every = match is_ending {
+            true => Some(ENDING_EVERY),
+            false => any_retired.then_some(RETIRED_EVERY),
+        };
+        self.look_after_the_ending(every, cx);
         if let Some(current) = current {
             // Nobody but the resident task has it, and others are woken meanwhile.
             let mut probe = std::mem::take(&mut *lock(&self.probe));
@@ -386,7 +398,10 @@ impl Slot {
     }
 
     /// Takes no more, and forgets what came.
-    pub(super) fn close(&self, worker: &mut super::worker::Locked<'_>) {
+    ///
+    /// Whom to wake when the gate is open.
+    #[must_use = "nobody else may be awake"]
+    pub(super) fn close(&self, worker: &mut super::worker::Locked<'_>) -> Option<Waker> {
         self.worker.dispatch.unregister(&mut worker.key, &self.mailbox);
         let inbox = self.mailbox.inbox(&mut worker.key);
         self.mailbox.unpark(inbox);
@@ -395,9 +410,7 @@ impl Slot {
         for desc in forgotten {
             worker.release(desc);
         }
-        if self.for_peer && !was_closed {
-            worker.suspect();
-        }
+        if self.for_peer && !was_closed { worker.suspect() } else { None }
     }
 }
 
@@ -407,10 +420,11 @@ impl Drop for Slot {
             return;
         }
         let mut worker = self.worker.lock();
-        self.close(&mut worker);
+        let resident = self.close(&mut worker);
         let left = self.mailbox.inbox(&mut worker.key).leave();
         drop(worker);
         drop(left);
+        resident.into_iter().for_each(Waker::wake);
     }
 }
 

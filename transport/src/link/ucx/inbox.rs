@@ -502,6 +502,8 @@ pub(super) struct State {
     pub wakes: Vec<Waker>,
     /// Requests that UCX is at work on, of all links.
     pub in_flight: usize,
+    /// Nothing comes any more, for whomever.
+    pub held_up: bool,
     /// Transports that links have used and in which a sender that is killed can hold up all others.
     pub rings: Vec<&'static str>,
     /// The mailbox of the link that is being polled.
@@ -538,7 +540,9 @@ impl Dispatch {
         max_bytes: usize,
     ) -> Option<Arc<Mailbox>> {
         let mut key = self.gate.lock();
-        let entry = self.state(&mut key).slots.vacant_entry();
+        let State { slots, held_up, .. } = self.state(&mut key);
+        let inbox = Inbox { fault: held_up.then_some(Fault::Worker), ..Inbox::default() };
+        let entry = slots.vacant_entry();
         if entry.key() >= SLOTS_MAX as usize {
             return None;
         }
@@ -547,7 +551,7 @@ impl Dispatch {
             address: Address { slot: entry.key() as u32, secret },
             dispatch: self.clone(),
             max_bytes,
-            inbox: Guarded::new(Inbox::default()),
+            inbox: Guarded::new(inbox),
             news: AtomicBool::new(false),
         });
         entry.insert(mailbox.clone());
@@ -563,13 +567,14 @@ impl Dispatch {
         }
     }
 
-    /// Ends every link: the worker is held up for good. How many.
-    pub fn give_up(&self, key: &mut Key<'_>) -> usize {
-        let all: Vec<_> = self.state(key).slots.iter().map(|(_, known)| known.clone()).collect();
-        for mailbox in &all {
+    /// Ends every link, and what would become one: the worker is held up for good.
+    pub fn give_up(&self, key: &mut Key<'_>) {
+        let state = self.state(key);
+        state.held_up = true;
+        let all: Vec<_> = state.slots.iter().map(|(_, known)| known.clone()).collect();
+        for mailbox in all {
             mailbox.give_up(key);
         }
-        all.len()
     }
 
     /// The mailbox of a slot, if whoever asks knows its secret and something is still wanted.

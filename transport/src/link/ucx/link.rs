@@ -299,10 +299,12 @@ impl UcxLink {
         // Over a connection whose other end is gone UCX may be busy for ever (1.13, `rc`): so many steps
         // that brought nothing are enough then.
         let more = more && (moved || self.hung_up.is_none() && fault.is_none());
-        if more || spent || unsent == Some(true) {
+        // What comes by other lanes may go on for ever: the worker is to be rid of its links.
+        let is_over = matches!(fault, Some(Fault::Worker)) && !spent;
+        if !is_over && (more || spent || unsent == Some(true)) {
             return Ok(Progress::More);
         }
-        if moved {
+        if !is_over && moved {
             return Ok(Progress::Some);
         }
         let broken = match (fault, &self.hung_up) {
@@ -691,8 +693,11 @@ impl UcxLink {
 
     /// What is left to do before the link can be killed for good: gives back what the peer sent,
     /// and closes the endpoint.
-    fn begin_to_end(&mut self, worker: &mut Locked<'_>) {
-        self.slot.close(worker);
+    ///
+    /// Whom to wake when the gate is open.
+    #[must_use = "nobody else may be awake"]
+    fn begin_to_end(&mut self, worker: &mut Locked<'_>) -> Option<Waker> {
+        let waker = self.slot.close(worker);
         if let Some(waker) = self.waker.take() {
             self.worker.sleeper.forget(&waker);
         }
@@ -705,6 +710,7 @@ impl UcxLink {
         self.unlanded.extend(self.slot.mailbox.inbox(&mut worker.key).incoming.clear());
         self.open.clear();
         worker.close(&mut self.ep);
+        waker
     }
 
     fn set_lingers(&mut self, lingers: bool) {
@@ -922,9 +928,10 @@ impl Link for UcxLink {
         let until = Instant::now() + KILL_PATIENCE;
         let shared = self.worker.clone();
         let mut worker = shared.lock();
-        if !std::mem::replace(&mut self.killed, true) {
-            self.begin_to_end(&mut worker);
-        }
+        let resident = match std::mem::replace(&mut self.killed, true) {
+            false => self.begin_to_end(&mut worker),
+            true => None,
+        };
         let in_flight = loop {
             worker.progress_all(STEPS);
             let in_flight = self.slot.mailbox.inbox(&mut worker.key).in_flight;
@@ -936,7 +943,7 @@ impl Link for UcxLink {
         take_endings(inbox, &mut self.finished, &mut self.whole);
         let wakes = worker.take_wakes();
         drop(worker);
-        for waker in wakes {
+        for waker in wakes.into_iter().chain(resident) {
             sink.wake(waker);
         }
         self.report_finished(sink, Some(error));
@@ -993,7 +1000,10 @@ impl Drop for UcxLink {
         }
         let worker = self.worker.clone();
         if !self.killed {
-            self.begin_to_end(&mut worker.lock());
+            let mut locked = worker.lock();
+            let resident = self.begin_to_end(&mut locked);
+            drop(locked);
+            resident.into_iter().for_each(Waker::wake);
         }
         self.set_lingers(false);
         debug_assert!(self.ep.is_closed());

@@ -1,6 +1,7 @@
 //! Parcels through UCX: whatever lanes libucp finds between two processes, behind one worker.
 //!
-//! A node has one worker, found at run time (`thalweg-ffi`), behind one gate. Parcels are active
+//! A node has one worker, found at run time (`thalweg-ffi`), behind one gate; another takes its place if it is
+//! held up, and a further one lives for moments, to find that out (`probe`). Parcels are active
 //! messages; matching and order are `proto`'s, so UCX's own tags and streams are not used. The
 //! bootstrap connection stays open beside it: its end is the peer's death, seen by the kernel.
 //!
@@ -29,7 +30,8 @@
 //! # Locks
 //!
 //! In this order, none of them across user code: the endpoint's, and the worker's gate. Callbacks
-//! run inside of calls into UCX, so with the gate held, which guards all that they touch.
+//! run inside of calls into UCX, so with the gate held, which guards all that they touch. The engine's own
+//! are held for moments and with no other; contexts are made under one of the library's, with no gate held.
 //!
 //! # What is trusted
 //!
@@ -115,8 +117,8 @@ impl Scope {
 pub(crate) const UNASKED_WITHOUT: &[&str] = &["tcp", "posix", "sysv", "xpmem", "cma", "knem"];
 
 /// Why every link of a worker has ended; see `probe`.
-const HELD_UP: &str = "UCX reads nothing any more that comes through shared memory: a process was \
-                       killed while it wrote there. New connections get a new worker";
+const HELD_UP: &str = "UCX reads nothing any more that comes through shared memory: a process was killed, \
+                       or is stopped, while it wrote there. New connections get a new worker";
 
 /// Why this node cannot use UCX at all.
 #[derive(Clone, Debug, PartialEq, Eq)]

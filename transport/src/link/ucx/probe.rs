@@ -3,7 +3,8 @@
 //! Whoever sends to a worker over memory of this host puts the message into a place of one ring, the
 //! same for all senders: it takes the place, then fills it. One that is killed in between leaves a place
 //! that is never filled, and nothing behind it is ever read. UCX does not notice: links to peers that
-//! live wait for ever, and as the ring is not empty the worker cannot be armed, so that a core polls.
+//! live wait for ever. As the ring is not empty the worker cannot be armed, so that a core polls; if it was
+//! armed before, nobody is woken.
 //!
 //! So a while after a link has ended the node sends itself a message through each ring that its links have
 //! used: from a worker of its own for that, which has no other transport. A place is taken after all
@@ -34,6 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// How often the worker is polled in that time, at least: a process that was stopped has not looked.
 const LOOKS_MIN: u32 = 200;
 const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How often in a row a question is put off that could not be asked.
+const PUT_OFF_MAX: u32 = 8;
 /// Turns of both workers in one look, with [`STEPS`] steps each: while others send, the ring may be full.
 const TURNS: usize = 4;
 const STEPS: usize = 64;
@@ -44,6 +47,8 @@ pub(super) struct Probe {
     state: State,
     /// Kept while links end all the time: making one takes some milliseconds.
     askers: Vec<Asker>,
+    /// How often the question was put off.
+    put_off: u32,
 }
 
 #[derive(Default)]
@@ -102,6 +107,8 @@ struct Question {
     next: Option<Sleep>,
     /// Where those arrive that have not come yet, and by which transport.
     open: Vec<(&'static str, Slot)>,
+    /// One could not be sent.
+    is_partial: bool,
 }
 
 impl Probe {
@@ -132,6 +139,11 @@ impl Probe {
                 State::Asks(question) => {
                     question.look(worker, &self.askers);
                     if question.open.is_empty() {
+                        // What hinders may pass: too many descriptors, or no memory to share.
+                        self.put_off = if question.is_partial { self.put_off + 1 } else { 0 };
+                        if (1..=PUT_OFF_MAX).contains(&self.put_off) {
+                            worker.dispatch.suspect.store(true, Ordering::Release);
+                        }
                         self.state = State::Quiet;
                     } else if question.is_stuck() {
                         return question.open.pop().map(|(transport, _)| transport);
@@ -148,14 +160,17 @@ impl Probe {
     fn ask(&mut self, worker: &Arc<Worker>, reactor: &Reactor) -> Question {
         self.askers.retain(|asker| !asker.has_failed());
         let rings = worker.dispatch.state(&mut worker.lock().key).rings.clone();
-        let mut open = Vec::new();
+        let (mut open, mut is_partial) = (Vec::new(), false);
         for transport in rings {
             match self.ask_through(transport, worker, reactor) {
                 Ok(slot) => open.push((transport, slot)),
-                Err(why) => tracing::debug!(target: "thalweg::ucx", transport, why, "not probed"),
+                Err(why) => {
+                    tracing::debug!(target: "thalweg::ucx", transport, why, "not probed");
+                    is_partial = true;
+                }
             }
         }
-        Question { since: Instant::now(), looks: 0, next: None, open }
+        Question { since: Instant::now(), looks: 0, next: None, open, is_partial }
     }
 
     fn ask_through(
@@ -203,10 +218,12 @@ impl Question {
             }
         }
         // What was not sent says nothing.
+        let sent = self.open.len();
         self.open.retain(|(transport, _)| {
             let asker = askers.iter().find(|asker| asker.transport == *transport);
             asker.is_some_and(|asker| !asker.has_failed())
         });
+        self.is_partial |= self.open.len() < sent;
     }
 
     fn is_stuck(&self) -> bool {

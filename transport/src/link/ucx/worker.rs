@@ -441,13 +441,16 @@ impl Locked<'_> {
         !self.worker.dispatch.state(&mut self.key).wakes.is_empty()
     }
 
-    /// A peer is gone, or was never there, that may hold up the others.
-    pub fn suspect(&mut self) {
+    /// A peer is gone, or was never there, that may hold up the others: whoever sees to that is to be
+    /// woken when the gate is open.
+    #[must_use = "nobody else may be awake"]
+    pub fn suspect(&mut self) -> Option<Waker> {
         let dispatch = &self.worker.dispatch;
-        let state = dispatch.state(&mut self.key);
-        if !state.rings.is_empty() && !dispatch.suspect.swap(true, Ordering::AcqRel) {
-            state.wakes.extend(self.worker.sleeper.resident());
+        if dispatch.state(&mut self.key).rings.is_empty() {
+            return None;
         }
+        dispatch.suspect.store(true, Ordering::Release);
+        self.worker.sleeper.resident()
     }
 
     /// Whether UCX is at work on something.
@@ -648,7 +651,7 @@ impl Locked<'_> {
         }
     }
 
-    /// The lanes of an endpoint of a link's, as far as UCX tells.
+    /// The lanes of an endpoint of a link's, as far as UCX tells. Remembers which rings they use.
     pub fn lanes(&mut self, ep: &Ep) -> Vec<Lane> {
         let print = self.worker.ucx.functions.ucp_ep_print_info;
         // SAFETY: the endpoint is live, its worker locked, the stream open.
