@@ -215,9 +215,14 @@ fn round(this: &Round) -> Vec<Duration> {
     took
 }
 
+/// What an operation says whose peer dies while it is under way.
+fn tells_of_death(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::PeerGone | ErrorKind::ConnectionLost)
+}
+
 fn expected(round: &Round, kind: ErrorKind) -> bool {
     match kind {
-        ErrorKind::PeerGone | ErrorKind::ConnectionLost => true,
+        _ if tells_of_death(kind) => true,
         ErrorKind::Closed => matches!(round.phase, "connect" | "handshake" | "close" | "goodbye"),
         ErrorKind::Refused => round.phase == "connect",
         _ => false,
@@ -522,10 +527,7 @@ fn beside_another(way: Way) {
         for busy in failing {
             let error = busy.task.await.expect("no panic").expect_err("its peer is dead");
             let late = killed.elapsed();
-            assert!(
-                matches!(error.kind(), ErrorKind::PeerGone | ErrorKind::ConnectionLost),
-                "{error}"
-            );
+            assert!(tells_of_death(error.kind()), "{error}");
             assert!(late <= EACH_MAX * slowness(), "it failed after {late:?}");
         }
         for busy in going {

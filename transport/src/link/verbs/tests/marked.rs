@@ -112,7 +112,7 @@ fn a_marker_that_fails_ends_the_link() {
     let mut to = vec![0; bytes.len()];
     let mut setting = landing(&bytes, &mut to);
     setting.fake.end_marker(ffi::IBV_WC_RETRY_EXC_ERR);
-    let error = setting.end_while_busy();
+    let error = setting.busy_until(|_| false).expect("its end");
     assert_eq!(error.kind, ErrorKind::ConnectionLost);
     assert_eq!(setting.kill(), Killed::Over);
     assert_eq!(setting.driver.done.len(), 1, "the payload was told of before");

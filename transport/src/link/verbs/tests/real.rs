@@ -10,8 +10,6 @@ use super::super::pool::Pool;
 use super::*;
 use crate::link::{OneSided, Registration};
 
-const PATIENCE: Duration = Duration::from_secs(20);
-
 /// One side of a link over a device that there is.
 struct End {
     link: VerbsLink,

@@ -3,62 +3,12 @@
 use super::*;
 use crate::link::{OneSided, Registration, RemoteId};
 
-const PATIENCE: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(100);
 
 impl Setting {
     /// Its link looks often.
     pub(super) fn looks_often(&mut self) {
         self.link.watchdog().set_tick(TICK);
-    }
-
-    /// As the resident task drives a link that sleeps: it is polled when it is woken. Its error, if it
-    /// ends before this holds.
-    pub(super) fn asleep_until(
-        &mut self,
-        mut holds: impl FnMut(&mut Setting) -> bool,
-    ) -> Option<LinkError> {
-        let until = Instant::now() + PATIENCE;
-        let waker = Waker::from(self.woken.clone());
-        let mut cx = Context::from_waker(&waker);
-        loop {
-            loop {
-                match self.poll() {
-                    Ok(Progress::Idle) => break,
-                    Ok(_) => {}
-                    Err(error) => return Some(error),
-                }
-            }
-            let armed = self.link.arm(&mut cx);
-            let woken = self.woken.0.load(Ordering::SeqCst);
-            loop {
-                if holds(self) {
-                    return None;
-                }
-                assert!(Instant::now() < until, "it goes on for {PATIENCE:?}");
-                let is_woken = self.woken.0.load(Ordering::SeqCst) != woken;
-                if is_woken || !matches!(armed, Ok(Armed::Yes)) {
-                    break;
-                }
-                self.host.drain().expect("events");
-                self.timers.poll_expired(&mut cx).expect("timers");
-            }
-        }
-    }
-
-    /// As an operation drives it that never rests.
-    pub(super) fn busy_until(
-        &mut self,
-        mut holds: impl FnMut(&mut Setting) -> bool,
-    ) -> Option<LinkError> {
-        let until = Instant::now() + PATIENCE;
-        while !holds(self) {
-            assert!(Instant::now() < until, "it goes on for {PATIENCE:?}");
-            if let Err(error) = self.poll() {
-                return Some(error);
-            }
-        }
-        None
     }
 
     /// What was sent ends well.
