@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use support::{Leftovers, Peer, note, seed, serially, short_or_long, slowness};
+use support::{
+    Leftovers, Peer, measured, note, processor_time, seed, serially, short_or_long, slowness,
+};
 use thalweg::{
     Access, CloseReason, Endpoint, Error, ErrorKind, Listener, Message, Node, RemoteKey,
 };
@@ -105,6 +107,32 @@ fn verbs_peer_killed_beside_another() {
     match Way::Verbs.missing() {
         Some(why) => thalweg_tests::skipped("verbs_peer_killed_beside_another", &why),
         None => beside_another(Way::Verbs),
+    }
+}
+
+#[test]
+fn tcp_peer_stopped_costs_no_processor() {
+    stopped(Way::Tcp);
+}
+
+#[test]
+fn shm_peer_stopped_costs_no_processor() {
+    stopped(Way::ShmAll);
+}
+
+#[test]
+fn ucx_peer_stopped_costs_no_processor() {
+    match Way::Ucx.missing() {
+        Some(why) => thalweg_tests::skipped("ucx_peer_stopped_costs_no_processor", &why),
+        None => stopped(Way::Ucx),
+    }
+}
+
+#[test]
+fn verbs_peer_stopped_costs_no_processor() {
+    match Way::Verbs.missing() {
+        Some(why) => thalweg_tests::skipped("verbs_peer_stopped_costs_no_processor", &why),
+        None => stopped(Way::Verbs),
     }
 }
 
@@ -546,6 +574,65 @@ fn beside_another(way: Way) {
     let leftovers = Leftovers::now();
     run_on(2, &name, work());
     leftovers.none_within(GONE_MAX * slowness(), &name);
+}
+
+/// A peer is stopped, and then killed, while more is on its way to it than the link takes; and nobody spins
+/// for that, while another endpoint waits.
+fn stopped(way: Way) {
+    const MESSAGES: usize = 5_000;
+    let _alone = serially();
+    run_on(2, &format!("{way:?}: a peer that is stopped"), async move {
+        let node = Node::new(way.config()).expect("a node");
+        let words = ["echo".to_owned(), format!("way={way:?}")];
+        let mut peers = [(); 2].map(|()| Peer::start(&words));
+        let [stopped, other] = peers.each_mut().map(|peer| peer.said("LISTENING"));
+        let stopped = Arc::new(node.connect(stopped.as_str()).await.expect("connecting"));
+        let other = Arc::new(node.connect(other.as_str()).await.expect("connecting"));
+        let echo = async |endpoint: &Endpoint| {
+            endpoint.send(Message::copy_from_slice(b"once")).await.expect("sending");
+            assert_eq!(endpoint.recv().await.expect("an echo").len_bytes(), 4);
+        };
+        echo(&stopped).await;
+        echo(&other).await;
+        peers[0].signal(libc::SIGSTOP);
+        let sender = stopped.clone();
+        let sending = tokio::spawn(async move {
+            for _ in 0..MESSAGES {
+                if sender.send(Message::copy_from_slice(&[7; 8])).await.is_err() {
+                    return;
+                }
+            }
+            while sender.recv().await.is_ok() {}
+        });
+        let receiver = other.clone();
+        let receiving = tokio::spawn(async move { receiver.recv().await });
+        at_rest("the peer is stopped").await;
+        peers[0].kill();
+        sending.await.expect("no panic");
+        at_rest("the peer is dead").await;
+        other.send(Message::copy_from_slice(b"still")).await.expect("sending");
+        let back = receiving.await.expect("no panic").expect("its peer lives");
+        assert_eq!(back.len_bytes(), 5);
+        echo(&other).await;
+    });
+}
+
+/// Waits until this process uses next to nothing for a while.
+async fn at_rest(when: &str) {
+    const WHILE: Duration = Duration::from_millis(500);
+    const MAX_PERCENT: f64 = 5.0;
+    let patience = Instant::now() + Duration::from_secs(5) * slowness();
+    loop {
+        let (began, used) = (Instant::now(), processor_time());
+        // The time at rest is what is measured.
+        tokio::time::sleep(WHILE).await;
+        let used = processor_time() - used;
+        let percent = 100.0 * used.as_secs_f64() / began.elapsed().as_secs_f64();
+        if percent <= MAX_PERCENT {
+            return measured(&format!("cpu while {when}"), percent, "% of a core");
+        }
+        assert!(Instant::now() < patience, "{percent} % of a core while {when}");
+    }
 }
 
 /// In place of an endpoint that has ended, though its peer lives. UCX's worker alone may be held up by a

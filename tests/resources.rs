@@ -7,7 +7,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use support::{Peer, descriptors, measured, note, resident_bytes, serially, short_or_long};
+use support::{
+    Peer, descriptors, measured, note, processor_time, resident_bytes, serially, short_or_long,
+};
 use thalweg::{Endpoint, Message, Node, Wake};
 use thalweg_tests::{Way, pair_with, run_once, skipped, within};
 
@@ -196,19 +198,6 @@ async fn at_rest() {
         }
     })
     .await;
-}
-
-fn processor_time() -> Duration {
-    // SAFETY: all zero is a valid `rusage`, and it outlives the call that fills it.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let of = |time: libc::timeval| {
-        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
-    };
-    of(usage.ru_utime) + of(usage.ru_stime)
 }
 
 #[test]

@@ -182,7 +182,7 @@ fn ucx_worker_that_is_held_up_is_replaced() {
     run_once("a ring that is held up", async {
         let nodes = [(); 3].map(|()| Node::new(Way::Ucx.config()).expect("a node"));
         let listener = nodes[0].listen("thalweg://127.0.0.1:0").await.expect("listening");
-        let (going, _) = connect(&nodes[1], &listener).await;
+        let (going, going_here) = connect(&nodes[1], &listener).await;
         let (stays, stays_here) = connect(&nodes[2], &listener).await;
         let before = all_mapped();
         for _ in 0..MESSAGES {
@@ -197,14 +197,16 @@ fn ucx_worker_that_is_held_up_is_replaced() {
         let (known, place) = (all_mapped(), ring.places_taken());
         let is_new = |now: &Mapped| !known.iter().any(|then| then.file == now.file);
         going.abort();
+        drop(going_here);
         thalweg_tests::until("the question", || ring.places_taken() > place).await;
         thalweg_tests::until("its end", || !all_mapped().iter().any(is_new)).await;
         stays.send(Message::copy_from_slice(&[2])).await.expect("sending");
         assert_eq!(stays_here.recv().await.expect("receiving").to_vec().expect("its bytes"), [2]);
 
-        let (going, _) = connect(&nodes[1], &listener).await;
+        let (going, going_here) = connect(&nodes[1], &listener).await;
         ring.take_place();
         going.abort();
+        drop(going_here);
         let ended = within(Duration::from_secs(20), "the end", stays_here.recv()).await;
         let error = ended.expect_err("the ring is held up");
         assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{error}");

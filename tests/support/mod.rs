@@ -337,6 +337,20 @@ impl Leftovers {
     }
 }
 
+/// What this process has used of processors.
+pub fn processor_time() -> Duration {
+    // SAFETY: all zero is a valid `rusage`, and it outlives the call that fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let of = |time: libc::timeval| {
+        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
+    };
+    of(usage.ru_utime) + of(usage.ru_stime)
+}
+
 /// What this process's descriptors are.
 pub fn descriptors() -> Vec<String> {
     let folder = fs::read_dir("/proc/self/fd").expect("descriptors");

@@ -27,9 +27,12 @@ use crate::runtime::{Reactor, Sleep, Source, Timers};
 
 /// Steps of progress in one turn.
 const STEPS: usize = 64;
-/// How often endpoints that are ending are looked after.
-const ENDING_EVERY: Duration = Duration::from_millis(1);
-/// The same for workers that were held up, and whose links others have still.
+/// How often endpoints that are ending are looked after, and a worker that cannot be armed, at first.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How often one that cannot be armed when nothing has come for a while: every millisecond 3 to 4 % of a core,
+/// and UCX may refuse for as long as the worker lives (see `worker::REFUSED_MAX`).
+const REFUSED_EVERY_MAX: Duration = Duration::from_millis(8);
+/// How often workers that were held up, and whose links others still have.
 const RETIRED_EVERY: Duration = Duration::from_secs(1);
 
 /// A node's worker, and what drives it.
@@ -44,7 +47,25 @@ pub(crate) struct UcxEngine {
     reactor: Reactor,
     timers: Arc<Timers>,
     options: UcxOptions,
-    ending: Mutex<Option<(Duration, Sleep)>>,
+    rounds: Mutex<Rounds>,
+}
+
+/// When the resident task looks at workers again whose descriptors may tell nothing.
+struct Rounds {
+    refused_every: Duration,
+    /// After how long, and the wait for that.
+    next: Option<(Duration, Sleep)>,
+}
+
+/// Why it does.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// Endpoints are ending.
+    Ends,
+    /// UCX refuses to be armed.
+    Refuses,
+    /// Others still have links of a worker that was held up.
+    Retired,
 }
 
 #[derive(Default)]
@@ -95,7 +116,7 @@ impl UcxEngine {
             reactor: reactor.clone(),
             timers,
             options,
-            ending: Mutex::new(None),
+            rounds: Mutex::new(Rounds { refused_every: LOOK_EVERY, next: None }),
         }))
     }
 
@@ -264,20 +285,33 @@ impl UcxEngine {
         }
     }
 
-    /// Comes back soon while something is ending: UCX may not tell through its descriptor.
-    fn look_after_the_ending(&self, every: Option<Duration>, cx: &mut Context<'_>) {
-        let mut ending = lock(&self.ending);
-        let Some(every) = every else {
-            *ending = None;
-            return;
-        };
-        let begin = || (every, self.timers.sleep_until(Instant::now() + every));
-        if ending.as_ref().is_some_and(|(begun, _)| *begun > every) {
-            *ending = None;
+    /// Comes back for what UCX may not tell of. `moved`: this turn has found something.
+    fn come_back(&self, reason: Option<Reason>, moved: bool, cx: &mut Context<'_>) {
+        let mut rounds = lock(&self.rounds);
+        let Rounds { refused_every, next } = &mut *rounds;
+        if moved {
+            *refused_every = LOOK_EVERY;
         }
-        let (_, sleep) = ending.get_or_insert_with(begin);
+        let mut every = match reason {
+            None => return *next = None,
+            Some(Reason::Ends) => LOOK_EVERY,
+            Some(Reason::Refuses) => *refused_every,
+            Some(Reason::Retired) => RETIRED_EVERY,
+        };
+        if let Some((begun, sleep)) = next
+            && *begun <= every
+        {
+            if Pin::new(sleep).poll(cx).is_pending() {
+                return;
+            }
+            // It was for this turn, which found nothing.
+            if matches!(reason, Some(Reason::Refuses)) {
+                *refused_every = (*refused_every * 2).min(REFUSED_EVERY_MAX);
+                every = *refused_every;
+            }
+        }
+        let (_, sleep) = next.insert((every, self.timers.sleep_until(Instant::now() + every)));
         if Pin::new(sleep).poll(cx).is_ready() {
-            *ending = None;
             cx.waker().wake_by_ref();
         }
     }
@@ -305,6 +339,7 @@ fn look(slot: &Slot, cx: &mut Context<'_>) -> Option<Result<(), String>> {
     let wakes = worker.take_wakes();
     drop(worker);
     drop(replaced);
+    slot.worker.armed();
     for waker in wakes {
         waker.wake();
     }
@@ -353,24 +388,28 @@ impl Engine for UcxEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
         let (workers, is_current) = self.all_workers(cx);
         let current = workers.first().filter(|_| is_current);
-        let (mut more, mut is_ending) = (false, false);
+        let (mut more, mut is_ending, mut refuses) = (false, false, false);
         for worker in &workers {
             let is_retired = !current.is_some_and(|current| Arc::ptr_eq(current, worker));
             more |= turn(worker, is_retired, cx);
             is_ending |= worker.dispatch.ending.load(Ordering::Acquire) > 0;
+            refuses |= worker.is_looked_at();
         }
-        let any_retired = workers.len() > usize::from(is_current);
-        let every = match is_ending {
-            true => Some(ENDING_EVERY),
-            false => any_retired.then_some(RETIRED_EVERY),
+        let reason = match workers.len() > usize::from(is_current) {
+            _ if is_ending => Some(Reason::Ends),
+            _ if refuses => Some(Reason::Refuses),
+            any_retired => any_retired.then_some(Reason::Retired),
         };
-        self.look_after_the_ending(every, cx);
+        self.come_back(reason, more, cx);
         if let Some(current) = current {
             // Nobody but the resident task has it, and others are woken meanwhile.
             let mut probe = std::mem::take(&mut *lock(&self.probe));
             match probe.poll(current, &self.reactor, &self.timers, cx) {
                 None => *lock(&self.probe) = probe,
-                Some(transport) => self.retire(current, transport),
+                Some(transport) => {
+                    self.retire(current, transport);
+                    more = true;
+                }
             }
         }
         if more { Progress::More } else { Progress::Idle }

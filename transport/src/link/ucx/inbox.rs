@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::Waker;
+use std::time::Instant;
 
 use slab::Slab;
 use smallvec::SmallVec;
@@ -504,6 +505,8 @@ pub(super) struct State {
     pub in_flight: usize,
     /// Nothing comes any more, for whomever.
     pub held_up: bool,
+    /// Since when UCX refuses to be armed without anything having moved.
+    pub refused_since: Option<Instant>,
     /// Transports that links have used and in which a sender that is killed can hold up all others.
     pub rings: Vec<&'static str>,
     /// The mailbox of the link that is being polled.
@@ -522,6 +525,8 @@ pub(super) struct Dispatch {
     pub parked: AtomicUsize,
     /// Endpoints that are being closed, and killed links that linger: somebody has to progress.
     pub ending: AtomicUsize,
+    /// UCX refuses to be armed: whoever sleeps is woken by what the resident task finds, which looks by time.
+    pub refuses: AtomicBool,
     /// A peer is gone that may hold up the others: see [`super::probe`].
     pub suspect: AtomicBool,
 }

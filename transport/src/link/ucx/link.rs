@@ -258,6 +258,7 @@ impl UcxLink {
         let news = News {
             handed_up,
             more,
+            waits: !inbox.queue.is_empty(),
             fault: inbox.fault,
             landed_bytes: inbox.incoming.take_landed_bytes(),
             wants: inbox.incoming.wants(),
@@ -277,11 +278,16 @@ impl UcxLink {
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
         let news = self.progress(spinning, budget, sink);
-        let News { handed_up, more, fault, landed_bytes, wants } = self.ended(news)?;
+        let News { handed_up, more, waits, fault, landed_bytes, wants } = self.ended(news)?;
         // Something is left for what is not landed: chunks come without end for a while.
         budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
         self.count.counters.inline_bytes_received += landed_bytes as u64;
-        if spinning && handed_up && !self.has_taken() && !self.outgoing.has_work() {
+        if spinning
+            && handed_up
+            && fault.is_none()
+            && !self.has_taken()
+            && !self.outgoing.has_work()
+        {
             return Ok(Progress::Some);
         }
         let mut moved = handed_up || landed_bytes > 0;
@@ -300,7 +306,7 @@ impl UcxLink {
         // that brought nothing are enough then.
         let more = more && (moved || self.hung_up.is_none() && fault.is_none());
         // What comes by other lanes may go on for ever: the worker is to be rid of its links.
-        let is_over = matches!(fault, Some(Fault::Worker)) && !spent;
+        let is_over = matches!(fault, Some(Fault::Worker)) && !spent && !waits;
         if !is_over && (more || spent || unsent == Some(true)) {
             return Ok(Progress::More);
         }
@@ -795,6 +801,8 @@ struct News {
     handed_up: bool,
     /// There may be more.
     more: bool,
+    /// Something has come that was not taken over yet.
+    waits: bool,
     fault: Option<Fault>,
     /// Bytes of payloads that have come to their place since the last look.
     landed_bytes: usize,
@@ -878,6 +886,7 @@ impl Link for UcxLink {
         }
         drop(worker);
         drop(replaced);
+        self.worker.armed();
         self.ended(armed)
     }
 

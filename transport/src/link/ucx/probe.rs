@@ -143,6 +143,8 @@ impl Probe {
                         self.put_off = if question.is_partial { self.put_off + 1 } else { 0 };
                         if (1..=PUT_OFF_MAX).contains(&self.put_off) {
                             worker.dispatch.suspect.store(true, Ordering::Release);
+                        } else {
+                            self.put_off = 0;
                         }
                         self.state = State::Quiet;
                     } else if question.is_stuck() {

@@ -35,6 +35,11 @@ const AM_ID: u32 = 1;
 /// How long the end of a worker waits for UCX to let go of memory before it leaves the worker
 /// standing.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// UCX refuses to be armed while a send waits for room in the peer's memory, which nothing tells of; for
+/// ever, if the peer was killed meanwhile (1.13: the endpoint is closed, and what it did not flush stays). For
+/// so long it is polled; then the resident task looks at it from time to time. A peer that was merely stopped
+/// cost more than a core before.
+const REFUSED_MAX: Duration = Duration::from_micros(200);
 /// Packed messages are at most this long.
 pub(super) const PACKED_MAX: usize = LONG_HEADER_BYTES + HEAD_MAX + INLINE_MAX;
 
@@ -245,6 +250,22 @@ impl Worker {
         Some(Locked { worker: self, key: self.dispatch.gate.try_lock()? })
     }
 
+    /// Whether it is to be polled by time: somebody sleeps, and UCX tells of nothing.
+    pub fn is_looked_at(&self) -> bool {
+        let Dispatch { refuses, parked, .. } = &*self.dispatch;
+        refuses.load(Ordering::Acquire) && parked.load(Ordering::Acquire) > 0
+    }
+
+    /// Whoever sleeps from now on is woken by UCX, or else by the resident task, which is told here. Called
+    /// with the gate open.
+    pub fn armed(&self) {
+        if self.dispatch.refuses.load(Ordering::Acquire)
+            && let Some(resident) = self.sleeper.resident()
+        {
+            resident.wake();
+        }
+    }
+
     pub fn forked(&self) -> bool {
         self.fork.forked()
     }
@@ -421,6 +442,7 @@ impl Locked<'_> {
             unsafe { (self.worker.ucx.functions.ucp_worker_progress)(self.worker.raw) != 0 };
         if moved {
             self.worker.sleeper.disarm();
+            self.worker.dispatch.state(&mut self.key).refused_since = None;
         }
         moved
     }
@@ -460,7 +482,8 @@ impl Locked<'_> {
     }
 
     /// Makes the descriptor fire for what comes next; `last` is woken first then. After `Yes`
-    /// whoever parked in the worker's lock before is woken by what comes.
+    /// whoever parked in the worker's lock before is woken by what comes. Followed by
+    /// [`Worker::armed`].
     pub fn arm(&mut self, last: Option<&Waker>) -> Result<Armed, LinkError> {
         let worker = self.worker;
         let sleeper = &worker.sleeper;
@@ -476,8 +499,11 @@ impl Locked<'_> {
         }
         // SAFETY: the worker is live, and locked.
         match unsafe { (worker.ucx.functions.ucp_worker_arm)(worker.raw) } {
-            ffi::UCS_OK => {}
-            ffi::UCS_ERR_BUSY => return Ok(Armed::Busy),
+            ffi::UCS_OK => {
+                worker.dispatch.state(&mut self.key).refused_since = None;
+                worker.dispatch.refuses.store(false, Ordering::Release);
+            }
+            ffi::UCS_ERR_BUSY => return Ok(self.refused()),
             status => return Err(link_error(worker.ucx, "arming UCX's worker", status)),
         }
         // What has come since the last look, and before the worker was armed, some devices (soft-RoCE)
@@ -502,6 +528,15 @@ impl Locked<'_> {
                 Err(super::link::io_error("waiting for UCX's worker", &error))
             }
         }
+    }
+
+    /// UCX is not to be armed: polled for a while, and then looked at by time.
+    fn refused(&mut self) -> Armed {
+        let dispatch = &self.worker.dispatch;
+        let since = *dispatch.state(&mut self.key).refused_since.get_or_insert_with(Instant::now);
+        let refuses = since.elapsed() > REFUSED_MAX;
+        dispatch.refuses.store(refuses, Ordering::Release);
+        if refuses { Armed::Yes } else { Armed::Busy }
     }
 
     /// Connects to a peer's worker. What fails later is told to `mailbox`.
