@@ -1,6 +1,8 @@
 //! What needs processes of its own: fork, other users and namespaces, exhausted descriptors, a
 //! peer whose memory may not be read; and a host with its own event loop.
 
+mod support;
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -9,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use support::processor_percent;
 use thalweg::{
     Access, Cancel, CloseReason, Config, Endpoint, ErrorKind, LinkKind, Message, MockPlan,
     MockSwitch, Node, RemoteKey, Verdict,
@@ -735,19 +738,6 @@ fn descriptors_exhausted() {
     });
 }
 
-fn processor_time() -> Duration {
-    // SAFETY: all zero is a valid `rusage`, and it outlives the call that fills it.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    [usage.ru_utime, usage.ru_stime]
-        .map(|time| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64))
-        .iter()
-        .sum()
-}
-
 /// How many descriptors this process has open, as far as it may have any.
 fn open_descriptors() -> usize {
     let open = |fd: &i32| {
@@ -770,10 +760,7 @@ async fn listens_with_few_descriptors() {
     let before = open_descriptors();
     println!("@ADDRESS {}", listener.address());
     until("the descriptors to run out", || open_descriptors() == FEW as usize).await;
-    let (began, used) = (Instant::now(), processor_time());
-    // What it costs while it lasts is what is measured.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let percent = 100.0 * (processor_time() - used).as_secs_f64() / began.elapsed().as_secs_f64();
+    let percent = processor_percent(Duration::from_secs(1)).await;
     println!("@BUSY {percent:.1}");
     let endpoint = listener.accept().await.expect("accepting");
     exchange(&endpoint).await;

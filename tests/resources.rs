@@ -5,14 +5,17 @@ mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use support::{
-    Peer, descriptors, measured, note, processor_time, resident_bytes, serially, short_or_long,
+    Peer, at_rest, descriptors, measured, note, processor_percent, resident_bytes, serially,
+    short_or_long,
 };
 use thalweg::{Endpoint, Message, Node, Wake};
 use thalweg_tests::{Way, pair_with, run_once, skipped, within};
 
+/// How long coming to rest may take.
+const REST_PATIENCE: Duration = Duration::from_secs(20);
 /// Of a core, by a hundred idle endpoints.
 const IDLE_CPU_MAX_PERCENT: f64 = 0.5;
 const TCP_ENDPOINT_MAX_BYTES: usize = 32 << 10;
@@ -164,12 +167,8 @@ fn idle_endpoints_take_no_processor_time() {
             let waiting: Vec<_> = crowd.endpoints.iter().cloned().map(receives).collect();
             // What connecting has left to do, and the spinning of the receives, is over when the
             // process has been at rest for a while.
-            at_rest().await;
-            let (began, used) = (Instant::now(), processor_time());
-            // The idle time is what is measured.
-            tokio::time::sleep(Duration::from_secs(short_or_long(3, 10))).await;
-            let used = processor_time() - used;
-            let percent = 100.0 * used.as_secs_f64() / began.elapsed().as_secs_f64();
+            at_rest(REST_PATIENCE, "coming to rest").await;
+            let percent = processor_percent(Duration::from_secs(short_or_long(3, 10))).await;
             measured(&format!("cpu of 100 idle endpoints {}", way.link()), percent, "% of a core");
             assert!(percent <= IDLE_CPU_MAX_PERCENT, "{percent} % of a core over {}", way.link());
             crowd.disperse().await;
@@ -185,19 +184,6 @@ fn receives(endpoint: Endpoint) -> tokio::task::JoinHandle<()> {
         let ended = endpoint.recv().await;
         assert!(ended.is_err(), "nobody sends anything");
     })
-}
-
-async fn at_rest() {
-    within(Duration::from_secs(20), "coming to rest", async {
-        loop {
-            let before = processor_time();
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            if processor_time() - before < Duration::from_millis(10) {
-                return;
-            }
-        }
-    })
-    .await;
 }
 
 #[test]
@@ -235,7 +221,7 @@ fn cost_of_a_crowd(way: Way, count: usize) -> (usize, f64) {
             (memory, files) = (resident_bytes(), descriptors().len());
         })
         .await;
-        at_rest().await;
+        at_rest(REST_PATIENCE, "coming to rest").await;
         // Three are the peer's standard streams, less what was closed since.
         let files = (descriptors().len() - files) as f64 / count as f64;
         let memory = resident_bytes().saturating_sub(memory) / count;

@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use support::{Folder, Leftovers, inside, note, outside, resident_bytes, serially};
-use thalweg::{CloseReason, Endpoint, ErrorKind, LinkKind, Listener, Message, Node};
-use thalweg_tests::{Way, connect, run_once, runtime, skipped, within};
+use support::{Folder, Leftovers, assert_held_up, inside, note, outside, resident_bytes, serially};
+use thalweg::{CloseReason, Endpoint, LinkKind, Listener, Message, Node};
+use thalweg_tests::{Way, connect, run_once, runtime, skipped, tells_of_death, within};
 
 const LIBRARY: &str = "THALWEG_UCX_LIBRARY";
 const ROUNDS: usize = 500;
@@ -209,11 +209,10 @@ fn ucx_worker_that_is_held_up_is_replaced() {
         drop(going_here);
         let ended = within(Duration::from_secs(20), "the end", stays_here.recv()).await;
         let error = ended.expect_err("the ring is held up");
-        assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{error}");
-        assert!(error.to_string().contains("while it wrote there"), "{error}");
+        assert_held_up(&error);
         let ended = within(Duration::from_secs(20), "its peer's", stays.recv()).await;
         let error = ended.expect_err("its peer's end");
-        assert!(matches!(error.kind(), ErrorKind::ConnectionLost | ErrorKind::PeerGone), "{error}");
+        assert!(tells_of_death(error.kind()), "{error}");
 
         let (new, new_here) = connect(&nodes[2], &listener).await;
         for index in 0..MESSAGES {
@@ -266,11 +265,11 @@ impl Ring {
     /// The one whose places were taken by [`MESSAGES`] since `before`.
     fn of_whoever_received(before: &[Mapped]) -> Option<Ring> {
         let received = |now: &Mapped| {
-            let then = before.iter().find(|then| then.file == now.file)?;
-            let taken = now.places_taken.wrapping_sub(then.places_taken);
-            (MESSAGES..2 * MESSAGES).contains(&taken).then_some(())
+            let then = before.iter().find(|then| then.file == now.file);
+            let taken = then.map(|then| now.places_taken.wrapping_sub(then.places_taken));
+            taken.is_some_and(|taken| (MESSAGES..2 * MESSAGES).contains(&taken))
         };
-        let ring = all_mapped().into_iter().find(|now| received(now).is_some())?;
+        let ring = all_mapped().into_iter().find(received)?;
         Some(Ring { file: ring.file })
     }
 

@@ -7,7 +7,9 @@ use std::sync::{OnceLock, mpsc};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use thalweg::{Config, Endpoint, Frame, LinkKind, Listener, Message, MockPlan, Node, Wake};
+use thalweg::{
+    Config, Endpoint, ErrorKind, Frame, LinkKind, Listener, Message, MockPlan, Node, Wake,
+};
 
 /// How long a test may take before it counts as hanging.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -336,6 +338,11 @@ pub async fn poll_times<F: Future + Unpin>(future: &mut F, times: usize) -> Opti
         tokio::task::yield_now().await;
     }
     None
+}
+
+/// Whether an operation says this whose peer dies while it is under way.
+pub fn tells_of_death(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::PeerGone | ErrorKind::ConnectionLost)
 }
 
 /// Says that a test was left out, and why: past the harness's capture, so that it is seen. In the

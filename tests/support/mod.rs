@@ -13,7 +13,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use thalweg::{Config, LinkKind, Message, Node};
+use thalweg::{Config, Error, ErrorKind, LinkKind, Message, Node};
 use thalweg_tests::{connect, run_once};
 
 /// What is shown of a peer's complaints, in bytes.
@@ -107,6 +107,13 @@ pub fn without(link: LinkKind) {
         sent.expect("sending");
         assert_eq!(got.expect("receiving").len_bytes(), 70_000);
     });
+}
+
+/// Whether a link ended because its worker of UCX's was held up, and says so.
+#[track_caller]
+pub fn assert_held_up(error: &Error) {
+    assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{error}");
+    assert!(error.to_string().contains("while it wrote there"), "{error}");
 }
 
 /// What [`without`] printed in another process.
@@ -337,8 +344,36 @@ impl Leftovers {
     }
 }
 
+/// What this process uses of a processor for so long, in percent of a core.
+pub async fn processor_percent(time: Duration) -> f64 {
+    processor_use(time).await.1
+}
+
+/// The same, with the time that it used.
+async fn processor_use(time: Duration) -> (Duration, f64) {
+    let (began, used) = (Instant::now(), processor_time());
+    // What happens meanwhile is what is measured.
+    tokio::time::sleep(time).await;
+    let used = processor_time() - used;
+    (used, 100.0 * used.as_secs_f64() / began.elapsed().as_secs_f64())
+}
+
+/// Waits until this process uses next to nothing for a while: what it uses then, in percent of a core.
+pub async fn at_rest(patience: Duration, when: &str) -> f64 {
+    const WHILE: Duration = Duration::from_millis(300);
+    const USED_MAX: Duration = Duration::from_millis(10);
+    let until = Instant::now() + patience;
+    loop {
+        let (used, percent) = processor_use(WHILE).await;
+        if used < USED_MAX {
+            return percent;
+        }
+        assert!(Instant::now() < until, "{percent} % of a core while {when}");
+    }
+}
+
 /// What this process has used of processors.
-pub fn processor_time() -> Duration {
+fn processor_time() -> Duration {
     // SAFETY: all zero is a valid `rusage`, and it outlives the call that fills it.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
