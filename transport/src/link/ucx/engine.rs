@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use super::link::UcxLink;
 use super::probe::Probe;
 use super::request::SendOp;
 use super::wire::{Address, Header, Kind, SECRET_BITS, SLOTS_MAX};
-use super::worker::{Ep, Worker};
+use super::worker::{Ep, Worker, lock};
 use super::{HELD_UP, Scope, UcxOptions, Unavailable, describe};
 use crate::link::{Armed, Budget, Class, Engine, LinkKind, Progress, insist};
 use crate::proto::hello::Failure;
@@ -77,9 +77,8 @@ struct Workers {
     resident: Option<Waker>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+/// Workers that were held up: there are hardly ever more.
+type Retired = SmallVec<[Arc<Worker>; 1]>;
 
 /// What only one peer can know.
 pub(super) fn secret() -> Result<u64, String> {
@@ -247,8 +246,8 @@ impl UcxEngine {
         }
     }
 
-    /// Those that are to be moved, the current one first, and whether it is there.
-    fn all_workers(&self, cx: &Context<'_>) -> (SmallVec<[Arc<Worker>; 2]>, bool) {
+    /// Those that are to be moved: the current one, if it is there, and those that were held up.
+    fn all_workers(&self, cx: &Context<'_>) -> (Option<Arc<Worker>>, Retired) {
         let mut workers = lock(&self.workers);
         let Workers { current, retired, resident } = &mut *workers;
         let replaced = match resident {
@@ -259,13 +258,12 @@ impl UcxEngine {
         let is_over = |worker: &mut Arc<Worker>| {
             Arc::strong_count(worker) == 1 && worker.dispatch.ending.load(Ordering::Acquire) == 0
         };
-        let over: SmallVec<[Arc<Worker>; 2]> = retired.extract_if(.., is_over).collect();
-        let all = current.iter().chain(retired.iter()).cloned().collect();
-        let is_current = current.is_some();
+        let over: Retired = retired.extract_if(.., is_over).collect();
+        let all = (current.clone(), retired.iter().cloned().collect());
         drop(workers);
         drop(over);
         drop(replaced);
-        (all, is_current)
+        all
     }
 
     /// Ends all links of a worker that is held up. The next connection gets another one.
@@ -367,12 +365,13 @@ pub(super) fn ping(
 }
 
 /// One turn of a worker, which is armed then. `true`: there is more to do.
-fn turn(worker: &Arc<Worker>, is_retired: bool, cx: &Context<'_>) -> bool {
+fn turn(worker: &Worker, cx: &Context<'_>) -> bool {
     worker.sleeper.set_resident(cx.waker());
     let mut locked = worker.lock();
     let mut more = locked.progress_all(STEPS);
     // One that is held up cannot be armed, and what it has left to do is looked after by time.
-    if !more && !is_retired && worker.dispatch.parked.load(Ordering::Acquire) > 0 {
+    let is_held_up = worker.dispatch.state(&mut locked.key).held_up;
+    if !more && !is_held_up && worker.dispatch.parked.load(Ordering::Acquire) > 0 {
         // An error is that of the runtime, which others report.
         more = matches!(locked.arm(None), Ok(Armed::Busy));
     }
@@ -386,22 +385,22 @@ fn turn(worker: &Arc<Worker>, is_retired: bool, cx: &Context<'_>) -> bool {
 
 impl Engine for UcxEngine {
     fn poll(&self, cx: &mut Context<'_>, _budget: &mut Budget) -> Progress {
-        let (workers, is_current) = self.all_workers(cx);
-        let current = workers.first().filter(|_| is_current);
+        let (current, retired) = self.all_workers(cx);
         let (mut more, mut is_ending, mut refuses) = (false, false, false);
-        for worker in &workers {
-            let is_retired = !current.is_some_and(|current| Arc::ptr_eq(current, worker));
-            more |= turn(worker, is_retired, cx);
+        for worker in current.iter().chain(&retired) {
+            more |= turn(worker, cx);
             is_ending |= worker.dispatch.ending.load(Ordering::Acquire) > 0;
             refuses |= worker.is_looked_at();
         }
-        let reason = match workers.len() > usize::from(is_current) {
-            _ if is_ending => Some(Reason::Ends),
-            _ if refuses => Some(Reason::Refuses),
-            any_retired => any_retired.then_some(Reason::Retired),
+        let reason = if is_ending {
+            Some(Reason::Ends)
+        } else if refuses {
+            Some(Reason::Refuses)
+        } else {
+            (!retired.is_empty()).then_some(Reason::Retired)
         };
         self.come_back(reason, more, cx);
-        if let Some(current) = current {
+        if let Some(current) = &current {
             // Nobody but the resident task has it, and others are woken meanwhile.
             let mut probe = std::mem::take(&mut *lock(&self.probe));
             match probe.poll(current, &self.reactor, &self.timers, cx) {
