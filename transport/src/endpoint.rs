@@ -145,7 +145,7 @@ impl Endpoint {
     ///
     /// **Cancel safety.** Dropping it loses no message.
     pub fn recv(&self) -> Op<'_, Recv> {
-        Op::new(self.shared(), Recv)
+        Op::new(self.shared(), Recv::default())
     }
 
     /// Sends a buffer under a tag. Tagged payloads are matched in the order of sending. Large ones
@@ -180,7 +180,7 @@ impl Endpoint {
     /// # }
     /// ```
     pub fn tag_recv<B: BufferMut>(&self, tag: u64, mask: u64, buffer: B) -> Op<'_, TagRecv<B>> {
-        Op::new(self.shared(), TagRecv { tag, mask, buffer: Some(buffer) })
+        Op::new(self.shared(), TagRecv { tag, mask, buffer: Some(buffer), came: (0, 0) })
     }
 
     /// Writes `buffer` into a region of the peer's, at `offset_bytes`. Complete when it is there.

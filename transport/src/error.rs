@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::link::LinkKind;
@@ -391,9 +392,14 @@ impl<B> From<Failed<B>> for Error {
     }
 }
 
-/// What a link reports. The driver adds peer and phase and makes an [`Error`] of it.
+/// What a link reports. The driver adds peer and phase and makes an [`Error`] of it. One word, so
+/// that results which carry it stay in registers: every message passes through a dozen of them.
 #[derive(Clone, Debug)]
-pub(crate) struct LinkError {
+pub(crate) struct LinkError(Box<Cause>);
+
+/// What a [`LinkError`] says.
+#[derive(Clone, Debug)]
+pub(crate) struct Cause {
     pub kind: ErrorKind,
     pub link: Option<LinkKind>,
     pub detail: String,
@@ -401,9 +407,35 @@ pub(crate) struct LinkError {
     pub close: Option<CloseReason>,
 }
 
+impl Deref for LinkError {
+    type Target = Cause;
+
+    fn deref(&self) -> &Cause {
+        &self.0
+    }
+}
+
+impl DerefMut for LinkError {
+    fn deref_mut(&mut self) -> &mut Cause {
+        &mut self.0
+    }
+}
+
+impl From<Cause> for LinkError {
+    #[cold]
+    fn from(cause: Cause) -> Self {
+        LinkError(Box::new(cause))
+    }
+}
+
 impl LinkError {
-    pub fn new(kind: ErrorKind, link: LinkKind, detail: impl Into<String>) -> Self {
-        LinkError { kind, link: Some(link), detail: detail.into(), os: None, close: None }
+    #[cold]
+    pub fn new(
+        kind: ErrorKind,
+        link: impl Into<Option<LinkKind>>,
+        detail: impl Into<String>,
+    ) -> Self {
+        Cause { kind, link: link.into(), detail: detail.into(), os: None, close: None }.into()
     }
 
     pub fn protocol(link: LinkKind, detail: impl Into<String>) -> Self {
@@ -411,13 +443,14 @@ impl LinkError {
     }
 
     pub fn io(link: LinkKind, doing: impl fmt::Display, error: &io::Error) -> Self {
-        LinkError {
+        Cause {
             kind: kind_of_io(error),
             link: Some(link),
             detail: format!("{doing}: {error}"),
             os: error.raw_os_error(),
             close: None,
         }
+        .into()
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) struct After {
     stale: SmallVec<[Waker; 2]>,
     garbage: SmallVec<[Garbage; 1]>,
     wards: Vec<Ward>,
+    /// Whether any of these has something in it: one look instead of four for each operation.
+    any: bool,
 }
 
 #[allow(dead_code, reason = "held for their drop")]
@@ -84,34 +86,42 @@ enum Garbage {
 
 impl After {
     pub fn wake(&mut self, waker: Waker) {
+        self.any = true;
         self.wakers.push(waker);
     }
 
     pub fn discard_waker(&mut self, waker: Waker) {
+        self.any = true;
         self.stale.push(waker);
     }
 
     pub fn discard_slot(&mut self, slot: Slot) {
+        self.any = true;
         self.garbage.push(Garbage::Slot(slot));
     }
 
     pub fn discard_any(&mut self, any: Box<dyn Any + Send>) {
+        self.any = true;
         self.garbage.push(Garbage::Any(any));
     }
 
     pub fn discard_use(&mut self, used: RegionUse) {
+        self.any = true;
         self.garbage.push(Garbage::Use(used));
     }
 
     pub fn discard_message(&mut self, message: Message) {
+        self.any = true;
         self.garbage.push(Garbage::Message(message));
     }
 
     pub fn discard_frame(&mut self, frame: Frame) {
+        self.any = true;
         self.garbage.push(Garbage::Frame(frame));
     }
 
     pub fn keep(&mut self, ward: Ward) {
+        self.any = true;
         self.wards.push(ward);
     }
 
@@ -120,11 +130,9 @@ impl After {
         std::mem::take(&mut self.wards)
     }
 
+    #[inline]
     pub fn is_empty(&self) -> bool {
-        self.wakers.is_empty()
-            && self.stale.is_empty()
-            && self.garbage.is_empty()
-            && self.wards.is_empty()
+        !self.any
     }
 
     /// Runs it. Never under a lock.
@@ -347,13 +355,7 @@ impl State {
     }
 
     pub(super) fn protocol(what: impl Into<String>) -> Disposition {
-        Disposition::Fatal(LinkError {
-            kind: ErrorKind::Protocol,
-            link: None,
-            detail: what.into(),
-            os: None,
-            close: None,
-        })
+        Disposition::Fatal(LinkError::new(ErrorKind::Protocol, None, what))
     }
 
     /// The allocator has no memory for a received frame.
@@ -362,13 +364,8 @@ impl State {
         let refusal = AssertUnwindSafe(|| self.allocator.refusal());
         let why = std::panic::catch_unwind(refusal).ok().flatten();
         let why = why.map(|why| format!(": {why}")).unwrap_or_default();
-        Disposition::Fatal(LinkError {
-            kind: ErrorKind::Resources,
-            link: None,
-            detail: format!("no memory for {len} received bytes{why}"),
-            os: None,
-            close: None,
-        })
+        let detail = format!("no memory for {len} received bytes{why}");
+        Disposition::Fatal(LinkError::new(ErrorKind::Resources, None, detail))
     }
 
     /// Ends an operation: its result waits for the `Op`, or the slot is freed if that is gone.
@@ -401,7 +398,16 @@ impl State {
     }
 
     /// The error that operations get from now on, if any.
+    #[inline]
     pub fn refusal(&self) -> Option<Error> {
+        match &self.life {
+            Life::Open => None,
+            _ => self.refusal_at_end(),
+        }
+    }
+
+    #[cold]
+    fn refusal_at_end(&self) -> Option<Error> {
         match &self.life {
             Life::Open => None,
             Life::Closing(reason) | Life::CloseSent(reason) | Life::ClosedByPeer(reason) => {
@@ -647,13 +653,11 @@ impl Core {
     pub fn drive(&mut self, cx: &mut Context<'_>, spinning: bool, budget: &mut Budget) -> Progress {
         self.state.activity = self.state.activity.wrapping_add(1);
         let mut progress = Progress::Idle;
-        for lane in 0..self.lanes.len() {
-            let mut sink = LaneSink { state: &mut self.state, lane: lane as u8 };
-            match self.lanes[lane].poll(cx, spinning, budget, &mut sink) {
-                Ok(Progress::Idle) => {}
-                Ok(Progress::Some) if progress == Progress::Idle => progress = Progress::Some,
-                Ok(Progress::Some) => {}
-                Ok(Progress::More) => progress = Progress::More,
+        let Core { lanes, state, .. } = self;
+        for (number, lane) in lanes.iter_mut().enumerate() {
+            let mut sink = LaneSink { state, lane: number as u8 };
+            match lane.poll(cx, spinning, budget, &mut sink) {
+                Ok(moved) => progress = progress.max(moved),
                 Err(error) => {
                     self.fail_link(&error);
                     return Progress::Some;
@@ -714,13 +718,8 @@ impl Core {
         if self.final_counters.is_none() {
             self.final_counters = Some(self.counters());
         }
-        let link_error = LinkError {
-            kind: error.kind(),
-            link: error.link(),
-            detail: String::new(),
-            os: error.os_code(),
-            close: None,
-        };
+        let mut link_error = LinkError::new(error.kind(), error.link(), "");
+        link_error.os = error.os_code();
         // A lane that lingers stays, and with it what it may still touch.
         let mut is_waited_for = false;
         for (lane, mut link) in std::mem::take(&mut self.lanes).into_iter().enumerate() {
@@ -781,6 +780,7 @@ impl Core {
     }
 
     /// The lane of a family, kind and size. One lane carries everything so far.
+    #[inline]
     pub(super) fn lane_for(&self, _class: Class, _len: usize) -> usize {
         0
     }
@@ -812,7 +812,7 @@ impl Core {
     ) -> Result<Post, Error> {
         let lane = self.lane_for(class, len);
         let Some(link) = self.lanes.get_mut(lane) else {
-            return Err(self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer)));
+            return Err(self.no_lane());
         };
         let posted = link.post(op, class, how, head, payload);
         self.posted(posted)
@@ -821,9 +821,21 @@ impl Core {
     /// What a lane has answered; its error ends the endpoint.
     #[inline]
     pub(super) fn posted(&mut self, posted: Result<Post, LinkError>) -> Result<Post, Error> {
-        posted.map_err(|error| {
-            self.fail_link(&error);
-            self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer))
+        posted.map_err(|error| self.lane_failed(&error))
+    }
+
+    #[cold]
+    fn lane_failed(&mut self, error: &LinkError) -> Error {
+        self.fail_link(error);
+        self.no_lane()
+    }
+
+    /// What operations get that find no lane.
+    #[cold]
+    fn no_lane(&self) -> Error {
+        self.state.refusal().unwrap_or_else(|| {
+            let error = Error::new(ErrorKind::Closed, Phase::Transfer, "no lane is up");
+            error.with_peer(&*self.state.peer)
         })
     }
 
@@ -876,12 +888,17 @@ impl Core {
     /// Reports consumed bytes to the peer, if it is time.
     #[inline]
     pub(super) fn grant_credit(&mut self) {
+        let State { message_charge, message_starved, tag_charge, tag_starved, .. } = &self.state;
+        if message_charge.is_due(*message_starved) || tag_charge.is_due(*tag_starved) {
+            self.report_consumed();
+        }
+    }
+
+    #[cold]
+    fn report_consumed(&mut self) {
         let state = &mut self.state;
         let messages = state.message_charge.take_due(state.message_starved);
         let tags = state.tag_charge.take_due(state.tag_starved);
-        if messages.is_none() && tags.is_none() {
-            return;
-        }
         // A peer that still lacks credit asks again.
         state.message_starved &= messages.is_none();
         state.tag_starved &= tags.is_none();
@@ -970,7 +987,7 @@ impl Drop for Core {
         if self.lanes.is_empty() {
             return;
         }
-        let error = self.state.refusal().unwrap_or_else(|| unreachable_lane(&self.state.peer));
+        let error = self.no_lane();
         // Each look waits a little itself while a lane lingers.
         for _ in 0..LAST_LOOKS {
             self.fail(error.clone());
@@ -982,11 +999,6 @@ impl Drop for Core {
         std::mem::forget(std::mem::take(&mut self.state.ops));
         std::mem::forget(self.state.direct.take());
     }
-}
-
-#[cold]
-fn unreachable_lane(peer: &str) -> Error {
-    Error::new(ErrorKind::Closed, Phase::Transfer, "no lane is up").with_peer(peer)
 }
 
 fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
@@ -1073,7 +1085,9 @@ impl State {
     /// The `Op` is gone: its slot keeps what it owned until the operation is over.
     pub(super) fn abandon_slot(&mut self, id: OpId, orphan: Option<Box<dyn Any + Send>>) {
         let Some(slot) = self.ops.get(id) else {
-            self.after.garbage.extend(orphan.map(Garbage::Any));
+            if let Some(orphan) = orphan {
+                self.after.discard_any(orphan);
+            }
             return;
         };
         slot.orphan = orphan;

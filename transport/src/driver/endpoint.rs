@@ -64,14 +64,31 @@ impl DerefMut for CoreGuard<'_> {
     }
 }
 
+impl CoreGuard<'_> {
+    /// Whether somebody waits for the lock.
+    #[inline]
+    pub fn is_wanted(&self) -> bool {
+        self.guard.as_ref().is_some_and(ShardGuard::is_wanted)
+    }
+}
+
 impl Drop for CoreGuard<'_> {
     #[inline]
     fn drop(&mut self) {
+        let Some(guard) = &self.guard else { return };
+        let state = &guard.state;
+        if !state.after.is_empty() || state.announce || matches!(state.life, Life::Dead(_)) {
+            self.let_go();
+        }
+    }
+}
+
+impl CoreGuard<'_> {
+    /// Lets go of the lock, and does what is to be done then.
+    #[cold]
+    fn let_go(&mut self) {
         let Some(mut core) = self.guard.take() else { return };
         let state = &mut core.state;
-        if state.after.is_empty() && !state.announce && !matches!(state.life, Life::Dead(_)) {
-            return;
-        }
         let mut after = std::mem::take(&mut state.after);
         let announce = std::mem::take(&mut state.announce);
         let (settled, ended) = (core.settled(), core.ended());
@@ -151,6 +168,7 @@ impl EndpointShared {
         &self.waker
     }
 
+    #[inline]
     fn guard<'a>(&'a self, guard: ShardGuard<'a, Core>) -> CoreGuard<'a> {
         let mut guard = CoreGuard { endpoint: self, guard: Some(guard) };
         if self.any_released.load(Ordering::Acquire) {
@@ -166,6 +184,7 @@ impl EndpointShared {
     }
 
     /// The core; blocks the thread for at most the turns of those before.
+    #[inline]
     pub fn core(&self) -> CoreGuard<'_> {
         self.guard(self.core.lock_blocking())
     }

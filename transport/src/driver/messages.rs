@@ -11,7 +11,7 @@ use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment
 use crate::memory::MemoryKind;
 use crate::message::{Frame, Message};
 use crate::proto::credit::message_cost;
-use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, TABLE_LENS_MAX, one_frame_head};
+use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, OneFrameHead, TABLE_LENS_MAX};
 
 /// How many messages whose tables have left may themselves still be on their way out. A table
 /// overtakes what waits for room, its message does not.
@@ -92,6 +92,7 @@ pub(crate) enum Sent {
 impl Core {
     /// Sends if that needs no waiting in the queue: `None` if it does. Takes the message out of
     /// `message` unless it is done at once.
+    #[inline]
     pub fn try_send(&mut self, message: &mut Option<Message>) -> Result<Option<Sent>, Error> {
         if let Some(error) = self.state.refusal() {
             return Err(error);
@@ -150,70 +151,82 @@ impl Core {
         self.state.send_queue.is_empty() && self.state.message_credit.admits(cost)
     }
 
+    #[inline]
     fn check_limits(&self, len: usize, frames: usize) -> Result<(), Error> {
         let limits = &self.state.limits;
         if len as u64 > limits.peer_max_message || frames > limits.peer_max_frames as usize {
-            return Err(Error::new(
-                ErrorKind::LimitExceeded,
-                Phase::Transfer,
-                format!(
-                    "a message of {len} bytes in {frames} frames; the peer takes {} bytes in {} \
-                     frames",
-                    limits.peer_max_message, limits.peer_max_frames
-                ),
-            )
-            .with_peer(self.state.peer.clone())
-            .with_hint(
-                "split it, or raise THALWEG_MAX_MESSAGE or THALWEG_MAX_FRAMES at the peer",
-            ));
+            return Err(self.beyond_limits(len, frames));
         }
         Ok(())
     }
 
+    #[cold]
+    fn beyond_limits(&self, len: usize, frames: usize) -> Error {
+        let limits = &self.state.limits;
+        Error::new(
+            ErrorKind::LimitExceeded,
+            Phase::Transfer,
+            format!(
+                "a message of {len} bytes in {frames} frames; the peer takes {} bytes in {} frames",
+                limits.peer_max_message, limits.peer_max_frames
+            ),
+        )
+        .with_peer(self.state.peer.clone())
+        .with_hint("split it, or raise THALWEG_MAX_MESSAGE or THALWEG_MAX_FRAMES at the peer")
+    }
+
     /// Posts the next message in order.
+    #[inline]
     fn post_message(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
+        let [frame] = message.frames() else { return self.post_frames(op, message, len) };
+        let head = OneFrameHead::new(self.state.message_seq);
+        let (class, segment) = (Class::Message, [frame.segment()]);
+        let post = self.post_encoded(op, class, How::Eager, head.bytes(), &segment, len)?;
+        self.message_posted(post, len);
+        Ok(post)
+    }
+
+    /// The same, of other than one frame.
+    #[inline(never)]
+    fn post_frames(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
         let seq = self.state.message_seq;
+        let frames = message.frames();
+        let mut lens: SmallVec<[u64; INLINE_LENS_MAX]> = SmallVec::new();
         let mut table_lens = 0;
-        let post = match message.frames() {
-            [] => {
-                let head = Head::Message { seq, frames: Frames::Zero };
-                self.post(op, Class::Message, How::Eager, &head, &[], 0)?
+        let table = if frames.is_empty() {
+            Frames::Zero
+        } else if frames.len() <= INLINE_LENS_MAX {
+            lens.extend(frames.iter().map(|frame| frame.len() as u64));
+            Frames::Inline(Lens::new(&lens))
+        } else {
+            let lane = self.lane_for(Class::Message, len);
+            if !self.post_table(seq, frames)?
+                || self.lanes.get(lane).is_some_and(|lane| !lane.has_room())
+            {
+                return Ok(Post::Full);
             }
-            [frame] => {
-                let head = one_frame_head(seq);
-                self.post_encoded(op, Class::Message, How::Eager, &head, &[frame.segment()], len)?
-            }
-            frames => {
-                let mut lens: SmallVec<[u64; INLINE_LENS_MAX]> = SmallVec::new();
-                let table = if frames.len() <= INLINE_LENS_MAX {
-                    lens.extend(frames.iter().map(|frame| frame.len() as u64));
-                    Frames::Inline(Lens::new(&lens))
-                } else {
-                    let lane = self.lane_for(Class::Message, len);
-                    if !self.post_table(seq, frames)?
-                        || self.lanes.get(lane).is_some_and(|lane| !lane.has_room())
-                    {
-                        return Ok(Post::Full);
-                    }
-                    table_lens = frames.len();
-                    Frames::Table { count: frames.len() as u32 }
-                };
-                let head = Head::Message { seq, frames: table };
-                let segments: SmallVec<[Segment<'_>; 8]> =
-                    frames.iter().map(Frame::segment).collect();
-                self.post(op, Class::Message, How::Eager, &head, &segments, len)?
-            }
+            table_lens = frames.len();
+            Frames::Table { count: frames.len() as u32 }
         };
+        let head = Head::Message { seq, frames: table };
+        let segments: SmallVec<[Segment<'_>; 8]> = frames.iter().map(Frame::segment).collect();
+        let post = self.post(op, Class::Message, How::Eager, &head, &segments, len)?;
+        if post == Post::Pending && table_lens > 0 {
+            self.state.tables_out.push((op, table_lens));
+        }
+        self.message_posted(post, len);
+        Ok(post)
+    }
+
+    /// The next message has been offered to a lane.
+    #[inline]
+    fn message_posted(&mut self, post: Post, len: usize) {
         if post != Post::Full {
-            self.state.message_seq = seq.wrapping_add(1);
+            self.state.message_seq = self.state.message_seq.wrapping_add(1);
             self.state.table_posted = false;
-            if post == Post::Pending && table_lens > 0 {
-                self.state.tables_out.push((op, table_lens));
-            }
             self.state.stats.messages_sent += 1;
             self.state.stats.message_bytes_sent += len as u64;
         }
-        Ok(post)
     }
 
     /// Frame lengths that do not fit the head go before it, as control parcels, which come in order
@@ -294,12 +307,14 @@ impl Core {
     }
 
     /// The next message, if it is here.
+    #[inline]
     pub fn take_message(&mut self) -> Option<Message> {
-        let message = self.state.inbox.pop_front()?;
-        let len = message.len_bytes() as u64;
-        self.state.message_charge.consume(message_cost(len, message.frame_count() as u32));
+        let message = self.state.inbox.front()?;
+        let cost = message_cost(message.len_bytes() as u64, message.frame_count() as u32);
+        self.state.message_charge.consume(cost);
         self.grant_credit();
-        Some(message)
+        // Moved once only, to where it stays: it is as long as two cache lines.
+        self.state.inbox.pop_front()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -19,15 +20,21 @@ use crate::memory::{Buffer, BufferMut};
 use crate::message::{Frame, Message};
 use crate::runtime::Sleep;
 
-/// Looks at the lanes in one poll of a spinning operation, before the task yields.
-const SPINS_PER_POLL: u32 = 16;
+/// Looks at the lanes that a spinning operation takes between two looks at the clock.
+pub(super) const SPINS_PER_LOOK_AT_CLOCK: u32 = 16;
+/// How long an operation that is the only one in this process to spin does so before it lets other
+/// tasks run. To yield is not free: tokio asks the kernel for events each time, and after every 16
+/// looks, about a microsecond, 0.26 to 0.44 such calls were made for each message of 8 B over shm
+/// (0.52 µs half a round trip, and 0.40 with 64 or 256 looks). Others that spin may wait for what
+/// comes on this very thread: where there are several, each yields after its 16 looks.
+const SPIN_TURN: Duration = Duration::from_micros(10);
 /// Rounds of drive and arm in one poll of a parking operation.
 const ROUNDS_PER_POLL: u32 = 8;
 
 /// What starting an operation came to.
-pub enum Started<T> {
+pub enum Started {
     /// Over.
-    Ready(T),
+    Over(Result<()>),
     /// In the table.
     Waits(Ticket),
 }
@@ -55,7 +62,7 @@ pub trait Kind: Unpin {
     /// For lazy operations: what comes of it without waiting in a line, if anything does.
     #[doc(hidden)]
     #[inline]
-    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started> {
         let _ = core;
         None
     }
@@ -69,17 +76,20 @@ pub trait Kind: Unpin {
     }
 
     #[doc(hidden)]
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output>;
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started;
+    /// `Some`: it is over, and out of the table. What it owns or has received is in `self`.
     #[doc(hidden)]
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output>;
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>>;
     /// `true`: the operation is out of the table and what it owned is in `self` again.
     #[doc(hidden)]
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool;
     /// The operation goes on without its `Op`; what it owned moves into the table.
     #[doc(hidden)]
     fn abandon(&mut self, core: &mut CoreRef<'_>, ticket: Ticket);
+    /// What an operation yields that has ended like this. Made once, where it is returned: what
+    /// is moved through several hands is written and read again in other pieces each time.
     #[doc(hidden)]
-    fn failure(&mut self, error: Error) -> Self::Output;
+    fn output(&mut self, result: Result<()>) -> Self::Output;
     #[doc(hidden)]
     fn take_back(&mut self) -> Self::Withdrawn;
 }
@@ -109,14 +119,46 @@ pub struct Op<'e, K: Kind> {
     kind: K,
     ticket: Option<OpId>,
     spinning_since: Option<Instant>,
+    /// There once it has spun for a while.
+    spinner: Option<Spinner>,
     /// Its waker may be the endpoint's leader.
     led: bool,
     finished: bool,
 }
 
+/// Counts those that spin in this process.
+struct Spinner(());
+
+static SPINNERS: AtomicUsize = AtomicUsize::new(0);
+
+impl Spinner {
+    fn new() -> Self {
+        SPINNERS.fetch_add(1, Ordering::Relaxed);
+        Spinner(())
+    }
+
+    fn is_alone(&self) -> bool {
+        SPINNERS.load(Ordering::Relaxed) == 1
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        SPINNERS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl<'e, K: Kind> Op<'e, K> {
     pub(crate) fn new(endpoint: &'e Arc<EndpointShared>, kind: K) -> Self {
-        Op { endpoint, kind, ticket: None, spinning_since: None, led: false, finished: false }
+        Op {
+            endpoint,
+            kind,
+            ticket: None,
+            spinning_since: None,
+            spinner: None,
+            led: false,
+            finished: false,
+        }
     }
 
     /// Fails with [`ErrorKind::TimedOut`] if it is not over after this time. An operation that has
@@ -143,10 +185,10 @@ impl<'e, K: Kind> Op<'e, K> {
 
     /// Looks whether it is over. A lazy operation does not take a place in the table here.
     #[inline]
-    fn step(&mut self, core: &mut Core) -> Option<K::Output> {
+    fn step(&mut self, core: &mut Core) -> Option<Result<()>> {
         if K::LAZY && self.ticket.is_none() {
             match self.kind.try_now(&mut CoreRef(core))? {
-                Started::Ready(output) => return Some(output),
+                Started::Over(result) => return Some(result),
                 Started::Waits(Ticket(id)) => self.ticket = Some(id),
             }
         }
@@ -154,11 +196,11 @@ impl<'e, K: Kind> Op<'e, K> {
     }
 
     /// As `step`, and takes a place if it has none.
-    fn step_in_place(&mut self, core: &mut Core) -> Option<K::Output> {
+    fn step_in_place(&mut self, core: &mut Core) -> Option<Result<()>> {
         match self.ticket {
             Some(id) => self.kind.resume(&mut CoreRef(core), Ticket(id)),
             None => match self.kind.start(&mut CoreRef(core)) {
-                Started::Ready(output) => Some(output),
+                Started::Over(result) => Some(result),
                 Started::Waits(Ticket(id)) => {
                     self.ticket = Some(id);
                     self.kind.resume(&mut CoreRef(core), Ticket(id))
@@ -167,8 +209,11 @@ impl<'e, K: Kind> Op<'e, K> {
         }
     }
 
-    fn ready(&mut self, output: K::Output) -> Poll<K::Output> {
+    /// It is over: what it was to the others ends.
+    #[inline]
+    fn ends(&mut self) {
         self.finished = true;
+        self.spinner = None;
         if let Some(id) = self.ticket.take()
             && self.led
         {
@@ -176,7 +221,6 @@ impl<'e, K: Kind> Op<'e, K> {
         }
         // Nobody may be armed now; see `board`.
         self.endpoint.pulse.watch();
-        Poll::Ready(output)
     }
 
     /// Remembers whom to wake.
@@ -192,44 +236,53 @@ impl<'e, K: Kind> Op<'e, K> {
         }
     }
 
+    #[inline]
     fn poll_op(&mut self, cx: &mut Context<'_>) -> Poll<K::Output> {
+        match self.look(cx) {
+            Some(result) => Poll::Ready(self.kind.output(result)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// `Some`: it is over. `None`: its waker is called when there is something to look at.
+    fn look(&mut self, cx: &mut Context<'_>) -> Option<Result<()>> {
         let endpoint = self.endpoint;
         assert!(!self.finished, "polled after it was ready");
         if endpoint.forked() {
             self.finished = true;
-            return Poll::Ready(self.kind.failure(forked()));
+            return Some(Err(forked()));
         }
         if self.ticket.is_none()
             && let Err(error) = self.kind.prepare(NodeRef(&endpoint.node))
         {
             self.finished = true;
-            return Poll::Ready(self.kind.failure(error));
+            return Some(Err(error));
         }
         let mut core = match self.ticket {
             // Its place in the order is that of its first poll: it must not leave without one.
             None => endpoint.core(),
-            Some(_) => match endpoint.core_or_queue(cx.waker()) {
-                Some(core) => core,
-                None => return Poll::Pending,
-            },
+            Some(_) => endpoint.core_or_queue(cx.waker())?,
         };
         endpoint.pulse.polled();
-        if let Some(output) = self.step(&mut core) {
+        if let Some(result) = self.step(&mut core) {
             drop(core);
-            return self.ready(output);
+            self.ends();
+            return Some(result);
         }
         let mut lane_cx = Context::from_waker(endpoint.waker());
         let mut spinning = self.may_spin(&mut core);
         let mut rounds = 0;
+        let mut turn_began = None;
         loop {
             let mut budget = Budget::TURN;
             let progress = core.drive(&mut lane_cx, spinning, &mut budget);
-            if let Some(output) = self.step(&mut core) {
+            if let Some(result) = self.step(&mut core) {
                 if spinning && self.spinning_since.is_some() {
                     core.state.spin.paid();
                 }
                 drop(core);
-                return self.ready(output);
+                self.ends();
+                return Some(result);
             }
             rounds += 1;
             if progress == Progress::More || rounds >= ROUNDS_PER_POLL && !spinning {
@@ -239,21 +292,32 @@ impl<'e, K: Kind> Op<'e, K> {
                 if progress == Progress::Idle {
                     std::hint::spin_loop();
                 }
-                if rounds < SPINS_PER_POLL {
+                if core.is_wanted() {
+                    return self.yield_now(core, cx);
+                }
+                if rounds % SPINS_PER_LOOK_AT_CLOCK != 0 {
                     continue;
                 }
-                let since = *self.spinning_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < endpoint.spin_limit() {
+                let now = Instant::now();
+                let since = *self.spinning_since.get_or_insert(now);
+                if now.duration_since(since) < endpoint.spin_limit() {
+                    let alone = self.spinner.get_or_insert_with(Spinner::new).is_alone();
+                    let turn_began = *turn_began.get_or_insert(now);
+                    if alone && now.duration_since(turn_began) < SPIN_TURN {
+                        continue;
+                    }
                     return self.yield_now(core, cx);
                 }
                 core.state.spin.failed();
                 self.spinning_since = None;
+                self.spinner = None;
                 spinning = false;
                 rounds = 0;
             }
-            if let Some(output) = self.step_in_place(&mut core) {
+            if let Some(result) = self.step_in_place(&mut core) {
                 drop(core);
-                return self.ready(output);
+                self.ends();
+                return Some(result);
             }
             self.store_waker(&mut core, cx);
             if let Some(id) = self.ticket {
@@ -269,10 +333,10 @@ impl<'e, K: Kind> Op<'e, K> {
             }
             if core.ended() {
                 // Somebody before it in the line has what is left; it is woken after them.
-                return Poll::Pending;
+                return None;
             }
             if core.arm(&mut lane_cx) == Armed::Yes && !core.ended() {
-                return Poll::Pending;
+                return None;
             }
         }
     }
@@ -282,16 +346,17 @@ impl<'e, K: Kind> Op<'e, K> {
         &mut self,
         mut core: super::endpoint::CoreGuard<'_>,
         cx: &Context<'_>,
-    ) -> Poll<K::Output> {
-        if let Some(output) = self.step_in_place(&mut core) {
+    ) -> Option<Result<()>> {
+        if let Some(result) = self.step_in_place(&mut core) {
             drop(core);
-            return self.ready(output);
+            self.ends();
+            return Some(result);
         }
         self.store_waker(&mut core, cx);
         self.endpoint.pulse.yielding();
         drop(core);
         cx.waker().wake_by_ref();
-        Poll::Pending
+        None
     }
 
     fn may_spin(&self, core: &mut Core) -> bool {
@@ -327,6 +392,7 @@ impl<'e, K: Kind> Op<'e, K> {
     fn ended_early(&mut self, id: OpId) {
         self.ticket = None;
         self.finished = true;
+        self.spinner = None;
         self.endpoint.pulse.ended_early(id);
     }
 }
@@ -389,7 +455,7 @@ impl<K: Kind> Future for Timed<'_, K> {
         )
         .with_link(Some(this.op.endpoint.link))
         .with_peer(this.op.endpoint.peer.address.clone());
-        Poll::Ready(this.op.kind.failure(error))
+        Poll::Ready(this.op.kind.output(Err(error)))
     }
 }
 
@@ -456,25 +522,22 @@ impl Kind for Send {
     }
 
     #[inline]
-    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started> {
         let sent = core.0.try_send(&mut self.message).transpose()?;
-        Some(self.started(sent))
+        Some(Send::started(sent))
     }
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         let sent = core.0.start_send(&mut self.message);
-        self.started(sent)
+        Send::started(sent)
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
         let (result, mut slot) = take_result(core.0, ticket.0)?;
         if let What::Send { message, .. } = &mut slot.what {
             self.message = message.take().map(|boxed| core.0.state.boxes.unwrap(boxed));
         }
-        Some(match result {
-            Ok(()) => Ok(self.message.take().unwrap_or_default()),
-            Err(error) => self.failure(error),
-        })
+        Some(result)
     }
 
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
@@ -497,8 +560,12 @@ impl Kind for Send {
         core.0.state.abandon_slot(ticket.0, None);
     }
 
-    fn failure(&mut self, error: Error) -> Self::Output {
-        Err(Failed { error, buffer: self.message.take() })
+    #[inline(always)]
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        match result {
+            Ok(()) => Ok(self.message.take().unwrap_or_default()),
+            Err(error) => Err(Failed { error, buffer: self.message.take() }),
+        }
     }
 
     fn take_back(&mut self) -> Message {
@@ -508,11 +575,11 @@ impl Kind for Send {
 
 impl Send {
     #[inline]
-    fn started(&mut self, sent: Result<Sent>) -> Started<<Self as Kind>::Output> {
+    fn started(sent: Result<Sent>) -> Started {
         match sent {
-            Ok(Sent::Done) => Started::Ready(Ok(self.message.take().unwrap_or_default())),
+            Ok(Sent::Done) => Started::Over(Ok(())),
             Ok(Sent::Waits(id)) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 }
@@ -529,7 +596,22 @@ pub(crate) fn own_views(message: &mut Option<Message>, node: &NodeShared) -> Res
 }
 
 /// See [`crate::Endpoint::recv`].
-pub struct Recv;
+#[derive(Default)]
+pub struct Recv {
+    message: Option<Message>,
+}
+
+impl Recv {
+    /// Takes the next message, if it is here.
+    #[inline]
+    fn take(&mut self, core: &mut Core) -> bool {
+        let here = core.has_message();
+        if here {
+            self.message = core.take_message();
+        }
+        here
+    }
+}
 
 impl Kind for Recv {
     type Output = Result<Message>;
@@ -538,31 +620,29 @@ impl Kind for Recv {
     const ANSWERED: bool = false;
 
     #[inline]
-    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started<Self::Output>> {
+    fn try_now(&mut self, core: &mut CoreRef<'_>) -> Option<Started> {
         let core = &mut *core.0;
         if core.state.has_receivers() {
             return None;
         }
-        match core.take_message() {
-            Some(message) => Some(Started::Ready(Ok(message))),
-            None => core.state.refusal().map(|error| Started::Ready(Err(error))),
+        if self.take(core) {
+            return Some(Started::Over(Ok(())));
         }
+        core.state.refusal().map(|error| Started::Over(Err(error)))
     }
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         match self.try_now(core) {
             Some(started) => started,
             None => Started::Waits(Ticket(core.0.state.wait_for_message())),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
         let core = &mut *core.0;
-        if core.state.is_first_receiver(ticket.0)
-            && let Some(message) = core.take_message()
-        {
+        if core.state.is_first_receiver(ticket.0) && self.take(core) {
             core.state.leave_line(ticket.0);
-            return Some(Ok(message));
+            return Some(Ok(()));
         }
         // Those before it in the line get what there is.
         if let Some(error) = core.state.refusal()
@@ -583,8 +663,9 @@ impl Kind for Recv {
         self.withdraw(core, ticket);
     }
 
-    fn failure(&mut self, error: Error) -> Self::Output {
-        Err(error)
+    #[inline(always)]
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        result.map(|()| self.message.take().unwrap_or_default())
     }
 
     fn take_back(&mut self) {}
@@ -612,6 +693,8 @@ pub struct TagRecv<B> {
     pub(crate) tag: u64,
     pub(crate) mask: u64,
     pub(crate) buffer: Option<B>,
+    /// Tag and length of what has come.
+    pub(crate) came: (u64, usize),
 }
 
 /// See [`crate::Endpoint::put`].
@@ -639,40 +722,36 @@ fn nothing_owned() -> Error {
     Error::new(ErrorKind::Cancelled, Phase::Transfer, "the operation no longer owns its buffer")
 }
 
-/// The parts that all operations with one buffer share.
-macro_rules! with_buffer {
-    ($bound:ident) => {
-        fn failure(&mut self, error: Error) -> Self::Output {
-            Err(Failed { error, buffer: self.buffer.take() })
-        }
+/// The buffer that an operation owned to its end.
+fn owned<B>(buffer: &mut Option<B>) -> B {
+    buffer.take().expect("an operation that is withdrawn, or has ended well, owns its buffer")
+}
 
-        fn take_back(&mut self) -> B {
-            self.buffer.take().expect("a withdrawn operation owns its buffer")
-        }
-    };
+/// What an operation yields that is all about its buffer.
+fn buffer_back<B>(buffer: &mut Option<B>, result: Result<()>) -> Result<B, Failed<B>> {
+    match result {
+        Ok(()) => Ok(owned(buffer)),
+        Err(error) => Err(Failed { error, buffer: buffer.take() }),
+    }
 }
 
 impl<B: Buffer> Kind for TagSend<B> {
     type Output = Result<B, Failed<B>>;
     type Withdrawn = B;
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         let Some(buffer) = &self.buffer else {
-            return Started::Ready(self.failure(nothing_owned()));
+            return Started::Over(Err(nothing_owned()));
         };
         match core.0.start_tag_send(self.tag, RawSegment::from(buffer.region())) {
-            Ok(None) => Started::Ready(Ok(self.take_back())),
+            Ok(None) => Started::Over(Ok(())),
             Ok(Some(id)) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
-        let (result, _) = take_result(core.0, ticket.0)?;
-        Some(match result {
-            Ok(()) => Ok(self.take_back()),
-            Err(error) => self.failure(error),
-        })
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
+        take_result(core.0, ticket.0).map(|(result, _)| result)
     }
 
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
@@ -685,32 +764,39 @@ impl<B: Buffer> Kind for TagSend<B> {
         }
     }
 
-    with_buffer!(Buffer);
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        buffer_back(&mut self.buffer, result)
+    }
+
+    fn take_back(&mut self) -> B {
+        owned(&mut self.buffer)
+    }
 }
 
 impl<B: BufferMut> Kind for TagRecv<B> {
     type Output = Result<Tagged<B>, Failed<B>>;
     type Withdrawn = B;
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         let Some(buffer) = &mut self.buffer else {
-            return Started::Ready(self.failure(nothing_owned()));
+            return Started::Over(Err(nothing_owned()));
         };
         let to = RawSegment::from(buffer.region_mut());
         match core.0.start_tag_recv(self.tag, self.mask, to) {
             Ok(id) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
         let (result, slot) = take_result(core.0, ticket.0)?;
         Some(match (result, slot.what) {
             (Ok(()), What::TagRecv { matched: Some(matched), .. }) => {
-                Ok(Tagged { tag: matched.tag, len_bytes: matched.len, buffer: self.take_back() })
+                self.came = (matched.tag, matched.len);
+                Ok(())
             }
-            (Ok(()), _) => self.failure(nothing_owned()),
-            (Err(error), _) => self.failure(error),
+            (Ok(()), _) => Err(nothing_owned()),
+            (Err(error), _) => Err(error),
         })
     }
 
@@ -726,33 +812,36 @@ impl<B: BufferMut> Kind for TagRecv<B> {
         }
     }
 
-    with_buffer!(BufferMut);
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        let (tag, len_bytes) = self.came;
+        buffer_back(&mut self.buffer, result).map(|buffer| Tagged { tag, len_bytes, buffer })
+    }
+
+    fn take_back(&mut self) -> B {
+        owned(&mut self.buffer)
+    }
 }
 
 impl<B: Buffer> Kind for Put<B> {
     type Output = Result<B, Failed<B>>;
     type Withdrawn = B;
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         if let Some(error) = self.refused.take() {
-            return Started::Ready(self.failure(error));
+            return Started::Over(Err(error));
         }
         let Some(buffer) = &self.buffer else {
-            return Started::Ready(self.failure(nothing_owned()));
+            return Started::Over(Err(nothing_owned()));
         };
         let from = RawSegment::from(buffer.region());
         match core.0.start_one_sided(OneSided::Put { from, key: self.key, offset: self.offset }) {
             Ok(id) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
-        let (result, _) = take_result(core.0, ticket.0)?;
-        Some(match result {
-            Ok(()) => Ok(self.take_back()),
-            Err(error) => self.failure(error),
-        })
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
+        take_result(core.0, ticket.0).map(|(result, _)| result)
     }
 
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
@@ -765,33 +854,35 @@ impl<B: Buffer> Kind for Put<B> {
         }
     }
 
-    with_buffer!(Buffer);
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        buffer_back(&mut self.buffer, result)
+    }
+
+    fn take_back(&mut self) -> B {
+        owned(&mut self.buffer)
+    }
 }
 
 impl<B: BufferMut> Kind for Get<B> {
     type Output = Result<B, Failed<B>>;
     type Withdrawn = B;
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         if let Some(error) = self.refused.take() {
-            return Started::Ready(self.failure(error));
+            return Started::Over(Err(error));
         }
         let Some(buffer) = &mut self.buffer else {
-            return Started::Ready(self.failure(nothing_owned()));
+            return Started::Over(Err(nothing_owned()));
         };
         let to = RawSegment::from(buffer.region_mut());
         match core.0.start_one_sided(OneSided::Get { to, key: self.key, offset: self.offset }) {
             Ok(id) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(self.failure(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
-        let (result, _) = take_result(core.0, ticket.0)?;
-        Some(match result {
-            Ok(()) => Ok(self.take_back()),
-            Err(error) => self.failure(error),
-        })
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
+        take_result(core.0, ticket.0).map(|(result, _)| result)
     }
 
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
@@ -804,7 +895,13 @@ impl<B: BufferMut> Kind for Get<B> {
         }
     }
 
-    with_buffer!(BufferMut);
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        buffer_back(&mut self.buffer, result)
+    }
+
+    fn take_back(&mut self) -> B {
+        owned(&mut self.buffer)
+    }
 }
 
 /// See [`crate::Endpoint::fence`].
@@ -814,14 +911,14 @@ impl Kind for Fence {
     type Output = Result<()>;
     type Withdrawn = ();
 
-    fn start(&mut self, core: &mut CoreRef<'_>) -> Started<Self::Output> {
+    fn start(&mut self, core: &mut CoreRef<'_>) -> Started {
         match core.0.start_fence() {
             Ok(id) => Started::Waits(Ticket(id)),
-            Err(error) => Started::Ready(Err(error)),
+            Err(error) => Started::Over(Err(error)),
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Self::Output> {
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
         take_result(core.0, ticket.0).map(|(result, _)| result)
     }
 
@@ -834,8 +931,8 @@ impl Kind for Fence {
         core.0.state.abandon_slot(ticket.0, None);
     }
 
-    fn failure(&mut self, error: Error) -> Self::Output {
-        Err(error)
+    fn output(&mut self, result: Result<()>) -> Self::Output {
+        result
     }
 
     fn take_back(&mut self) {}

@@ -6,9 +6,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::board::Pulse;
+use super::endpoint::EndpointShared;
+use super::op::SPINS_PER_LOOK_AT_CLOCK;
 use crate::config::Wake as Waiting;
 use crate::link::LinkKind;
 use crate::{Access, Config, Endpoint, Node, RemoteKey};
@@ -29,6 +31,7 @@ struct Pair {
     b: Endpoint,
     /// Of `b`.
     pulse: Arc<Pulse>,
+    shared: Arc<EndpointShared>,
     node_b: Node,
     _node_a: Node,
 }
@@ -45,9 +48,8 @@ async fn pair(link: LinkKind) -> Pair {
     let (sent, got) = tokio::join!(a.send(vec![1u8; 8]), b.recv());
     sent.expect("sending");
     got.expect("receiving");
-    let endpoints = node_b.shared().all_endpoints();
-    let pulse = endpoints.first().expect("one").pulse.clone();
-    Pair { a, b, pulse, node_b, _node_a: node_a }
+    let shared = node_b.shared().all_endpoints().first().expect("one").clone();
+    Pair { a, b, pulse: shared.pulse.clone(), shared, node_b, _node_a: node_a }
 }
 
 /// Runs it over each link that is always there, on one thread.
@@ -174,5 +176,50 @@ fn one_that_is_moved_to_another_task_is_woken_there() {
         }
         assert_eq!(tasks[0].0.load(Ordering::SeqCst), 1);
         assert!(poll(&mut receive, &tasks[1]).is_ready());
+    });
+}
+
+/// How often a poll looks at the lanes.
+fn looks<F: Future + Unpin>(pair: &Pair, future: &mut F) -> u64 {
+    let before = pair.shared.core().state.activity;
+    assert!(poll(future, &Arc::default()).is_pending());
+    pair.shared.core().state.activity - before
+}
+
+#[test]
+fn of_several_that_spin_each_soon_lets_the_others_run() {
+    over_links(|link| async move {
+        let pair = pair(link).await;
+        let (mut one, mut other) = (pair.b.recv(), pair.b.recv());
+        assert!(looks(&pair, &mut one) >= SPINS_PER_LOOK_AT_CLOCK.into());
+        for _ in 0..10 {
+            assert_eq!(looks(&pair, &mut other), SPINS_PER_LOOK_AT_CLOCK.into());
+            assert_eq!(looks(&pair, &mut one), SPINS_PER_LOOK_AT_CLOCK.into());
+        }
+    });
+}
+
+#[test]
+fn one_that_spins_gives_way_to_whoever_wants_the_lock() {
+    over_links(|link| async move {
+        let pair = pair(link).await;
+        let (done, shared) = (Arc::new(AtomicUsize::new(0)), pair.shared.clone());
+        let contender = {
+            let done = done.clone();
+            std::thread::spawn(move || {
+                while done.load(Ordering::SeqCst) == 0 {
+                    drop(shared.core_or_queue(Waker::noop()));
+                }
+            })
+        };
+        let (until, mut receive) = (Instant::now() + PATIENCE, pair.b.recv());
+        let mut least = u64::MAX;
+        while least >= SPINS_PER_LOOK_AT_CLOCK.into() && Instant::now() < until {
+            // One that finds the lock taken does not look at all.
+            least = Some(looks(&pair, &mut receive)).filter(|looks| *looks > 0).unwrap_or(least);
+        }
+        done.store(1, Ordering::SeqCst);
+        contender.join().expect("no panic");
+        assert!(least < SPINS_PER_LOOK_AT_CLOCK.into(), "it looked {least} times or more");
     });
 }

@@ -74,10 +74,13 @@ impl<T> Shard<T> {
 
     /// Blocks the thread. For drops and for looks from outside of any task: holders keep the lock
     /// for one bounded turn.
+    #[inline]
     pub fn lock_blocking(&self) -> ShardGuard<'_, T> {
-        if let Some(guard) = self.try_lock() {
-            return guard;
-        }
+        self.try_lock().unwrap_or_else(|| self.block())
+    }
+
+    #[cold]
+    fn block(&self) -> ShardGuard<'_, T> {
         let waker = super::sync::thread_waker();
         loop {
             if let Some(guard) = self.queue(&waker) {
@@ -101,6 +104,14 @@ impl<T> Shard<T> {
 
 pub(crate) struct ShardGuard<'a, T> {
     shard: &'a Shard<T>,
+}
+
+impl<T> ShardGuard<'_, T> {
+    /// Whether somebody waits for the lock.
+    #[inline]
+    pub fn is_wanted(&self) -> bool {
+        self.shard.state.load(Ordering::Relaxed) == WANTED
+    }
 }
 
 impl<T> Deref for ShardGuard<'_, T> {

@@ -20,12 +20,14 @@ fn a_contender_is_woken_when_the_holder_lets_go() {
     let count = Arc::new(Count(AtomicUsize::new(0)));
     let waker = Waker::from(count.clone());
     let guard = shard.try_lock().expect("free");
+    assert!(!guard.is_wanted());
     assert!(shard.lock_or_queue(&waker).is_none());
+    assert!(guard.is_wanted());
     assert!(shard.lock_or_queue(&waker).is_none());
     assert_eq!(count.0.load(O::SeqCst), 0);
     drop(guard);
     assert_eq!(count.0.load(O::SeqCst), 1);
-    assert!(shard.lock_or_queue(&waker).is_some());
+    assert!(shard.lock_or_queue(&waker).is_some_and(|guard| !guard.is_wanted()));
 }
 
 #[test]

@@ -16,6 +16,7 @@ const FRAME_OVERHEAD: u64 = 32;
 const TAG_OVERHEAD: u64 = 64;
 
 /// What a message weighs, in bytes of credit.
+#[inline]
 pub(crate) fn message_cost(payload_len: u64, frames: u32) -> u64 {
     payload_len.saturating_add(MESSAGE_OVERHEAD + FRAME_OVERHEAD * u64::from(frames))
 }
@@ -59,6 +60,7 @@ impl fmt::Display for CreditError {
 impl std::error::Error for CreditError {}
 
 /// Whether `cost` may join `outstanding` in this window. The one rule, for both sides.
+#[inline]
 fn admits(window: u64, outstanding: u64, cost: u64) -> bool {
     outstanding == 0 || outstanding.checked_add(cost).is_some_and(|sum| sum <= window)
 }
@@ -78,6 +80,7 @@ impl SendCredit {
     }
 
     /// Takes `cost` bytes if they are to be had.
+    #[inline]
     pub fn try_take(&mut self, cost: u64) -> bool {
         if !admits(self.window, self.outstanding(), cost) {
             return false;
@@ -140,19 +143,23 @@ impl RecvCredit {
     }
 
     /// A parcel of this cost has arrived. Charged before anything is done for it.
+    #[inline]
     pub fn charge(&mut self, cost: u64) -> Result<(), CreditError> {
         // What the sender believes is outstanding is at least this: it may not have seen the last
         // report yet.
         let outstanding = self.charged - self.reported;
-        let exceeded = CreditError::Exceeded { cost, outstanding, window: self.window };
-        if !admits(self.window, outstanding, cost) {
-            return Err(exceeded);
+        let charged = self.charged.checked_add(cost);
+        match charged.filter(|_| admits(self.window, outstanding, cost)) {
+            Some(charged) => {
+                self.charged = charged;
+                Ok(())
+            }
+            None => Err(CreditError::Exceeded { cost, outstanding, window: self.window }),
         }
-        self.charged = self.charged.checked_add(cost).ok_or(exceeded)?;
-        Ok(())
     }
 
     /// This side has let go of as many bytes as were charged for some parcel.
+    #[inline]
     pub fn consume(&mut self, cost: u64) {
         debug_assert!(cost <= self.resident(), "no more can be consumed than was charged");
         self.consumed = self.consumed.saturating_add(cost).min(self.charged);
@@ -161,13 +168,18 @@ impl RecvCredit {
     /// The number to report to the sender, if it is time: a quarter of the window has been
     /// consumed since the last report, or anything at all when the sender is `starved`.
     pub fn take_due(&mut self, starved: bool) -> Option<u64> {
-        let fresh = self.consumed - self.reported;
-        let enough = if starved { 1 } else { (self.window / 4).max(1) };
-        if fresh < enough {
+        if !self.is_due(starved) {
             return None;
         }
         self.reported = self.consumed;
         Some(self.reported)
+    }
+
+    /// Whether `take_due` would give a number.
+    #[inline]
+    pub fn is_due(&self, starved: bool) -> bool {
+        let enough = if starved { 1 } else { (self.window / 4).max(1) };
+        self.consumed - self.reported >= enough
     }
 
     /// The number last reported.

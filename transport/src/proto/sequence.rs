@@ -123,7 +123,9 @@ impl<T> Sequencer<T> {
         let passes = self.len == 0 && seq == self.next();
         if passes {
             // Nothing waits, so there is no slot for this number or any later one.
-            self.near.clear();
+            if !self.near.is_empty() {
+                self.near.clear();
+            }
             self.popped += 1;
         }
         passes

@@ -329,7 +329,7 @@ pub(crate) fn records(bytes: &[u8]) -> u64 {
     drop(villain.pool);
     let seen = [driver.arrived.min(3) as u8, driver.ended_well.min(3) as u8, first & 7];
     // The number of a process is no way through the code.
-    let detail = end.map_or_else(String::new, |error| error.detail);
+    let detail = end.map_or_else(String::new, |error| error.detail.clone());
     let words = detail.bytes().filter(|byte| !byte.is_ascii_digit()).collect::<Vec<_>>();
     mix(mix(1, &words), &seen)
 }

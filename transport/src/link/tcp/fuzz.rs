@@ -190,7 +190,7 @@ impl Session {
         let outcome = Outcome {
             seen: session.seen,
             counted: (counters.parcels_received, counters.inline_bytes_received),
-            end: error.detail,
+            end: error.detail.clone(),
         };
         (outcome, session.answered_well)
     }

@@ -343,7 +343,7 @@ fn look(slot: &Slot, cx: &mut Context<'_>) -> Option<Result<(), String>> {
     }
     match armed {
         Ok(armed) => more |= armed == Armed::Busy,
-        Err(error) => return Some(Err(error.detail)),
+        Err(error) => return Some(Err(error.detail.clone())),
     }
     if more && found.is_none() {
         cx.waker().wake_by_ref();
