@@ -589,6 +589,9 @@ impl Link for ShmLink {
         head: &[u8],
         payload: &[Segment<'_>],
     ) -> Result<Post, LinkError> {
+        if let Some(posted) = self.post_short(class, how, head, payload) {
+            return posted;
+        }
         self.check_alive()?;
         let len = payload.iter().map(|segment| segment.len as u64).sum::<u64>();
         let reachable = payload.iter().all(|segment| segment.kind.cpu_accessible());
@@ -705,15 +708,11 @@ impl ShmLink {
             return Ok(Progress::Idle);
         }
         self.ring.wake_up();
-        let mut moved = self.ring.room_appeared()?;
-        moved |= self.flush_backlog()?;
+        // What wants attention is out of the way of short parcels, most of which find nothing that does.
+        let mut moved = self.attention && self.move_backlog()?;
         moved |= self.read_ring(budget, sink)?;
         if self.attention {
-            // Neither direction waits for the other's end.
-            moved |= self.help_turn(budget, budget.bytes / 2)?;
-            moved |= self.land_turns(budget, sink)?;
-            moved |= self.push_turns(budget)?;
-            moved |= self.help_turn(budget, budget.bytes)?;
+            moved |= self.move_payloads(budget, sink)?;
         }
         self.ring.publish_if_wanted();
         let more = !self.ring.is_empty() || self.has_work();
@@ -730,6 +729,27 @@ impl ShmLink {
             _ if moved => Ok(Progress::Some),
             _ => Ok(Progress::Idle),
         }
+    }
+
+    /// Sends what has waited for room. Whether anything moved.
+    #[inline(never)]
+    fn move_backlog(&mut self) -> Result<bool, LinkError> {
+        Ok(self.ring.room_appeared()? | self.flush_backlog()?)
+    }
+
+    /// Goes on with payloads that do not lie in the ring. Whether anything moved.
+    #[inline(never)]
+    fn move_payloads(
+        &mut self,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<bool, LinkError> {
+        // Neither direction waits for the other's end.
+        let mut moved = self.help_turn(budget, budget.bytes / 2)?;
+        moved |= self.land_turns(budget, sink)?;
+        moved |= self.push_turns(budget)?;
+        moved |= self.help_turn(budget, budget.bytes)?;
+        Ok(moved)
     }
 
     /// Asks to be woken by the peer's bell, by a segment that it passes, or by its death. `Yes`:

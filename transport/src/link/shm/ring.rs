@@ -39,6 +39,8 @@ use super::marks::Marks;
 const STREAM_MIN: u32 = 4;
 /// Bytes of a record that fit one slot.
 pub(super) const SLOT_DATA: usize = DATA_WORDS * 8;
+/// Bytes that fit one slot behind a first word.
+pub(super) const SHORT_MAX: usize = SLOT_DATA - 8;
 /// The bits of a header that hold the record's length in bytes; the others are the caller's.
 pub(super) const LEN_BITS: u32 = 12;
 const LEN_MASK: u32 = (1 << LEN_BITS) - 1;
@@ -185,15 +187,18 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         &self.peer
     }
 
+    #[inline]
     fn own_slot(&self, position: u32) -> &Slot {
         &self.own.slots[place_of(position)]
     }
 
+    #[inline]
     fn peer_slot(&self, position: u32) -> &Slot {
         &self.peer.slots[place_of(position)]
     }
 
     /// Whether `slots` slots are free, looking at the consumer's head only when needed.
+    #[inline]
     fn has_room(&mut self, slots: u32) -> Result<bool, Corrupt> {
         if SLOTS - self.tail.wrapping_sub(self.seen_head) >= slots {
             return Ok(true);
@@ -233,6 +238,50 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
             writer.write(part);
         }
         writer.finish(slots, flags << LEN_BITS | len as u32);
+        self.written(slots);
+        Ok(true)
+    }
+
+    /// As [`Ring::push`], for a record of one slot: `first`, and up to [`SHORT_MAX`] bytes. Most of
+    /// small traffic, in 50 instructions instead of 340.
+    #[inline]
+    pub fn push_short(
+        &mut self,
+        flags: u32,
+        first: u64,
+        rest: &[u8],
+        reserve: u32,
+    ) -> Result<bool, Corrupt> {
+        debug_assert!(8 + rest.len() <= SLOT_DATA, "more than one slot");
+        if !self.has_room(1 + reserve)? {
+            return Ok(false);
+        }
+        let slot = self.own_slot(self.tail);
+        let (whole, last) = rest.as_chunks::<8>();
+        slot.data[0].store(first, Ordering::Relaxed);
+        let mut places = slot.data[1..].iter();
+        for (place, bytes) in places.by_ref().zip(whole) {
+            place.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
+        }
+        if !last.is_empty() {
+            slot.data[1 + whole.len()].store(load_short(last), Ordering::Relaxed);
+        }
+        self.stamp(flags << LEN_BITS | (8 + rest.len()) as u32);
+        self.written(1);
+        Ok(true)
+    }
+
+    /// Shows the record at the tail, of which all but this is written.
+    #[inline]
+    fn stamp(&self, header: u32) {
+        let first = self.own_slot(self.tail);
+        first.header.store(header, Ordering::Relaxed);
+        first.stamp.store(self.tail.wrapping_add(1), Ordering::Release);
+    }
+
+    /// A record of so many slots is in the ring.
+    #[inline]
+    fn written(&mut self, slots: u32) {
         self.tail = self.tail.wrapping_add(slots);
         self.read_in_a_row = 0;
         if self.written_in_a_row < STREAM_MIN {
@@ -242,7 +291,6 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         }
         fence(Ordering::SeqCst);
         self.wake_sleeper();
-        Ok(true)
     }
 
     /// Wakes the peer if it sleeps and was not woken from this sleep yet. A `SeqCst` fence lies
@@ -304,7 +352,8 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         slot.stamp.load(Ordering::Acquire) != self.head.wrapping_add(1)
     }
 
-    /// Copies the next record into `into`: its flags and length.
+    /// Copies the next record into the beginning of `into`: its flags and length.
+    #[inline]
     pub fn pop(&mut self, into: &mut [u8; RECORD_MAX]) -> Result<Option<(u32, usize)>, Corrupt> {
         let expected = self.head.wrapping_add(1);
         let first = self.peer_slot(self.head);
@@ -324,6 +373,15 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         if self.read_in_a_row < STREAM_MIN {
             fetch_for_reading(self.peer_slot(self.head.wrapping_add(slots)));
         }
+        if slots == 1 {
+            // All of the slot, whatever of it is the record: it is one cache line.
+            let slot = self.peer_slot(self.head);
+            for (word, bytes) in slot.data.iter().zip(into.as_chunks_mut::<8>().0) {
+                *bytes = word.load(Ordering::Relaxed).to_le_bytes();
+            }
+            self.advance(1);
+            return Ok(Some((header >> LEN_BITS, len)));
+        }
         let mut chunks = into[..len].chunks_mut(SLOT_DATA);
         for at in 0..slots {
             let slot = self.peer_slot(self.head.wrapping_add(at));
@@ -337,6 +395,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         Ok(Some((header >> LEN_BITS, len)))
     }
 
+    #[inline]
     fn advance(&mut self, slots: u32) {
         self.written_in_a_row = 0;
         self.head = self.head.wrapping_add(slots);
@@ -345,6 +404,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         }
     }
 
+    #[cold]
     fn publish(&mut self) {
         self.published = self.head;
         self.own.head.head.store(self.head, Ordering::Release);
@@ -387,10 +447,12 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 }
 
+#[inline]
 fn place_of(position: u32) -> usize {
     (position.wrapping_mul(STRIDE) % SLOTS) as usize
 }
 
+#[inline]
 fn slots_for(len: usize) -> u32 {
     len.div_ceil(SLOT_DATA).max(1) as u32
 }
@@ -490,11 +552,14 @@ impl<'r, O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Writer<'r, O
         }
         self.stamp_later_slot();
         debug_assert_eq!(self.at + 1, slots);
-        let tail = self.ring.tail;
-        let first = self.ring.own_slot(tail);
-        first.header.store(header, Ordering::Relaxed);
-        first.stamp.store(tail.wrapping_add(1), Ordering::Release);
+        self.ring.stamp(header);
     }
+}
+
+/// Up to 8 bytes, as the low bytes of a word.
+#[inline]
+pub(super) fn load_word(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or_else(|_| load_short(bytes), u64::from_le_bytes)
 }
 
 /// Fewer than 8 bytes, as the low bytes of a word.

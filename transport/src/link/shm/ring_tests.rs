@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::cells::{RECORD_MAX, SLOTS};
-use super::ring::{Bell, Corrupt, LEN_BITS, Page, Ring};
+use super::ring::{Bell, Corrupt, LEN_BITS, Page, Ring, SHORT_MAX, load_word};
 
 #[derive(Default)]
 struct Count(u32);
@@ -46,6 +46,45 @@ fn records_of_every_length_arrive_whole_around_the_lap() {
         assert_eq!(into[..len], bytes[..]);
         assert_eq!(right.pop(&mut into), Ok(None));
     }
+}
+
+/// Written at once, they are the records that they would be if written in parts.
+#[test]
+fn short_records_arrive_whole_around_the_lap() {
+    let (mut left, mut right, _) = pair();
+    let start = u32::MAX - 300;
+    left.start_at(start);
+    right.start_at(start);
+    let mut into = [0; RECORD_MAX];
+    for lap in 0..20u8 {
+        for len in 0..=SHORT_MAX {
+            let bytes: Vec<u8> = (0..8 + len).map(|at| (at * 11 + len) as u8 ^ lap).collect();
+            let (first, rest) = bytes.split_at(8);
+            for head_len in [1, 5, 8] {
+                let mut head = first.to_vec();
+                head[head_len..].fill(0);
+                let word = load_word(&head[..head_len]);
+                assert_eq!(word.to_le_bytes(), head[..]);
+                assert!(left.push_short(head_len as u32, word, rest, 0).expect("sound"));
+                let (flags, got) = right.pop(&mut into).expect("sound").expect("a record");
+                assert_eq!((flags, got), (head_len as u32, 8 + len));
+                assert_eq!((&into[..8], &into[8..got]), (&head[..], rest));
+                assert_eq!(right.pop(&mut into), Ok(None));
+            }
+        }
+    }
+}
+
+#[test]
+fn short_records_leave_the_reserve_and_wake_a_sleeper() {
+    let (mut left, mut right, _) = pair();
+    assert!(right.fall_asleep().expect("sound"));
+    let mut sent = 0;
+    while left.push_short(0, 1, b"x", 16).expect("sound") {
+        sent += 1;
+    }
+    assert_eq!((sent, left.bell().0), (SLOTS - 16, 1));
+    assert!(left.push_short(0, 1, b"x", 15).expect("sound"));
 }
 
 #[test]

@@ -102,6 +102,7 @@ impl ShmLink {
         Ok(moved)
     }
 
+    #[inline]
     fn take_record(
         &mut self,
         flags: u32,
@@ -115,6 +116,20 @@ impl ShmLink {
         if kind == Kind::Inline {
             return self.take_inline(how, head_len, record, budget, sink);
         }
+        self.take_other(kind, how, head_len, record, budget, sink)
+    }
+
+    /// A record that is not head and payload.
+    #[inline(never)]
+    fn take_other(
+        &mut self,
+        kind: Kind,
+        how: How,
+        head_len: usize,
+        record: &[u8],
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
         let mut reader = Reader::new(record);
         let Some(fixed) = reader.fixed() else {
             return Err(protocol("a record that is too short"));
@@ -133,6 +148,7 @@ impl ShmLink {
         }
     }
 
+    #[inline]
     fn take_inline(
         &mut self,
         how: How,
@@ -165,6 +181,20 @@ impl ShmLink {
             how,
         };
         match sink.parcel(arrival) {
+            Disposition::Taken => Ok(()),
+            other => self.dispose_of_inline(other, payload, sink),
+        }
+    }
+
+    /// Does with a payload from the ring what the driver wants.
+    #[inline(never)]
+    fn dispose_of_inline(
+        &mut self,
+        disposition: Disposition,
+        payload: &[u8],
+        sink: &mut dyn Sink,
+    ) -> Result<(), LinkError> {
+        match disposition {
             Disposition::Taken | Disposition::Discard | Disposition::View => Ok(()),
             Disposition::Land { to, op, .. } => {
                 if let Err(error) = check_landing(&to, payload.len() as u64) {

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 
 use super::super::cells::{RECORD_MAX, RESERVE};
 use super::super::copy::{self, Cursor};
+use super::super::ring::{SHORT_MAX, load_word};
 use super::super::wire::{
     ARENA, Builder, Fixed, Kind, LOANS_MAX, LoanAt, PIECES_MAX, PULL_LEN, PULLS_MAX, Piece,
     filled_up, flags,
@@ -85,6 +86,36 @@ impl ShmLink {
     fn stalled(&mut self) -> Post {
         self.counters.stalls += 1;
         Post::Full
+    }
+
+    /// Pushes a parcel that fits one slot with a head of one word, which most do, if there is nothing
+    /// in its way. `None`: there may be.
+    #[inline]
+    pub(super) fn post_short(
+        &mut self,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+    ) -> Option<Result<Post, LinkError>> {
+        let [payload] = payload else { return None };
+        let fits = payload.len <= SHORT_MAX
+            && payload.len as u64 <= self.max_payload
+            && filled_up(head.len()) == 8
+            && payload.kind.cpu_accessible();
+        if !fits || class == Class::Control || self.dead.is_some() || !self.backlog.is_empty() {
+            return None;
+        }
+        let flags = flags(Kind::Inline, how, head.len());
+        match self.ring.push_short(flags, load_word(head), bytes_of(payload), RESERVE) {
+            Ok(true) => {
+                self.counters.parcels_sent += 1;
+                self.counters.inline_bytes_sent += payload.len as u64;
+                Some(Ok(Post::Done))
+            }
+            Ok(false) => None,
+            Err(corrupt) => Some(Err(corrupt.into())),
+        }
     }
 
     pub(super) fn post_inline(
