@@ -10,6 +10,7 @@
 mod arrivals;
 mod by_id;
 mod chunks;
+mod few;
 pub(crate) mod hardware;
 mod linger;
 mod lookout;
@@ -250,8 +251,8 @@ impl Budget {
     pub const TURN: Budget = Budget { parcels: 256, bytes: 1 << 20 };
 }
 
-/// The result of a `poll`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The result of a `poll`; of several, the greatest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Progress {
     /// Nothing moved.
     Idle,

@@ -13,6 +13,7 @@ use super::request::SendOp;
 use super::wire::Header;
 use crate::link::by_id::ById;
 use crate::link::chunks::{self, Filling};
+use crate::link::few::copy_few;
 use crate::link::{Class, OpId};
 
 /// How much of a payload may be on its way at once, in bytes.
@@ -74,11 +75,12 @@ pub(super) fn is_bulk(class: Class, len: usize) -> bool {
 /// # Safety
 ///
 /// `len` bytes are readable at `from`.
+#[inline]
 pub(super) unsafe fn append(bytes: &mut Vec<u8>, from: *const u8, len: usize) {
     bytes.reserve(len);
     // SAFETY: room was made; the source is the caller's.
     unsafe {
-        std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(bytes.len()), len);
+        copy_few(from, bytes.as_mut_ptr().add(bytes.len()), len);
         bytes.set_len(bytes.len() + len);
     }
 }

@@ -23,6 +23,7 @@ pub(super) struct Key<'a> {
 }
 
 /// What tells this thread from every other that runs.
+#[inline]
 fn this_thread() -> usize {
     thread_local! {
         static HERE: u8 = const { 0 };
@@ -32,10 +33,12 @@ fn this_thread() -> usize {
 
 impl Gate {
     /// Blocks for at most the turns of others.
+    #[inline]
     pub fn lock(&self) -> Key<'_> {
         self.key(self.mutex.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    #[inline]
     pub fn try_lock(&self) -> Option<Key<'_>> {
         match self.mutex.try_lock() {
             Ok(guard) => Some(self.key(guard)),
@@ -44,6 +47,7 @@ impl Gate {
         }
     }
 
+    #[inline]
     fn key<'a>(&'a self, guard: MutexGuard<'a, ()>) -> Key<'a> {
         self.holder.store(this_thread(), Ordering::Relaxed);
         Key { gate: self, _guard: guard }
@@ -51,6 +55,7 @@ impl Gate {
 }
 
 impl Drop for Key<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.gate.holder.store(0, Ordering::Relaxed);
     }
@@ -91,6 +96,19 @@ impl<T> Guarded<T> {
             wrong_thread();
         }
         // SAFETY: this thread holds the gate, and the rest is the caller's promise.
+        unsafe { &mut *self.0.get() }
+    }
+
+    /// For callbacks that have already got at something which the same gate guards.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Guarded::get_called_back`], which was called before in the same callback for
+    /// something that the same gate guards.
+    #[inline]
+    #[allow(clippy::mut_from_ref, reason = "as with a lock; the caller answers for the rest")]
+    pub unsafe fn get_called_back_too(&self) -> &mut T {
+        // SAFETY: the caller's promise.
         unsafe { &mut *self.0.get() }
     }
 }

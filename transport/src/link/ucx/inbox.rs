@@ -393,8 +393,8 @@ impl Mailbox {
     #[allow(clippy::mut_from_ref, reason = "as `Guarded::get_called_back`")]
     unsafe fn called_back(&self) -> (&mut Inbox, &mut State) {
         let gate = &self.dispatch.gate;
-        // SAFETY: the caller's promise.
-        unsafe { (self.inbox.get_called_back(gate), self.dispatch.state.get_called_back(gate)) }
+        // SAFETY: the caller's promise, and the second after the first.
+        unsafe { (self.inbox.get_called_back(gate), self.dispatch.state.get_called_back_too()) }
     }
 
     /// Something is here for the link: its endpoint is woken once the gate is open again, if it
@@ -419,6 +419,8 @@ pub(super) struct Polled<'a> {
     pub count: &'a mut Count,
     /// Why that had to stop.
     pub result: Result<(), LinkError>,
+    /// One is being handed up.
+    pub torn: bool,
 }
 
 /// What a callback does with a message.
@@ -467,7 +469,7 @@ impl Delivery<'_> {
         }
         self.polled
             .as_deref_mut()
-            .filter(|polled| polled.result.is_ok() && polled.budget.parcels > 0)
+            .filter(|polled| polled.result.is_ok() && !polled.torn && polled.budget.parcels > 0)
     }
 
     /// The message was taken at once.
@@ -593,8 +595,8 @@ impl Dispatch {
         let State { slots, wakes, polled, .. } = unsafe { self.state.get_called_back(&self.gate) };
         let mailbox =
             slots.get(slot as usize).filter(|mailbox| mailbox.address.secret == secret)?;
-        // SAFETY: the caller's promise.
-        let inbox = unsafe { mailbox.inbox.get_called_back(&self.gate) };
+        // SAFETY: the caller's promise; a mailbox in a slot of ours has the gate that the slots have.
+        let inbox = unsafe { mailbox.inbox.get_called_back_too() };
         let own = polled.filter(|(of, _)| std::ptr::eq(of.as_ptr(), &raw const **mailbox));
         // SAFETY: `Mailbox::while_polled` lends it for the time of the call that UCX calls back in,
         // and it is reached from here only.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
-use super::bulk::{Incoming, Outgoing, Outgoings, append, is_bulk};
+use super::bulk::{Incoming, Outgoing, Outgoings, is_bulk};
 use super::engine::{Opened, Slot};
 use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox, Polled};
 use super::request::{Begun, SendOp};
@@ -101,6 +101,8 @@ pub(crate) struct UcxLink {
     messages_sent: u64,
     /// Handed up, and still counted as held by the inbox.
     freed_bytes: usize,
+    /// Of the last look, until something follows of it.
+    news: News,
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
     reporting: usize,
@@ -152,6 +154,7 @@ impl UcxLink {
             next_seq: 0,
             messages_sent: 0,
             freed_bytes: 0,
+            news: News::default(),
             in_flight: [0; Class::COUNT],
             reporting: 0,
             spare: Vec::new(),
@@ -191,6 +194,7 @@ impl UcxLink {
     }
 
     /// Whether the peer's process still holds its end of the bootstrap connection.
+    #[inline(never)]
     fn look_at_bootstrap(&mut self, look: Look<'_, '_>) {
         if self.hung_up.is_none() {
             self.hung_up = end_of_peer(LinkKind::Ucx, &self.bootstrap, look, io_error);
@@ -204,13 +208,13 @@ impl UcxLink {
         spinning: bool,
         budget: &mut Budget,
         sink: &mut dyn Sink,
-    ) -> Result<News, LinkError> {
+    ) -> Result<Looked, LinkError> {
         let mailbox = &self.slot.mailbox;
         let mut worker = match self.worker.try_lock() {
             Some(worker) => worker,
             // Not if the peer has hung up: what it sent before comes first.
             None if spinning && !mailbox.may_have_news() && self.hung_up.is_none() => {
-                return Ok(News::default());
+                return Ok(Looked { quiet: true, ..Looked::default() });
             }
             None => self.worker.lock(),
         };
@@ -219,8 +223,8 @@ impl UcxLink {
         let last = self.hung_up.is_some() || mailbox.inbox(&mut worker.key).fault.is_some();
         let spinning = spinning && !last;
         let before = self.count.next_payload;
-        let result = Ok(());
-        let mut polled = Polled { budget, sink: &mut *sink, count: &mut self.count, result };
+        let (count, result) = (&mut self.count, Ok(()));
+        let mut polled = Polled { budget, sink: &mut *sink, count, result, torn: false };
         let progress = |worker: &mut Locked<'_>| match spinning {
             // Looks follow each other closely until something is to be done.
             true => {
@@ -241,12 +245,13 @@ impl UcxLink {
         } else {
             progress(&mut worker)
         };
-        polled.result?;
+        polled.ended()?;
         let handed_up = self.count.next_payload != before;
         let more = moved && !spinning;
         let quiet = mailbox.inbox(&mut worker.key).is_quiet() && !worker.has_wakes();
-        if quiet && self.freed_bytes == 0 {
-            return Ok(News { handed_up, more, ..News::default() });
+        let quiet = quiet && self.freed_bytes == 0;
+        if quiet {
+            return Ok(Looked { handed_up, more, quiet });
         }
         let wakes = worker.take_wakes();
         let inbox = mailbox.look(&mut worker.key);
@@ -255,9 +260,7 @@ impl UcxLink {
             std::mem::swap(&mut inbox.queue, &mut self.arrived);
         }
         take_endings(inbox, &mut self.finished, &mut self.whole);
-        let news = News {
-            handed_up,
-            more,
+        self.news = News {
             waits: !inbox.queue.is_empty(),
             fault: inbox.fault,
             landed_bytes: inbox.incoming.take_landed_bytes(),
@@ -267,29 +270,39 @@ impl UcxLink {
         for waker in wakes {
             sink.wake(waker);
         }
-        Ok(news)
+        Ok(Looked { handed_up, more, quiet })
     }
 
     /// Moves everything on that can be moved.
+    #[inline]
     fn turn(
         &mut self,
         spinning: bool,
         budget: &mut Budget,
         sink: &mut dyn Sink,
     ) -> Result<Progress, LinkError> {
-        let news = self.progress(spinning, budget, sink);
-        let News { handed_up, more, waits, fault, landed_bytes, wants } = self.ended(news)?;
+        let looked = self.progress(spinning, budget, sink);
+        let looked = self.ended(looked)?;
+        let nothing_else = looked.quiet && !looked.more && self.hung_up.is_none();
+        if nothing_else && !self.has_taken() && !self.outgoing.has_work() {
+            return Ok(if looked.handed_up { Progress::Some } else { Progress::Idle });
+        }
+        self.follow(looked, budget, sink)
+    }
+
+    /// Does what follows of a look at the worker.
+    #[inline(never)]
+    fn follow(
+        &mut self,
+        looked: Looked,
+        budget: &mut Budget,
+        sink: &mut dyn Sink,
+    ) -> Result<Progress, LinkError> {
+        let Looked { handed_up, more, .. } = looked;
+        let News { waits, fault, landed_bytes, wants } = std::mem::take(&mut self.news);
         // Something is left for what is not landed: chunks come without end for a while.
         budget.bytes = budget.bytes.saturating_sub(landed_bytes).max(1);
         self.count.counters.inline_bytes_received += landed_bytes as u64;
-        if spinning
-            && handed_up
-            && fault.is_none()
-            && !self.has_taken()
-            && !self.outgoing.has_work()
-        {
-            return Ok(Progress::Some);
-        }
         let mut moved = handed_up || landed_bytes > 0;
         moved |= self.report_finished(sink, None);
         if wants {
@@ -385,6 +398,7 @@ impl UcxLink {
         Err(error)
     }
 
+    #[inline]
     fn spare(&mut self, mut op: Box<SendOp>) {
         if self.spare.len() < SPARE_MAX {
             op.reset();
@@ -523,8 +537,7 @@ impl UcxLink {
     /// Says something about a payload of the peer's.
     fn answer(&mut self, kind: Kind, id: u32, len: u64) -> Result<(), LinkError> {
         self.room(Class::Control)?;
-        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
-        sending.class = Class::Control;
+        let mut sending = self.sending(OpId::NONE, Class::Control);
         let header = Header { id, len, ..self.header(kind, Class::Control, &[]) };
         header.append_to(&mut sending.bytes);
         self.transmit(sending, 0).map(drop)
@@ -594,6 +607,7 @@ impl UcxLink {
     }
 
     /// Whether a class takes no more for now.
+    #[inline]
     fn room(&mut self, class: Class) -> Result<bool, LinkError> {
         let waiting = self.in_flight[class as usize] + self.outgoing.count(class);
         if class != Class::Control {
@@ -605,10 +619,12 @@ impl UcxLink {
         Err(error(ErrorKind::LimitExceeded, "the peer causes answers and does not read them"))
     }
 
+    #[inline]
     fn header(&self, kind: Kind, class: Class, head: &[u8]) -> Header {
         Header::new(kind, class, head.len() as u16, self.next_seq, self.to)
     }
 
+    #[inline]
     fn send(
         &mut self,
         op: OpId,
@@ -620,10 +636,29 @@ impl UcxLink {
     ) -> Result<Post, LinkError> {
         self.count.counters.parcels_sent += 1;
         self.count.counters.inline_bytes_sent += len as u64;
-        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
-        sending.op = op;
-        sending.class = class;
-        if len > 0 && (how == How::Offer || len > EAGER_BYTES_MAX) {
+        if len <= PACKED_PAYLOAD_MAX && (how == How::Eager || len == 0) {
+            let header = self.header(Kind::Eager, class, head);
+            let mut sending = self.sending(op, class);
+            // SAFETY: the memory of a post is valid for reads while it is made.
+            unsafe { sending.pack(&header, head, payload, len) };
+            self.transmit(sending, 0)?;
+            return Ok(Post::Done);
+        }
+        self.send_long(op, class, how, head, payload, len)
+    }
+
+    /// Sends a parcel whose payload leaves on its own: at once, or when it is pulled.
+    fn send_long(
+        &mut self,
+        op: OpId,
+        class: Class,
+        how: How,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<Post, LinkError> {
+        let mut sending = self.sending(op, class);
+        if how == How::Offer || len > EAGER_BYTES_MAX {
             let kind = if how == How::Offer { Kind::Offer } else { Kind::Bulk };
             let id = self.outgoing.next_id();
             // SAFETY: the driver keeps the payload until `Sink::done`; a short one is copied.
@@ -636,29 +671,32 @@ impl UcxLink {
             self.transmit(sending, 0)?;
             return Ok(Post::Pending);
         }
-        let packed = len <= PACKED_PAYLOAD_MAX;
-        sending.reports = !packed;
+        sending.reports = true;
         self.header(Kind::Eager, class, head).append_to(&mut sending.bytes);
         sending.bytes.extend_from_slice(head);
         let pieces = payload.iter().filter(|segment| segment.len > 0);
-        if packed {
-            sending.bytes.reserve(len);
-            for piece in pieces {
-                // SAFETY: the memory of a post is valid for reads while it is made.
-                unsafe { append(&mut sending.bytes, piece.ptr, piece.len) };
-            }
-        } else {
-            sending.iov.extend(pieces.map(|piece| ucp_dt_iov_t {
+        sending.iov.extend(
+            pieces.map(|piece| ucp_dt_iov_t {
                 buffer: piece.ptr.cast_mut().cast(),
                 length: piece.len,
-            }));
-        }
-        let header_len = if packed { 0 } else { sending.bytes.len() };
+            }),
+        );
+        let header_len = sending.bytes.len();
         let over = self.transmit(sending, header_len)?;
-        Ok(if over || packed { Post::Done } else { Post::Pending })
+        Ok(if over { Post::Done } else { Post::Pending })
+    }
+
+    /// A box for the next message.
+    #[inline]
+    fn sending(&mut self, op: OpId, class: Class) -> Box<SendOp> {
+        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
+        sending.op = op;
+        sending.class = class;
+        sending
     }
 
     /// Hands a message to UCX. `true`: it has left.
+    #[inline]
     fn transmit(&mut self, sending: Box<SendOp>, header_len: usize) -> Result<bool, LinkError> {
         let what = Transmitted { class: sending.class, reports: sending.reports, chunk_of: None };
         // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
@@ -666,6 +704,7 @@ impl UcxLink {
         self.transmitted(what, sent)
     }
 
+    #[inline]
     fn transmitted(&mut self, what: Transmitted, sent: Sent) -> Result<bool, LinkError> {
         let Transmitted { class, reports, chunk_of } = what;
         self.next_seq = self.next_seq.wrapping_add(1);
@@ -784,23 +823,40 @@ impl Polled<'_> {
     #[inline]
     pub fn hand_up(&mut self, bytes: &[u8], head_len: usize) {
         self.budget.parcels -= 1;
-        // What a panic leaves behind.
-        self.result = Err(internal("a parcel was not taken to its end"));
+        // So it stays after a panic.
+        self.torn = true;
         let (head, inline) = bytes.split_at(head_len);
         let (from, len) = (inline.as_ptr(), inline.len());
         // SAFETY: that is where they lie.
         self.result =
             unsafe { self.count.eager(head, Some(inline), from, len, self.budget, self.sink) };
+        self.torn = false;
+    }
+
+    /// Why it had to stop, if it had.
+    #[inline]
+    fn ended(self) -> Result<(), LinkError> {
+        match self.torn {
+            false => self.result,
+            true => Err(internal("a parcel was not taken to its end")),
+        }
     }
 }
 
-/// What a look at the worker has found.
+/// What a look at the worker came to.
 #[derive(Default)]
-struct News {
+struct Looked {
     /// Something was handed up already.
     handed_up: bool,
     /// There may be more.
     more: bool,
+    /// There is no news.
+    quiet: bool,
+}
+
+/// What a look at the worker has found beside what was handed up already.
+#[derive(Default)]
+struct News {
     /// Something has come that was not taken over yet.
     waits: bool,
     fault: Option<Fault>,

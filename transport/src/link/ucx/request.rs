@@ -14,8 +14,10 @@ use std::sync::atomic::Ordering;
 
 use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_status_t};
 
+use super::bulk::append;
 use super::inbox::{Dispatch, Mailbox};
-use crate::link::{Class, OpId};
+use super::wire::{Header, LONG_HEADER_BYTES};
+use crate::link::{Class, OpId, Segment};
 
 /// A message on its way out.
 pub(super) struct SendOp {
@@ -52,12 +54,39 @@ impl SendOp {
         })
     }
 
+    /// Puts a parcel together that leaves in one piece: header, head and `len` bytes of payload.
+    ///
+    /// # Safety
+    ///
+    /// The payload is valid for reads.
+    #[inline]
+    pub unsafe fn pack(
+        &mut self,
+        header: &Header,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) {
+        // At once: each further request costs more than the bytes.
+        self.bytes.reserve(LONG_HEADER_BYTES + head.len() + len);
+        header.append_to(&mut self.bytes);
+        // SAFETY: a slice is readable.
+        unsafe { append(&mut self.bytes, head.as_ptr(), head.len()) };
+        for piece in payload.iter().filter(|piece| piece.len > 0) {
+            // SAFETY: the caller's promise.
+            unsafe { append(&mut self.bytes, piece.ptr, piece.len) };
+        }
+    }
+
     /// Makes it ready for the next parcel.
+    #[inline]
     pub fn reset(&mut self) {
         self.bytes.clear();
-        self.bytes.shrink_to(Self::KEPT_BYTES);
         self.iov.clear();
-        self.iov.shrink_to(Self::KEPT_SEGMENTS);
+        if self.bytes.capacity() > Self::KEPT_BYTES || self.iov.capacity() > Self::KEPT_SEGMENTS {
+            self.bytes.shrink_to(Self::KEPT_BYTES);
+            self.iov.shrink_to(Self::KEPT_SEGMENTS);
+        }
         self.reports = false;
         self.chunk_of = None;
         self.op = OpId::NONE;
@@ -87,6 +116,7 @@ pub(super) enum Begun {
 }
 
 /// What the pointer says that such calls return.
+#[inline]
 pub(super) fn begun(pointer: *mut c_void) -> Begun {
     let value = pointer as usize;
     if value == 0 {
@@ -99,6 +129,7 @@ pub(super) fn begun(pointer: *mut c_void) -> Begun {
 }
 
 /// Parameters of a request with a callback and its box. Everything else is zero.
+#[inline]
 pub(super) fn params(user_data: *mut c_void) -> ucp_request_param_t {
     // SAFETY: zero is a valid value of every field; the mask says which are read.
     let mut params: ucp_request_param_t = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -108,12 +139,14 @@ pub(super) fn params(user_data: *mut c_void) -> ucp_request_param_t {
 }
 
 /// Says of which kind the memory of a request is: UCX's own detection is not relied upon.
+#[inline]
 pub(super) fn host_memory(params: &mut ucp_request_param_t) {
     params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
     params.memory_type = ffi::UCS_MEMORY_TYPE_HOST;
 }
 
 /// Sets buffer and count: one segment plainly, several as a list.
+#[inline]
 pub(super) fn segments(
     iov: &[ucp_dt_iov_t],
     params: &mut ucp_request_param_t,

@@ -10,6 +10,8 @@ use crate::link::{Class, HEAD_MAX};
 /// line of its queues in shared memory: bare messages of 28 B take 0.30 µs there, of 32 B 0.37, of
 /// 36 B 0.42.
 pub(super) const HEADER_BYTES: usize = 15;
+/// Where the last eight of them begin.
+pub(super) const LAST_WORD: usize = HEADER_BYTES - 8;
 /// The header of every other kind.
 pub(super) const LONG_HEADER_BYTES: usize = HEADER_BYTES + 12;
 /// Slots have three bytes in the header.
@@ -90,35 +92,33 @@ impl Header {
     }
 
     /// Writes it to the end of `bytes`.
-    #[inline]
+    #[inline(always)]
     pub fn append_to(&self, bytes: &mut Vec<u8>) {
         let kind = self.kind as u64 | (class_number(self.class) as u64) << 4;
         let first = kind | u64::from(self.head_len) << 8 | u64::from(self.seq) << 24;
         // What is left of the first word, and the second.
         let to = u128::from(self.slot) | u128::from(self.secret) << 24;
-        let fixed = (u128::from(first) | to << 56).to_le_bytes();
-        bytes.extend_from_slice(&fixed[..HEADER_BYTES]);
+        // Whole words, and one byte back: as bytes they would go through memory once more.
+        bytes.extend_from_slice(&(u128::from(first) | to << 56).to_le_bytes());
+        bytes.pop();
         if self.kind.is_long() {
             bytes.extend_from_slice(&self.id.to_le_bytes());
             bytes.extend_from_slice(&self.len.to_le_bytes());
         }
     }
 
-    /// The header without what only a long one has. `None`: not from this protocol.
+    /// The header without what only a long one has, of its first eight bytes and its last eight
+    /// (two words that overlap). `None`: not from this protocol.
     #[inline]
-    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
-        let mut fixed = [0; 16];
-        fixed[..HEADER_BYTES].copy_from_slice(bytes);
-        let fixed = u128::from_le_bytes(fixed);
-        let kind = *KINDS.get((fixed & 15) as usize)?;
-        let class = *CLASSES.get((fixed >> 4 & 15) as usize)?;
-        let head_len = (fixed >> 8) as u16;
+    pub fn decode(first: u64, last: u64) -> Option<Header> {
+        let kind = *KINDS.get((first & 15) as usize)?;
+        let class = *CLASSES.get((first >> 4 & 15) as usize)?;
+        let head_len = (first >> 8) as u16;
         if usize::from(head_len) > HEAD_MAX {
             return None;
         }
-        let to =
-            Address { slot: (fixed >> 56) as u32 & (SLOTS_MAX - 1), secret: (fixed >> 80) as u64 };
-        Some(Header::new(kind, class, head_len, (fixed >> 24) as u32, to))
+        let to = Address { slot: last as u32 & (SLOTS_MAX - 1), secret: last >> 24 };
+        Some(Header::new(kind, class, head_len, (first >> 24) as u32, to))
     }
 
     /// Adds what a long one has.
@@ -135,10 +135,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn decode(bytes: &[u8]) -> Option<Header> {
-        let (fixed, rest) = bytes.split_first_chunk().expect("a header");
-        let mut header = Header::decode(fixed)?;
+        let (fixed, rest) = bytes.split_at(HEADER_BYTES);
+        let word = |at: usize| u64::from_le_bytes(fixed[at..at + 8].try_into().expect("a word"));
+        let mut header = Header::decode(word(0), word(LAST_WORD))?;
         if header.kind.is_long() {
-            header.decode_rest(rest.try_into().expect("a long header"));
+            header.decode_rest(rest[..12].try_into().expect("a long header"));
         }
         Some(header)
     }
@@ -161,12 +162,8 @@ mod tests {
 
         #[test]
         fn any_bytes_are_decoded_without_harm(bytes: [u8; LONG_HEADER_BYTES]) {
-            let Some((fixed, rest)) = bytes.split_first_chunk() else { return Ok(()) };
-            if let Some(mut header) = Header::decode(fixed) {
+            if let Some(header) = decode(&bytes) {
                 let mut again = Vec::new();
-                if header.kind.is_long() {
-                    header.decode_rest(rest.try_into().expect("the rest"));
-                }
                 header.append_to(&mut again);
                 prop_assert_eq!(&bytes[..again.len()], &again);
             }

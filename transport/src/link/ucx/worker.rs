@@ -24,9 +24,10 @@ use super::lanes::{self, Lane, Resource};
 use super::request::{
     Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
 };
-use super::wire::{HEADER_BYTES, Header, Kind, LONG_HEADER_BYTES};
+use super::wire::{HEADER_BYTES, Header, Kind, LAST_WORD, LONG_HEADER_BYTES};
 use super::{Scope, Unavailable, describe, link_error};
 use crate::error::LinkError;
+use crate::link::few::copy_few;
 use crate::link::{Armed, HEAD_MAX, LinkKind, insist};
 use crate::runtime::{Attempt, Fd, ForkGuard, Interest, Reactor, Source};
 
@@ -242,10 +243,12 @@ impl Worker {
     }
 
     /// Takes the gate. Blocks for at most the turns of others.
+    #[inline]
     pub fn lock(&self) -> Locked<'_> {
         Locked { worker: self, key: self.dispatch.gate.lock() }
     }
 
+    #[inline]
     pub fn try_lock(&self) -> Option<Locked<'_>> {
         Some(Locked { worker: self, key: self.dispatch.gate.try_lock()? })
     }
@@ -585,6 +588,7 @@ impl Locked<'_> {
     /// # Safety
     ///
     /// What `op.iov` names is valid for reads until the send has ended.
+    #[inline]
     pub unsafe fn send(&mut self, ep: &Ep, mut op: Box<SendOp>, header_len: usize) -> Sent {
         if op.to.is_none() {
             op.to = Some(ep.mailbox.clone());
@@ -760,6 +764,7 @@ unsafe extern "C" fn arrived(
 ///
 /// `header` is valid for reads of its length, and so is `data` unless UCX says that it waits at
 /// its sender.
+#[inline]
 unsafe fn take(
     dispatch: &Dispatch,
     header: *const u8,
@@ -776,11 +781,11 @@ unsafe fn take(
         // Not from this protocol: UCX tells a sender that waits that it may go on.
         return false;
     }
-    let mut fixed = [0; HEADER_BYTES];
-    // A lane may have its memory shared with the peer: nothing is looked at before it is copied.
+    // A lane may have its memory shared with the peer: nothing is looked at before it is copied,
+    // here into two words.
     // SAFETY: `first_len` bytes are readable there.
-    unsafe { std::ptr::copy_nonoverlapping(first, fixed.as_mut_ptr(), HEADER_BYTES) };
-    let Some(mut header) = Header::decode(&fixed) else { return false };
+    let word = |at| unsafe { u64::from_le(first.add(at).cast::<u64>().read_unaligned()) };
+    let Some(mut header) = Header::decode(word(0), word(LAST_WORD)) else { return false };
     let mut header_len = HEADER_BYTES;
     if header.kind.is_long() {
         if first_len < LONG_HEADER_BYTES {
@@ -809,7 +814,7 @@ unsafe fn take(
         let mut bytes = [MaybeUninit::<u8>::uninit(); AT_ONCE_MAX];
         // SAFETY: `rest` bytes are readable there, and there is room for them.
         let bytes = unsafe {
-            std::ptr::copy_nonoverlapping(behind, bytes.as_mut_ptr().cast(), rest);
+            copy_few(behind, bytes.as_mut_ptr().cast(), rest);
             std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), rest)
         };
         polled.hand_up(bytes, head_len);
