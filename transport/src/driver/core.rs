@@ -1124,6 +1124,12 @@ impl Core {
         all
     }
 
+    /// Whether somebody is to be woken, or told of a message, when the lock is released.
+    #[inline]
+    pub fn owes_others(&self) -> bool {
+        !self.state.after.wakers.is_empty() || self.state.announce
+    }
+
     /// Whether a message is here.
     pub fn has_message(&self) -> bool {
         !self.state.inbox.is_empty()

@@ -75,8 +75,8 @@ impl CoreGuard<'_> {
 impl Drop for CoreGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        let Some(guard) = &self.guard else { return };
-        let state = &guard.state;
+        let Some(core) = &self.guard else { return };
+        let state = &core.state;
         if !state.after.is_empty() || state.announce || matches!(state.life, Life::Dead(_)) {
             self.let_go();
         }

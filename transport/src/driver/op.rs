@@ -22,8 +22,8 @@ use crate::runtime::Sleep;
 
 /// Looks at the lanes that a spinning operation takes between two looks at the clock.
 pub(super) const SPINS_PER_LOOK_AT_CLOCK: u32 = 16;
-/// How long an operation that is the only one in this process to spin does so before it lets other
-/// tasks run. To yield is not free: tokio asks the kernel for events each time, and after every 16
+/// How long an operation that is the only one in this process to spin goes on after its first looks,
+/// before it lets other tasks run. To yield is not free: tokio asks the kernel for events each time, and after every 16
 /// looks, about a microsecond, 0.26 to 0.44 such calls were made for each message of 8 B over shm
 /// (0.52 µs half a round trip, and 0.40 with 64 or 256 looks). Others that spin may wait for what
 /// comes on this very thread: where there are several, each yields after its 16 looks.
@@ -126,7 +126,8 @@ pub struct Op<'e, K: Kind> {
     finished: bool,
 }
 
-/// Counts those that spin in this process.
+/// Counts those that spin in this process. Too many of them, as in the child of a fork, or where one is
+/// kept and not polled, only make turns shorter.
 struct Spinner(());
 
 static SPINNERS: AtomicUsize = AtomicUsize::new(0);
@@ -292,10 +293,9 @@ impl<'e, K: Kind> Op<'e, K> {
                 if progress == Progress::Idle {
                     std::hint::spin_loop();
                 }
-                if core.is_wanted() {
-                    return self.yield_now(core, cx);
-                }
-                if rounds % SPINS_PER_LOOK_AT_CLOCK != 0 {
+                // Others wait for what this one has found, or for the lock.
+                let owing = core.owes_others() || core.is_wanted();
+                if !owing && rounds % SPINS_PER_LOOK_AT_CLOCK != 0 {
                     continue;
                 }
                 let now = Instant::now();
@@ -303,7 +303,7 @@ impl<'e, K: Kind> Op<'e, K> {
                 if now.duration_since(since) < endpoint.spin_limit() {
                     let alone = self.spinner.get_or_insert_with(Spinner::new).is_alone();
                     let turn_began = *turn_began.get_or_insert(now);
-                    if alone && now.duration_since(turn_began) < SPIN_TURN {
+                    if alone && !owing && now.duration_since(turn_began) < SPIN_TURN {
                         continue;
                     }
                     return self.yield_now(core, cx);

@@ -223,3 +223,25 @@ fn one_that_spins_gives_way_to_whoever_wants_the_lock() {
         assert!(least < SPINS_PER_LOOK_AT_CLOCK.into(), "it looked {least} times or more");
     });
 }
+
+/// Where no other test spins meanwhile, this one fails if it does not.
+#[test]
+fn one_that_spins_lets_those_run_whom_it_has_woken() {
+    over_links(|link| async move {
+        let pair = pair(link).await;
+        for _ in 0..100 {
+            let (task, any) = (Arc::<Count>::default(), pair.node_b.recv_any());
+            let mut any = Box::pin(any);
+            assert!(poll(&mut any, &task).is_pending());
+            let mut tag = pair.b.tag_recv(1, u64::MAX, vec![0u8; 8]);
+            pair.a.send(vec![2u8; 8]).await.expect("sending");
+            while task.0.load(Ordering::SeqCst) == 0 {
+                let looks = looks(&pair, &mut tag);
+                let has_woken = task.0.load(Ordering::SeqCst) > 0;
+                assert!(!has_woken || looks < SPINS_PER_LOOK_AT_CLOCK.into(), "{looks} looks");
+            }
+            let Poll::Ready(got) = poll(&mut any, &task) else { panic!("woken for nothing") };
+            assert_eq!(got.expect("receiving").1.len_bytes(), 8);
+        }
+    });
+}

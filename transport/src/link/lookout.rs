@@ -60,7 +60,7 @@ impl Lookout {
     pub fn polled(&mut self, progress: Progress) {
         self.work += match progress {
             Progress::Idle => 1,
-            Progress::Some => WORK_PER_LOOK / 32,
+            Progress::Some => WORK_PER_LOOK / 8,
             Progress::More => WORK_PER_LOOK,
         };
     }
