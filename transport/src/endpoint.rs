@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use crate::driver::core::Life;
 use crate::driver::endpoint::EndpointShared;
+use crate::driver::kinds::{Fence, Get, Put, Recv, Send, TagRecv, TagSend, own_views};
 use crate::driver::messages::Sent;
-use crate::driver::op::{self, Fence, Get, Op, Put, Recv, Send, TagRecv, TagSend};
+use crate::driver::op::{self, Op};
 use crate::driver::waiters::Place;
 use crate::error::{CloseReason, Error, ErrorKind, Phase, Result};
 use crate::memory::{Buffer, BufferMut};
@@ -114,7 +115,7 @@ impl Endpoint {
         if self.shared().forked() {
             return failed(&mut message, Some(op::forked()));
         }
-        if let Err(error) = op::own_views(&mut message, &self.shared().node) {
+        if let Err(error) = own_views(&mut message, &self.shared().node) {
             return failed(&mut message, Some(error));
         }
         let mut core = self.shared().core();

@@ -51,9 +51,8 @@ mod stats;
 
 pub use address::Address;
 pub use config::{Config, Wake};
-pub use driver::op::{
-    Cancel, Cancelling, Fence, Get, Kind, Op, Put, Recv, Send, TagRecv, TagSend, Tagged, Timed,
-};
+pub use driver::kinds::{Fence, Get, Put, Recv, Send, TagRecv, TagSend, Tagged};
+pub use driver::op::{Cancel, Cancelling, Kind, Op, Timed};
 pub use endpoint::{Closed, Endpoint, TrySendError};
 pub use error::{CloseReason, Error, ErrorKind, Failed, Phase, Result};
 pub use link::{LinkCounters, LinkKind};

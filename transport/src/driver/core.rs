@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 use super::direct::{Direct, Ward};
 use super::keys::{Keys, RegionUse};
 use super::messages::{Boxes, Tables};
+use super::spin::SpinTracker;
 use super::table::{Slot, Stage, Table, What};
 use super::tags::Stray;
 use super::view::Views;
@@ -1023,34 +1024,6 @@ fn add(a: LinkCounters, b: LinkCounters) -> LinkCounters {
         registrations_refused: a.registrations_refused + b.registrations_refused,
         wakes_sent: a.wakes_sent + b.wakes_sent,
         stalls: a.stalls + b.stalls,
-    }
-}
-
-/// Whether polling before sleeping has paid lately.
-#[derive(Default)]
-pub(crate) struct SpinTracker {
-    score: i8,
-    skipped: u8,
-}
-
-impl SpinTracker {
-    /// A poll found something before the limit.
-    pub fn paid(&mut self) {
-        self.score = (self.score + 2).min(8);
-    }
-
-    /// The limit passed in vain.
-    pub fn failed(&mut self) {
-        self.score = (self.score - 1).max(-4);
-    }
-
-    /// Whether to try. After a row of failures only every 16th time, to notice when it pays again.
-    pub fn worthwhile(&mut self) -> bool {
-        if self.score > -4 {
-            return true;
-        }
-        self.skipped = (self.skipped + 1) % 16;
-        self.skipped == 0
     }
 }
 

@@ -7,7 +7,8 @@
 //!   progress when nobody polls (`shard_model`, `board_model`: the first two under `loom`).
 //! - [`core`]: what the lock guards, with one file a family: [`messages`], [`tags`], [`onesided`],
 //!   and [`direct`] for what a link does of the last by itself.
-//! - [`table`]: operations in flight; [`op`]: the futures; [`keys`]: regions that peers may reach.
+//! - [`table`]: operations in flight; [`op`]: the futures, [`kinds`]: what each kind of them does,
+//!   `spin`: how long they poll; [`keys`]: regions that peers may reach.
 //! - [`bootstrap`]: from a TCP connection to an endpoint.
 
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub(crate) mod endpoint;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;
 pub(crate) mod keys;
+pub(crate) mod kinds;
 pub(crate) mod messages;
 pub(crate) mod node;
 mod onesided;
@@ -42,6 +44,7 @@ mod shard;
 mod shard_model;
 #[cfg(test)]
 mod shard_tests;
+mod spin;
 mod sync;
 #[cfg(test)]
 mod sync_model;

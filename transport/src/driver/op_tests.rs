@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::board::Pulse;
 use super::endpoint::EndpointShared;
-use super::op::SPINS_PER_LOOK_AT_CLOCK;
+use super::spin::SPINS_PER_LOOK_AT_CLOCK;
 use crate::config::Wake as Waiting;
 use crate::link::LinkKind;
 use crate::{Access, Config, Endpoint, Node, RemoteKey};
