@@ -5,7 +5,8 @@
 //! It must not know what a parcel means (messages, tags, credit are `proto`'s and `driver`'s
 //! business), who waits for it, nor which link was chosen and why.
 //!
-//! Adding a transport is one new module here and one line in [`engines`].
+//! Adding a transport is one new module here and a few lines where a node makes its engines
+//! (`driver::node`).
 
 mod arrivals;
 mod by_id;
