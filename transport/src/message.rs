@@ -25,8 +25,7 @@ pub struct Frame(Repr);
 struct InlineBytes([u8; INLINE_MAX]);
 
 impl InlineBytes {
-    /// Of at most [`INLINE_MAX`] bytes. Those of up to two words are copied as such, which is a
-    /// tenth of the instructions of a copy of any length.
+    /// Of at most [`INLINE_MAX`] bytes. One word to two are copied as such, without a call.
     #[inline]
     fn copied(bytes: &[u8]) -> Self {
         let mut data = InlineBytes([0; INLINE_MAX]);

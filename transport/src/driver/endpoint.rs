@@ -64,14 +64,6 @@ impl DerefMut for CoreGuard<'_> {
     }
 }
 
-impl CoreGuard<'_> {
-    /// Whether somebody waits for the lock.
-    #[inline]
-    pub fn is_wanted(&self) -> bool {
-        self.guard.as_ref().is_some_and(ShardGuard::is_wanted)
-    }
-}
-
 impl Drop for CoreGuard<'_> {
     #[inline]
     fn drop(&mut self) {
@@ -84,6 +76,12 @@ impl Drop for CoreGuard<'_> {
 }
 
 impl CoreGuard<'_> {
+    /// Whether somebody waits for the lock.
+    #[inline]
+    pub fn is_wanted(&self) -> bool {
+        self.guard.as_ref().is_some_and(ShardGuard::is_wanted)
+    }
+
     /// Lets go of the lock, and does what is to be done then.
     #[cold]
     fn let_go(&mut self) {

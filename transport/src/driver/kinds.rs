@@ -7,21 +7,8 @@ use super::onesided::OneSided;
 use super::op::{CoreRef, Kind, NodeRef, Started, Ticket};
 use super::table::{RawSegment, Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Failed, Phase, Result};
-use crate::link::OpId;
 use crate::memory::{Buffer, BufferMut};
 use crate::message::{Frame, Message};
-
-/// The result of a slot that is over, which is freed.
-fn take_result(core: &mut Core, id: OpId) -> Option<(Result<()>, Slot)> {
-    match core.state.ops.get(id) {
-        Some(Slot { stage: Stage::Done(_), .. }) => {}
-        _ => return None,
-    }
-    let mut slot = core.state.ops.remove(id)?;
-    let stage = std::mem::replace(&mut slot.stage, Stage::Queued);
-    let Stage::Done(result) = stage else { return None };
-    Some((result, slot))
-}
 
 /// See [`crate::Endpoint::send`].
 pub struct Send {
@@ -50,7 +37,7 @@ impl Kind for Send {
     }
 
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        let (result, mut slot) = take_result(core.0, ticket.0)?;
+        let (result, mut slot) = core.0.state.ops.take_result(ticket.0)?;
         if let What::Send { message, .. } = &mut slot.what {
             self.message = message.take().map(|boxed| core.0.state.boxes.unwrap(boxed));
         }
@@ -123,6 +110,7 @@ impl Recv {
     #[inline]
     fn take(&mut self, core: &mut Core) -> bool {
         let here = core.has_message();
+        // Asked first, so that it is moved here and nowhere else.
         if here {
             self.message = core.take_message();
         }
@@ -267,10 +255,6 @@ impl<B: Buffer> Kind for TagSend<B> {
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        take_result(core.0, ticket.0).map(|(result, _)| result)
-    }
-
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
         core.0.state.withdraw_tag_send(ticket.0)
     }
@@ -306,7 +290,7 @@ impl<B: BufferMut> Kind for TagRecv<B> {
     }
 
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        let (result, slot) = take_result(core.0, ticket.0)?;
+        let (result, slot) = core.0.state.ops.take_result(ticket.0)?;
         Some(match (result, slot.what) {
             (Ok(()), What::TagRecv { matched: Some(matched), .. }) => {
                 self.came = (matched.tag, matched.len);
@@ -357,10 +341,6 @@ impl<B: Buffer> Kind for Put<B> {
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        take_result(core.0, ticket.0).map(|(result, _)| result)
-    }
-
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
         core.0.state.withdraw_one_sided(ticket.0)
     }
@@ -398,10 +378,6 @@ impl<B: BufferMut> Kind for Get<B> {
         }
     }
 
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        take_result(core.0, ticket.0).map(|(result, _)| result)
-    }
-
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {
         core.0.state.withdraw_one_sided(ticket.0)
     }
@@ -433,10 +409,6 @@ impl Kind for Fence {
             Ok(id) => Started::Waits(Ticket(id)),
             Err(error) => Started::Over(Err(error)),
         }
-    }
-
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
-        take_result(core.0, ticket.0).map(|(result, _)| result)
     }
 
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool {

@@ -66,7 +66,9 @@ pub trait Kind: Unpin {
     fn start(&mut self, core: &mut CoreRef<'_>) -> Started;
     /// `Some`: it is over, and out of the table. What it owns or has received is in `self`.
     #[doc(hidden)]
-    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>>;
+    fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
+        core.0.state.ops.take_result(ticket.0).map(|(result, _)| result)
+    }
     /// `true`: the operation is out of the table and what it owned is in `self` again.
     #[doc(hidden)]
     fn withdraw(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> bool;

@@ -191,6 +191,18 @@ impl Table {
         Some(self.slots.remove(id.index as usize).1)
     }
 
+    /// The result of an operation that is over, and its slot, which is free then.
+    pub fn take_result(&mut self, id: OpId) -> Option<(Result<(), Error>, Slot)> {
+        match self.get(id) {
+            Some(Slot { stage: Stage::Done(_), .. }) => {}
+            _ => return None,
+        }
+        let mut slot = self.remove(id)?;
+        let stage = std::mem::replace(&mut slot.stage, Stage::Queued);
+        let Stage::Done(result) = stage else { return None };
+        Some((result, slot))
+    }
+
     pub fn ids(&self) -> Vec<OpId> {
         self.slots
             .iter()

@@ -243,7 +243,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
     }
 
     /// As [`Ring::push`], for a record of one slot: `first`, and up to [`SHORT_MAX`] bytes. Most of
-    /// small traffic, in 50 instructions instead of 340.
+    /// small traffic: a link's `post` of 8 B takes 150 instructions with it, and took 480.
     #[inline]
     pub fn push_short(
         &mut self,
@@ -259,8 +259,7 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         let slot = self.own_slot(self.tail);
         let (whole, last) = rest.as_chunks::<8>();
         slot.data[0].store(first, Ordering::Relaxed);
-        let mut places = slot.data[1..].iter();
-        for (place, bytes) in places.by_ref().zip(whole) {
+        for (place, bytes) in slot.data[1..].iter().zip(whole) {
             place.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
         }
         if !last.is_empty() {

@@ -101,7 +101,8 @@ pub(crate) struct UcxLink {
     messages_sent: u64,
     /// Handed up, and still counted as held by the inbox.
     freed_bytes: usize,
-    /// Of the last look, until something follows of it.
+    /// Of the last look, until something follows of it. Not part of what the look returns, which is
+    /// small so: most looks have no news.
     news: News,
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
@@ -244,8 +245,9 @@ impl UcxLink {
         polled.ended()?;
         let handed_up = self.count.next_payload != before;
         let more = moved && !spinning;
-        let quiet = mailbox.inbox(&mut worker.key).is_quiet() && !worker.has_wakes();
-        let quiet = quiet && self.freed_bytes == 0;
+        let quiet = self.freed_bytes == 0
+            && mailbox.inbox(&mut worker.key).is_quiet()
+            && !worker.has_wakes();
         if quiet {
             return Ok(Looked { handed_up, more, quiet });
         }
