@@ -17,7 +17,7 @@ use super::inbox::{Fault, Mailbox};
 use super::lanes::{self, Lane};
 use super::link::UcxLink;
 use super::probe::Probe;
-use super::request::SendOp;
+use super::request::{Packed, SendOp};
 use super::wire::{Address, Header, Kind, SECRET_BITS, SLOTS_MAX};
 use super::worker::{Ep, Worker, lock};
 use super::{HELD_UP, Scope, UcxOptions, Unavailable, describe};
@@ -357,11 +357,14 @@ pub(super) fn ping(
     ep: &Ep,
     to: Address,
 ) -> Result<(), thalweg_ffi::ucx::ucs_status_t> {
-    let mut op = SendOp::new();
     let header = Header::new(Kind::Ping, Class::Control, 0, 0, to);
-    header.append_to(&mut op.bytes);
-    // SAFETY: all of it lies in the box.
-    unsafe { worker.send(ep, op, 0) }.map(drop).map_err(|(_, status)| status)
+    let mut packed = Packed::new(SendOp::new(), ep.mailbox());
+    // SAFETY: it has no payload.
+    unsafe { packed.pack(&header, &[], &[], 0) };
+    if worker.send_packed(ep, &packed)? {
+        packed.gone();
+    }
+    Ok(())
 }
 
 /// One turn of a worker, which is armed then. `true`: there is more to do.

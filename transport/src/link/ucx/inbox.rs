@@ -417,10 +417,21 @@ pub(super) struct Polled<'a> {
     pub budget: &'a mut Budget,
     pub sink: &'a mut dyn Sink,
     pub count: &'a mut Count,
+    pub takes: Takes,
     /// Why that had to stop.
     pub result: Result<(), LinkError>,
-    /// One is being handed up.
-    pub torn: bool,
+}
+
+/// Whether a link that is being polled takes what comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takes {
+    Yes,
+    /// Something that came before is still to be handed up.
+    NotYet,
+    /// A parcel is being handed up. So it stays after a panic.
+    Torn,
+    /// One could not be handed up.
+    Failed,
 }
 
 /// What a callback does with a message.
@@ -469,7 +480,7 @@ impl Delivery<'_> {
         }
         self.polled
             .as_deref_mut()
-            .filter(|polled| polled.result.is_ok() && !polled.torn && polled.budget.parcels > 0)
+            .filter(|polled| polled.takes == Takes::Yes && polled.budget.parcels > 0)
     }
 
     /// The message was taken at once.

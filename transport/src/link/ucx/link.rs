@@ -11,8 +11,8 @@ use thalweg_ffi::ucx::{self as ffi, ucp_dt_iov_t, ucs_status_t};
 
 use super::bulk::{Incoming, Outgoing, Outgoings, is_bulk};
 use super::engine::{Opened, Slot};
-use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox, Polled};
-use super::request::{Begun, SendOp};
+use super::inbox::{Body, Entry, Fault, INLINE_MAX, Inbox, Polled, Takes};
+use super::request::{Begun, Packed, SendOp};
 use super::wire::{Address, Header, Kind, LONG_HEADER_BYTES};
 use super::worker::{Ep, Locked, Sent, Worker};
 use super::{HELD_UP, UcxOptions, lanes, link_error};
@@ -107,6 +107,7 @@ pub(crate) struct UcxLink {
     in_flight: [usize; Class::COUNT],
     /// Those among them whose memory is not the link's own.
     reporting: usize,
+    packed: Packed,
     #[allow(clippy::vec_box, reason = "UCX is told their addresses, which must not change")]
     spare: Vec<Box<SendOp>>,
     dead: Option<LinkError>,
@@ -127,6 +128,7 @@ impl UcxLink {
         let lanes = lanes::in_words(&lanes);
         let UcxOptions { eager_max, max_payload, .. } = options;
         UcxLink {
+            packed: Packed::new(SendOp::new(), ep.mailbox()),
             worker: slot.worker.clone(),
             ep,
             slot,
@@ -220,28 +222,23 @@ impl UcxLink {
         let last = self.hung_up.is_some() || mailbox.inbox(&mut worker.key).fault.is_some();
         let spinning = spinning && !last;
         let before = self.count.next_payload;
+        let takes = if self.arrived.is_empty() { Takes::Yes } else { Takes::NotYet };
         let (count, result) = (&mut self.count, Ok(()));
-        let mut polled = Polled { budget, sink: &mut *sink, count, result, torn: false };
-        let progress = |worker: &mut Locked<'_>| match spinning {
-            // Looks follow each other closely until something is to be done.
-            true => {
-                let mut moved = false;
-                for _ in 0..LOOKS {
-                    moved |= worker.progress();
-                    if moved && !mailbox.inbox(&mut worker.key).only_lands() {
-                        break;
-                    }
-                }
-                moved
+        let mut polled = Polled { budget, sink: &mut *sink, count, takes, result };
+        let moved = mailbox.while_polled(&mut worker, &mut polled, |worker| {
+            if !spinning {
+                return worker.progress_all(if last { LAST_STEPS } else { STEPS });
             }
-            false => worker.progress_all(if last { LAST_STEPS } else { STEPS }),
-        };
-        let in_order = self.arrived.is_empty() && mailbox.inbox(&mut worker.key).queue.is_empty();
-        let moved = if in_order {
-            mailbox.while_polled(&mut worker, &mut polled, progress)
-        } else {
-            progress(&mut worker)
-        };
+            // Looks follow each other closely until something is to be done.
+            let mut moved = false;
+            for _ in 0..LOOKS {
+                moved |= worker.progress();
+                if moved && !mailbox.inbox(&mut worker.key).only_lands() {
+                    break;
+                }
+            }
+            moved
+        });
         polled.ended()?;
         let handed_up = self.count.next_payload != before;
         let more = moved && !spinning;
@@ -535,10 +532,9 @@ impl UcxLink {
     /// Says something about a payload of the peer's.
     fn answer(&mut self, kind: Kind, id: u32, len: u64) -> Result<(), LinkError> {
         self.room(Class::Control)?;
-        let mut sending = self.sending(OpId::NONE, Class::Control);
         let header = Header { id, len, ..self.header(kind, Class::Control, &[]) };
-        header.append_to(&mut sending.bytes);
-        self.transmit(sending, 0).map(drop)
+        // SAFETY: it has no payload.
+        unsafe { self.transmit_packed(&header, &[], &[], 0) }
     }
 
     /// Sends what was pulled, as far as UCX takes it. `Some`: something was sent, and whether the
@@ -636,10 +632,8 @@ impl UcxLink {
         self.count.counters.inline_bytes_sent += len as u64;
         if len <= PACKED_PAYLOAD_MAX && (how == How::Eager || len == 0) {
             let header = self.header(Kind::Eager, class, head);
-            let mut sending = self.sending(op, class);
             // SAFETY: the memory of a post is valid for reads while it is made.
-            unsafe { sending.pack(&header, head, payload, len) };
-            self.transmit(sending, 0)?;
+            unsafe { self.transmit_packed(&header, head, payload, len) }?;
             return Ok(Post::Done);
         }
         self.send_long(op, class, how, head, payload, len)
@@ -655,7 +649,6 @@ impl UcxLink {
         payload: &[Segment<'_>],
         len: usize,
     ) -> Result<Post, LinkError> {
-        let mut sending = self.sending(op, class);
         if how == How::Offer || len > EAGER_BYTES_MAX {
             let kind = if how == How::Offer { Kind::Offer } else { Kind::Bulk };
             let id = self.outgoing.next_id();
@@ -663,12 +656,14 @@ impl UcxLink {
             let outgoing =
                 unsafe { Outgoing::new(op, class, how == How::Offer, payload, len, COPIED_MAX) };
             let header = Header { id, len: len as u64, ..self.header(kind, class, head) };
-            header.append_to(&mut sending.bytes);
-            sending.bytes.extend_from_slice(head);
             self.outgoing.insert(outgoing);
-            self.transmit(sending, 0)?;
+            // SAFETY: it has no payload; that follows when it is pulled.
+            unsafe { self.transmit_packed(&header, head, &[], 0) }?;
             return Ok(Post::Pending);
         }
+        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
+        sending.op = op;
+        sending.class = class;
         sending.reports = true;
         self.header(Kind::Eager, class, head).append_to(&mut sending.bytes);
         sending.bytes.extend_from_slice(head);
@@ -680,26 +675,48 @@ impl UcxLink {
             }),
         );
         let header_len = sending.bytes.len();
-        let over = self.transmit(sending, header_len)?;
+        let what = Transmitted { class, reports: true, chunk_of: None };
+        // SAFETY: the driver keeps payloads until `Sink::done`; the rest lies in the box.
+        let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
+        let over = self.transmitted(what, sent)?;
         Ok(if over { Post::Done } else { Post::Pending })
     }
 
-    /// A box for the next message.
-    #[inline]
-    fn sending(&mut self, op: OpId, class: Class) -> Box<SendOp> {
-        let mut sending = self.spare.pop().unwrap_or_else(SendOp::new);
-        sending.op = op;
-        sending.class = class;
-        sending
+    /// Hands UCX a parcel that leaves in one piece, with `len` bytes of payload.
+    ///
+    /// # Safety
+    ///
+    /// The payload is valid for reads, and as long as that.
+    #[inline(always)]
+    unsafe fn transmit_packed(
+        &mut self,
+        header: &Header,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) -> Result<(), LinkError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.packed.pack(header, head, payload, len) };
+        let sent = self.worker.lock().send_packed(&self.ep, &self.packed);
+        self.next_seq = self.next_seq.wrapping_add(1);
+        self.messages_sent += 1;
+        match sent {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                self.in_flight[header.class as usize] += 1;
+                self.renew_packed();
+                Ok(())
+            }
+            Err(status) => Err(self.status_error("sending", status)),
+        }
     }
 
-    /// Hands a message to UCX. `true`: it has left.
-    #[inline]
-    fn transmit(&mut self, sending: Box<SendOp>, header_len: usize) -> Result<bool, LinkError> {
-        let what = Transmitted { class: sending.class, reports: sending.reports, chunk_of: None };
-        // SAFETY: the driver keeps payloads until `Sink::done`; what is copied lies in the box.
-        let sent = unsafe { self.worker.lock().send(&self.ep, sending, header_len) };
-        self.transmitted(what, sent)
+    /// UCX keeps the box.
+    #[inline(never)]
+    fn renew_packed(&mut self) {
+        let next = self.spare.pop().unwrap_or_else(SendOp::new);
+        let next = Packed::new(next, self.ep.mailbox());
+        std::mem::replace(&mut self.packed, next).gone();
     }
 
     #[inline]
@@ -818,25 +835,31 @@ impl Count {
 
 impl Polled<'_> {
     /// Hands up a parcel whose head, and payload behind it, are in private memory.
-    #[inline]
+    #[inline(always)]
     pub fn hand_up(&mut self, bytes: &[u8], head_len: usize) {
         self.budget.parcels -= 1;
-        // So it stays after a panic.
-        self.torn = true;
+        self.takes = Takes::Torn;
         let (head, inline) = bytes.split_at(head_len);
         let (from, len) = (inline.as_ptr(), inline.len());
         // SAFETY: that is where they lie.
-        self.result =
+        let taken =
             unsafe { self.count.eager(head, Some(inline), from, len, self.budget, self.sink) };
-        self.torn = false;
+        match taken {
+            Ok(()) => self.takes = Takes::Yes,
+            Err(error) => {
+                self.takes = Takes::Failed;
+                self.result = Err(error);
+            }
+        }
     }
 
     /// Why it had to stop, if it had.
     #[inline]
     fn ended(self) -> Result<(), LinkError> {
-        match self.torn {
-            false => self.result,
-            true => Err(internal("a parcel was not taken to its end")),
+        match self.takes {
+            Takes::Yes | Takes::NotYet => Ok(()),
+            Takes::Torn => Err(internal("a parcel was not taken to its end")),
+            Takes::Failed => self.result,
         }
     }
 }

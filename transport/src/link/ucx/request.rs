@@ -14,9 +14,9 @@ use std::sync::atomic::Ordering;
 
 use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_status_t};
 
-use super::bulk::append;
 use super::inbox::{Dispatch, Mailbox};
 use super::wire::{Header, LONG_HEADER_BYTES};
+use crate::link::few::copy_few;
 use crate::link::{Class, OpId, Segment};
 
 /// A message on its way out.
@@ -27,7 +27,7 @@ pub(super) struct SendOp {
     pub reports: bool,
     /// The payload that it is a chunk of.
     pub chunk_of: Option<u32>,
-    /// Header, head and, if they are short, payload.
+    /// Header and head; of a parcel that leaves in one piece the payload, too.
     pub bytes: Vec<u8>,
     pub iov: Vec<ucp_dt_iov_t>,
     pub to: Option<Arc<Mailbox>>,
@@ -54,30 +54,6 @@ impl SendOp {
         })
     }
 
-    /// Puts a parcel together that leaves in one piece: header, head and `len` bytes of payload.
-    ///
-    /// # Safety
-    ///
-    /// The payload is valid for reads.
-    #[inline]
-    pub unsafe fn pack(
-        &mut self,
-        header: &Header,
-        head: &[u8],
-        payload: &[Segment<'_>],
-        len: usize,
-    ) {
-        // At once: each further request costs more than the bytes.
-        self.bytes.reserve(LONG_HEADER_BYTES + head.len() + len);
-        header.append_to(&mut self.bytes);
-        // SAFETY: a slice is readable.
-        unsafe { append(&mut self.bytes, head.as_ptr(), head.len()) };
-        for piece in payload.iter().filter(|piece| piece.len > 0) {
-            // SAFETY: the caller's promise.
-            unsafe { append(&mut self.bytes, piece.ptr, piece.len) };
-        }
-    }
-
     /// Makes it ready for the next parcel.
     #[inline]
     pub fn reset(&mut self) {
@@ -90,6 +66,80 @@ impl SendOp {
         self.reports = false;
         self.chunk_of = None;
         self.op = OpId::NONE;
+    }
+}
+
+/// A box for the next parcel that leaves in one piece, and what UCX is told with it. Most of these are
+/// over at once: then it stays where it is and as it is.
+pub(super) struct Packed {
+    /// Made by `Box::into_raw`, and ours. A pointer, because UCX is told of it while it is used here.
+    op: NonNull<SendOp>,
+    params: ucp_request_param_t,
+}
+
+// SAFETY: as of the box.
+unsafe impl Send for Packed {}
+
+impl Packed {
+    /// In this box; what fails later is told to `to`.
+    pub fn new(mut op: Box<SendOp>, to: &Arc<Mailbox>) -> Packed {
+        op.to.get_or_insert_with(|| to.clone());
+        let raw = Box::into_raw(op);
+        // SAFETY: boxes are nowhere near zero.
+        Packed { params: send_params(raw), op: unsafe { NonNull::new_unchecked(raw) } }
+    }
+
+    /// Puts the parcel together: header, head and payload, which is `len` bytes in all its pieces.
+    ///
+    /// # Safety
+    ///
+    /// The payload is valid for reads, and as long as that.
+    #[inline(always)]
+    pub unsafe fn pack(
+        &mut self,
+        header: &Header,
+        head: &[u8],
+        payload: &[Segment<'_>],
+        len: usize,
+    ) {
+        // SAFETY: the box is ours.
+        let op = unsafe { self.op.as_mut() };
+        op.class = header.class;
+        let bytes = &mut op.bytes;
+        bytes.clear();
+        bytes.reserve(LONG_HEADER_BYTES + head.len() + len);
+        header.append_to(bytes);
+        // SAFETY: room was made for all of it; a slice is readable, and so is the payload.
+        unsafe {
+            let mut to = bytes.as_mut_ptr().add(bytes.len());
+            copy_few(head.as_ptr(), to, head.len());
+            to = to.add(head.len());
+            for piece in payload {
+                copy_few(piece.ptr, to, piece.len);
+                to = to.add(piece.len);
+            }
+            bytes.set_len(bytes.len() + head.len() + len);
+        }
+    }
+
+    /// What UCX is given: the parcel, and how to send it.
+    #[inline(always)]
+    pub fn parts(&self) -> (*mut c_void, usize, &ucp_request_param_t) {
+        // SAFETY: the box is ours.
+        let bytes = unsafe { &self.op.as_ref().bytes };
+        (bytes.as_ptr().cast_mut().cast(), bytes.len(), &self.params)
+    }
+
+    /// UCX has the box now: the callback will free it.
+    pub fn gone(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        // SAFETY: made by `Box::into_raw`, and ours.
+        drop(unsafe { Box::from_raw(self.op.as_ptr()) });
     }
 }
 
@@ -140,9 +190,22 @@ pub(super) fn params(user_data: *mut c_void) -> ucp_request_param_t {
 
 /// Says of which kind the memory of a request is: UCX's own detection is not relied upon.
 #[inline]
-pub(super) fn host_memory(params: &mut ucp_request_param_t) {
+fn host_memory(params: &mut ucp_request_param_t) {
     params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
     params.memory_type = ffi::UCS_MEMORY_TYPE_HOST;
+}
+
+/// Parameters of a message in this box.
+#[inline]
+pub(super) fn send_params(op: *mut SendOp) -> ucp_request_param_t {
+    let mut params = params(op.cast());
+    params.cb.send = Some(sent);
+    host_memory(&mut params);
+    // A receive that UCX fetches from a peer is not ended by force when that peer dies (1.13); so
+    // nothing is left to be fetched by it.
+    params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
+    params.flags = ffi::UCP_AM_SEND_FLAG_EAGER;
+    params
 }
 
 /// Sets buffer and count: one segment plainly, several as a list.
@@ -174,11 +237,7 @@ fn shielded(body: impl FnOnce()) {
 /// # Safety
 ///
 /// For UCX to call, with a [`SendOp`] in flight as `user_data`.
-pub(super) unsafe extern "C" fn sent(
-    request: *mut c_void,
-    status: ucs_status_t,
-    user_data: *mut c_void,
-) {
+unsafe extern "C" fn sent(request: *mut c_void, status: ucs_status_t, user_data: *mut c_void) {
     shielded(|| {
         // SAFETY: made by `Box::into_raw` when the request began; this is its one end.
         let op = unsafe { Box::from_raw(user_data.cast::<SendOp>()) };

@@ -22,7 +22,7 @@ use super::gate::Key;
 use super::inbox::{AT_ONCE_MAX, Body, Desc, Dispatch, Entry, Fault, INLINE_MAX, Mailbox};
 use super::lanes::{self, Lane, Resource};
 use super::request::{
-    Begun, CloseOp, FlushOp, SendOp, begun, closed, flushed, host_memory, params, segments, sent,
+    Begun, CloseOp, FlushOp, Packed, SendOp, begun, closed, flushed, params, segments, send_params,
 };
 use super::wire::{HEADER_BYTES, Header, Kind, LAST_WORD, LONG_HEADER_BYTES};
 use super::{Scope, Unavailable, describe, link_error};
@@ -582,31 +582,42 @@ impl Locked<'_> {
         }
     }
 
-    /// Sends a parcel: packed, all of it lies in `op.bytes`; otherwise these are header and head,
-    /// and `op.iov` names the payload. Gives the box back unless the callback will.
+    /// Sends a parcel that leaves in one piece. `false`: it has left; `true`: UCX keeps the box until
+    /// the callback, and `packed` is gone.
+    #[inline(always)]
+    pub fn send_packed(&mut self, ep: &Ep, packed: &Packed) -> Result<bool, ucs_status_t> {
+        let (bytes, len, params) = packed.parts();
+        // SAFETY: the endpoint is live and its worker locked; the parcel lies in the box, which lives
+        // until the callback if there is one.
+        let pointer = unsafe {
+            let send = self.worker.ucx.functions.ucp_am_send_nbx;
+            send(ep.raw, AM_ID, std::ptr::null(), 0, bytes, len, params)
+        };
+        match begun(pointer) {
+            Begun::Done => Ok(false),
+            Begun::Pending => {
+                self.begins(ep);
+                Ok(true)
+            }
+            Begun::Failed(status) => Err(status),
+        }
+    }
+
+    /// Sends a parcel whose payload `op.iov` names; header and head are in `op.bytes`. Gives the box
+    /// back unless the callback will.
     ///
     /// # Safety
     ///
     /// What `op.iov` names is valid for reads until the send has ended.
     #[inline]
     pub unsafe fn send(&mut self, ep: &Ep, mut op: Box<SendOp>, header_len: usize) -> Sent {
-        if op.to.is_none() {
-            op.to = Some(ep.mailbox.clone());
-        }
+        op.to.get_or_insert_with(|| ep.mailbox.clone());
         let raw = Box::into_raw(op);
-        let mut params = params(raw.cast());
-        params.cb.send = Some(sent);
-        host_memory(&mut params);
-        // A receive that UCX fetches from a peer is not ended by force when that peer dies (1.13);
-        // so nothing is left to be fetched by it.
-        params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
-        params.flags = ffi::UCP_AM_SEND_FLAG_EAGER;
+        let mut params = send_params(raw);
         // SAFETY: nobody else has the box until the callback, which runs with the gate held.
         let op = unsafe { &*raw };
-        let (header, (buffer, count)) = match header_len {
-            0 => (std::ptr::null(), (op.bytes.as_ptr().cast_mut().cast(), op.bytes.len())),
-            _ => (op.bytes.as_ptr().cast(), segments(&op.iov, &mut params)),
-        };
+        let header = op.bytes.as_ptr().cast();
+        let (buffer, count) = segments(&op.iov, &mut params);
         // SAFETY: the endpoint is live and its worker locked; header, list and short payloads lie
         // in the box until the callback; for the rest answers the caller.
         let pointer = unsafe {
@@ -719,6 +730,11 @@ unsafe impl Send for Ep {}
 impl Ep {
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    /// What is told of what fails later.
+    pub fn mailbox(&self) -> &Arc<Mailbox> {
+        &self.mailbox
     }
 }
 
