@@ -97,6 +97,16 @@ impl Frame {
     pub fn len(&self) -> usize {
         match &self.0 {
             Repr::Inline { len, .. } => usize::from(*len),
+            _ => self.len_outside(),
+        }
+    }
+
+    /// The same, of bytes that lie elsewhere. Not in line, as with the other questions that each short
+    /// message is asked: of all cases the first is the one that counts.
+    #[inline(never)]
+    fn len_outside(&self) -> usize {
+        match &self.0 {
+            Repr::Inline { len, .. } => usize::from(*len),
             Repr::Heap(bytes) => bytes.len(),
             Repr::Pool(bytes) => bytes.len(),
             Repr::Bytes(bytes) => bytes.len(),
@@ -282,6 +292,19 @@ impl Frame {
     #[inline]
     pub(crate) fn segment(&self) -> Segment<'_> {
         match &self.0 {
+            Repr::Inline { len, data } => Segment {
+                ptr: data.0.as_ptr(),
+                len: usize::from(*len),
+                kind: MemoryKind::Host,
+                shared: None,
+            },
+            _ => self.segment_outside(),
+        }
+    }
+
+    #[inline(never)]
+    fn segment_outside(&self) -> Segment<'_> {
+        match &self.0 {
             Repr::Block(block) => Segment {
                 ptr: block.as_slice().as_ptr(),
                 len: block.len(),
@@ -441,7 +464,19 @@ impl Message {
     /// The sum of the frames' lengths, in bytes.
     #[inline]
     pub fn len_bytes(&self) -> usize {
-        self.frames.iter().map(Frame::len).sum()
+        match self.frames() {
+            [one] => one.len(),
+            all => all.iter().map(Frame::len).sum(),
+        }
+    }
+
+    /// Whether some of it lies in a peer's memory.
+    #[inline]
+    pub(crate) fn has_views(&self) -> bool {
+        match self.frames() {
+            [one] => one.is_view(),
+            all => all.iter().any(Frame::is_view),
+        }
     }
 
     /// All bytes, one frame after the other, in fresh memory.

@@ -453,7 +453,8 @@ impl Future for RecvAny<'_> {
         }
         while let Some(endpoint) = shared.next_announced(&mut this.place, cx.waker()) {
             let mut core = endpoint.core();
-            let message = core.take_message();
+            let mut message = None;
+            core.take_message(&mut message);
             core.announce_again();
             endpoint.pulse.watch();
             drop(core);

@@ -896,7 +896,7 @@ impl Core {
     }
 
     #[cold]
-    fn report_consumed(&mut self) {
+    pub(super) fn report_consumed(&mut self) {
         let state = &mut self.state;
         let messages = state.message_charge.take_due(state.message_starved);
         let tags = state.tag_charge.take_due(state.tag_starved);

@@ -590,7 +590,9 @@ impl Session {
     }
 
     fn take_message(&mut self) {
-        let Some(message) = self.core.take_message() else { return };
+        let mut message = None;
+        self.core.take_message(&mut message);
+        let Some(message) = message else { return };
         let sent = self.sent.get(&self.received).expect("a message that nobody sent");
         let len = message.len_bytes();
         // A view ends with its endpoint, which this one never had.

@@ -1,6 +1,6 @@
 //! The kinds of operations: how each starts, goes on, is withdrawn and ends.
 
-use super::core::{Core, allocate_frame};
+use super::core::allocate_frame;
 use super::messages::Sent;
 use super::node::NodeShared;
 use super::onesided::OneSided;
@@ -8,7 +8,7 @@ use super::op::{CoreRef, Kind, NodeRef, Started, Ticket};
 use super::table::{RawSegment, Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Failed, Phase, Result};
 use crate::memory::{Buffer, BufferMut};
-use crate::message::{Frame, Message};
+use crate::message::Message;
 
 /// See [`crate::Endpoint::send`].
 pub struct Send {
@@ -92,7 +92,7 @@ impl Send {
 #[inline]
 pub(crate) fn own_views(message: &mut Option<Message>, node: &NodeShared) -> Result<()> {
     match message {
-        Some(message) if message.frames().iter().any(Frame::is_view) => {
+        Some(message) if message.has_views() => {
             message.own_views(|len| allocate_frame(&*node.allocator, len))
         }
         _ => Ok(()),
@@ -103,19 +103,6 @@ pub(crate) fn own_views(message: &mut Option<Message>, node: &NodeShared) -> Res
 #[derive(Default)]
 pub struct Recv {
     message: Option<Message>,
-}
-
-impl Recv {
-    /// Takes the next message, if it is here.
-    #[inline]
-    fn take(&mut self, core: &mut Core) -> bool {
-        let here = core.has_message();
-        // Asked first, so that it is moved here and nowhere else.
-        if here {
-            self.message = core.take_message();
-        }
-        here
-    }
 }
 
 impl Kind for Recv {
@@ -130,7 +117,7 @@ impl Kind for Recv {
         if core.state.has_receivers() {
             return None;
         }
-        if self.take(core) {
+        if core.take_message(&mut self.message) {
             return Some(Started::Over(Ok(())));
         }
         core.state.refusal().map(|error| Started::Over(Err(error)))
@@ -145,7 +132,7 @@ impl Kind for Recv {
 
     fn resume(&mut self, core: &mut CoreRef<'_>, ticket: Ticket) -> Option<Result<()>> {
         let core = &mut *core.0;
-        if core.state.is_first_receiver(ticket.0) && self.take(core) {
+        if core.state.is_first_receiver(ticket.0) && core.take_message(&mut self.message) {
             core.state.leave_line(ticket.0);
             return Some(Ok(()));
         }

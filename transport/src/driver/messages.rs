@@ -306,15 +306,18 @@ impl Core {
         }
     }
 
-    /// The next message, if it is here.
+    /// Moves the next message into `to`, which is empty, if it is here. (Moved once only, to where it
+    /// stays: it is as long as two cache lines.)
     #[inline]
-    pub fn take_message(&mut self) -> Option<Message> {
-        let message = self.state.inbox.front()?;
-        let cost = message_cost(message.len_bytes() as u64, message.frame_count() as u32);
-        self.state.message_charge.consume(cost);
-        self.grant_credit();
-        // Moved once only, to where it stays: it is as long as two cache lines.
-        self.state.inbox.pop_front()
+    pub fn take_message(&mut self, to: &mut Option<Message>) -> bool {
+        let State { inbox, message_charge, message_starved, .. } = &mut self.state;
+        let Some(next) = inbox.front() else { return false };
+        message_charge.consume(message_cost(next.len_bytes() as u64, next.frame_count() as u32));
+        to.get_or_insert_with(|| inbox.pop_front().unwrap_or_default());
+        if message_charge.is_due(*message_starved) {
+            self.report_consumed();
+        }
+        true
     }
 }
 

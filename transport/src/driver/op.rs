@@ -345,6 +345,13 @@ impl<'e, K: Kind> Op<'e, K> {
         withdrawn
     }
 
+    #[cold]
+    fn dropped_early(&mut self) {
+        if !self.endpoint.forked() {
+            self.abandon();
+        }
+    }
+
     fn abandon(&mut self) {
         if let Some(id) = self.ticket {
             let mut core = self.endpoint.core();
@@ -379,9 +386,10 @@ impl<K: Kind> Future for Op<'_, K> {
 impl<K: Kind> Unpin for Op<'_, K> {}
 
 impl<K: Kind> Drop for Op<'_, K> {
+    #[inline]
     fn drop(&mut self) {
-        if self.ticket.is_some() && !self.endpoint.forked() {
-            self.abandon();
+        if self.ticket.is_some() {
+            self.dropped_early();
         }
     }
 }

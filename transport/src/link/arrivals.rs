@@ -27,7 +27,7 @@ pub(super) fn filling(kind: LinkKind, to: Landing, len: usize) -> Result<Filling
 /// # Safety
 ///
 /// `len` bytes are readable at `from`.
-#[inline]
+#[inline(always)]
 pub(super) unsafe fn eager(
     kind: LinkKind,
     arrival: Arrival<'_>,
@@ -39,6 +39,26 @@ pub(super) unsafe fn eager(
     let private = arrival.inline.is_some();
     match sink.parcel(arrival) {
         Disposition::Taken if private => Ok(()),
+        // SAFETY: the caller's promise.
+        other => unsafe { answered(kind, other, from, len, budget, sink) },
+    }
+}
+
+/// Does with a payload that is here what the driver wants, which did not take it at once.
+///
+/// # Safety
+///
+/// As of [`eager`].
+#[inline(never)]
+unsafe fn answered(
+    kind: LinkKind,
+    answer: Disposition,
+    from: *const u8,
+    len: usize,
+    budget: &mut Budget,
+    sink: &mut dyn Sink,
+) -> Result<(), LinkError> {
+    match answer {
         Disposition::Discard => Ok(()),
         Disposition::Land { to, op, .. } => {
             budget.bytes = budget.bytes.saturating_sub(len);

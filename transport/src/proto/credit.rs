@@ -131,6 +131,8 @@ impl SendCredit {
 #[derive(Clone, Debug)]
 pub(crate) struct RecvCredit {
     window: u64,
+    /// How much is consumed between two reports.
+    report_every: u64,
     charged: u64,
     consumed: u64,
     reported: u64,
@@ -139,7 +141,8 @@ pub(crate) struct RecvCredit {
 impl RecvCredit {
     /// `window`: what this side told the sender, in bytes.
     pub fn new(window: u64) -> Self {
-        RecvCredit { window, charged: 0, consumed: 0, reported: 0 }
+        let report_every = (window / 4).max(1);
+        RecvCredit { window, report_every, charged: 0, consumed: 0, reported: 0 }
     }
 
     /// A parcel of this cost has arrived. Charged before anything is done for it.
@@ -178,7 +181,7 @@ impl RecvCredit {
     /// Whether `take_due` would give a number.
     #[inline]
     pub fn is_due(&self, starved: bool) -> bool {
-        let enough = if starved { 1 } else { (self.window / 4).max(1) };
+        let enough = if starved { 1 } else { self.report_every };
         self.consumed - self.reported >= enough
     }
 

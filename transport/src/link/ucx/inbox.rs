@@ -157,7 +157,7 @@ impl Inbox {
     /// Whether nothing has come since the link last looked but chunks of payloads, not too many.
     #[inline]
     pub fn only_lands(&self) -> bool {
-        self.nothing_waits() && self.incoming.only_lands()
+        self.incoming.only_lands() && self.nothing_waits()
     }
 
     /// Whether the message of this number is the next.
