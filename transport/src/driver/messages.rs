@@ -311,9 +311,9 @@ impl Core {
     #[inline]
     pub fn take_message(&mut self, to: &mut Option<Message>) -> bool {
         let State { inbox, message_charge, message_starved, .. } = &mut self.state;
-        let Some(next) = inbox.front() else { return false };
+        let Some(next) = inbox.pop_front() else { return false };
+        let next = to.get_or_insert(next);
         message_charge.consume(message_cost(next.len_bytes() as u64, next.frame_count() as u32));
-        to.get_or_insert_with(|| inbox.pop_front().unwrap_or_default());
         if message_charge.is_due(*message_starved) {
             self.report_consumed();
         }

@@ -37,11 +37,14 @@ pub(super) unsafe fn eager(
     sink: &mut dyn Sink,
 ) -> Result<(), LinkError> {
     let private = arrival.inline.is_some();
-    match sink.parcel(arrival) {
-        Disposition::Taken if private => Ok(()),
-        // SAFETY: the caller's promise.
-        other => unsafe { answered(kind, other, from, len, budget, sink) },
+    let answer = sink.parcel(arrival);
+    if private && matches!(answer, Disposition::Taken) {
+        // Nothing is in it that has to be dropped.
+        std::mem::forget(answer);
+        return Ok(());
     }
+    // SAFETY: the caller's promise.
+    unsafe { answered(kind, answer, from, len, budget, sink) }
 }
 
 /// Does with a payload that is here what the driver wants, which did not take it at once.

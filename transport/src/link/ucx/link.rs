@@ -814,7 +814,7 @@ impl Count {
     /// # Safety
     ///
     /// `len` bytes are readable at `from`.
-    #[inline]
+    #[inline(always)]
     unsafe fn eager(
         &mut self,
         head: &[u8],
