@@ -9,6 +9,7 @@ use crate::driver::view::Lease;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::link::{RawView, Segment};
 use crate::memory::{Loan, MemoryKind, PoolBuf, SharedBlock};
+use crate::proto::credit::message_cost;
 
 /// The longest frame that is kept inside the [`Frame`] itself, in bytes: it needs no allocation.
 pub const INLINE_MAX: usize = 48;
@@ -289,39 +290,13 @@ impl Frame {
     }
 
     /// What a link needs to know. For an inline frame the pointer is into `self`.
-    #[inline]
     pub(crate) fn segment(&self) -> Segment<'_> {
-        match &self.0 {
-            Repr::Inline { len, data } => Segment {
-                ptr: data.0.as_ptr(),
-                len: usize::from(*len),
-                kind: MemoryKind::Host,
-                shared: None,
-            },
-            _ => self.segment_outside(),
+        if let Repr::Block(block) = &self.0 {
+            let (ptr, len) = (block.as_slice().as_ptr(), block.len());
+            return Segment { ptr, len, kind: MemoryKind::Shared, shared: Some(block) };
         }
-    }
-
-    #[inline(never)]
-    fn segment_outside(&self) -> Segment<'_> {
-        match &self.0 {
-            Repr::Block(block) => Segment {
-                ptr: block.as_slice().as_ptr(),
-                len: block.len(),
-                kind: MemoryKind::Shared,
-                shared: Some(block),
-            },
-            _ => {
-                debug_assert!(!self.is_view(), "views are copied before they are sent");
-                let bytes = self.as_slice().unwrap_or_default();
-                Segment {
-                    ptr: bytes.as_ptr(),
-                    len: bytes.len(),
-                    kind: MemoryKind::Host,
-                    shared: None,
-                }
-            }
-        }
+        debug_assert!(!self.is_view(), "views are copied before they are sent");
+        Segment::host(self.as_slice().unwrap_or_default())
     }
 }
 
@@ -467,6 +442,24 @@ impl Message {
         match self.frames() {
             [one] => one.len(),
             all => all.iter().map(Frame::len).sum(),
+        }
+    }
+
+    /// The bytes of a message of one inline frame: most of small traffic.
+    #[inline(always)]
+    pub(crate) fn short(&self) -> Option<&[u8]> {
+        match self.frames() {
+            [Frame(Repr::Inline { len, data })] => Some(&data.0[..usize::from(*len)]),
+            _ => None,
+        }
+    }
+
+    /// What it is charged under credit.
+    #[inline]
+    pub(crate) fn cost(&self) -> u64 {
+        match self.short() {
+            Some(bytes) => message_cost(bytes.len() as u64, 1),
+            None => message_cost(self.len_bytes() as u64, self.frame_count() as u32),
         }
     }
 

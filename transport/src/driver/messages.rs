@@ -7,9 +7,11 @@ use smallvec::SmallVec;
 use super::core::{Core, Life, State};
 use super::table::{Slot, Stage, What};
 use crate::error::{Error, ErrorKind, Phase};
-use crate::link::{Arrival, Class, Disposition, How, Landing, OpId, Post, Segment, SegmentMut};
+use crate::link::{
+    Arrival, COPIED_MAX, Class, Disposition, How, Landing, OpId, Post, Segment, SegmentMut,
+};
 use crate::memory::MemoryKind;
-use crate::message::{Frame, Message};
+use crate::message::{Frame, INLINE_MAX, Message};
 use crate::proto::credit::message_cost;
 use crate::proto::wire::{Frames, Head, INLINE_LENS_MAX, Lens, OneFrameHead, TABLE_LENS_MAX};
 
@@ -100,33 +102,60 @@ impl Core {
         let Some(held) = message.as_ref() else {
             return Err(Error::new(ErrorKind::InvalidInput, Phase::Transfer, "nothing to send"));
         };
-        let len = held.len_bytes();
-        let frames = held.frame_count();
-        self.check_limits(len, frames)?;
-        // Inline frames move with the message: unless the link copies them at once, they need an
-        // address that stays, which they get in the queue.
-        let stable = len <= crate::link::COPIED_MAX || !held.frames().iter().any(Frame::is_inline);
-        // One with a frame table goes from the queue as well: its table leaves once, whatever
-        // becomes of the message.
-        let simple = stable && frames <= INLINE_LENS_MAX;
-        let cost = message_cost(len as u64, frames as u32);
-        if !simple || !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost)
-        {
-            return Ok(None);
-        }
-        let id = self.state.ops.next_id();
-        match self.post_message(id, held, len)? {
-            Post::Done => Ok(Some(Sent::Done)),
+        let cost = held.cost();
+        let posted = match held.short() {
+            Some(bytes) => self.try_post_short(bytes, cost)?,
+            None => self.try_post(held, cost)?,
+        };
+        Ok(match posted {
+            Post::Done => Some(Sent::Done),
             Post::Pending => {
                 let message = message.take().map(|message| self.state.boxes.wrap(message));
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
-                Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
+                Some(Sent::Waits(self.state.ops.insert(slot)))
             }
-            Post::Full => {
-                self.state.message_credit.give_back(cost);
-                Ok(None)
-            }
+            Post::Full => None,
+        })
+    }
+
+    /// Posts a message of one inline frame, which every link copies at once, if it need not wait in
+    /// the queue. The general way is the same with more steps.
+    #[inline(always)]
+    fn try_post_short(&mut self, bytes: &[u8], cost: u64) -> Result<Post, Error> {
+        const { assert!(INLINE_MAX <= COPIED_MAX) };
+        self.check_limits(bytes.len(), 1)?;
+        if !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost) {
+            return Ok(Post::Full);
         }
+        let id = self.state.ops.next_id();
+        let post = self.post_one_frame(id, Segment::host(bytes))?;
+        if post == Post::Full {
+            self.state.message_credit.give_back(cost);
+        }
+        Ok(post)
+    }
+
+    /// Posts a message if it need not wait in the queue.
+    #[inline(never)]
+    fn try_post(&mut self, message: &Message, cost: u64) -> Result<Post, Error> {
+        let (len, frames) = (message.len_bytes(), message.frame_count());
+        self.check_limits(len, frames)?;
+        // Inline frames move with the message: unless the link copies them at once, they need an
+        // address that stays, which they get in the queue.
+        let stable = len <= COPIED_MAX || !message.frames().iter().any(Frame::is_inline);
+        // One with a frame table goes from the queue as well: its table leaves once, whatever
+        // becomes of the message.
+        let simple = stable && frames <= INLINE_LENS_MAX;
+        if !simple || !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost)
+        {
+            return Ok(Post::Full);
+        }
+        let id = self.state.ops.next_id();
+        let post = self.post_message(id, message, len)?;
+        if post == Post::Full {
+            self.state.message_credit.give_back(cost);
+        }
+        Ok(post)
     }
 
     /// Sends, if need be from the queue.
@@ -134,9 +163,7 @@ impl Core {
         if let Some(sent) = self.try_send(message)? {
             return Ok(sent);
         }
-        let cost = message
-            .as_ref()
-            .map_or(0, |held| message_cost(held.len_bytes() as u64, held.frame_count() as u32));
+        let cost = message.as_ref().map_or(0, Message::cost);
         let held = message.take().map(|message| self.state.boxes.wrap(message));
         let slot = Slot::new(Stage::Queued, What::Send { message: held, cost });
         let id = self.state.ops.insert(slot);
@@ -147,8 +174,7 @@ impl Core {
 
     /// Whether a send could start now without waiting for credit or for others.
     pub fn can_send(&self, message: &Message) -> bool {
-        let cost = message_cost(message.len_bytes() as u64, message.frame_count() as u32);
-        self.state.send_queue.is_empty() && self.state.message_credit.admits(cost)
+        self.state.send_queue.is_empty() && self.state.message_credit.admits(message.cost())
     }
 
     #[inline]
@@ -176,18 +202,25 @@ impl Core {
     }
 
     /// Posts the next message in order.
-    #[inline]
     fn post_message(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
-        let [frame] = message.frames() else { return self.post_frames(op, message, len) };
+        match message.frames() {
+            [frame] => self.post_one_frame(op, frame.segment()),
+            _ => self.post_frames(op, message, len),
+        }
+    }
+
+    /// Posts the next message in order, which has one frame.
+    #[inline(always)]
+    fn post_one_frame(&mut self, op: OpId, frame: Segment<'_>) -> Result<Post, Error> {
+        let len = frame.len;
         let head = OneFrameHead::new(self.state.message_seq);
-        let (class, segment) = (Class::Message, [frame.segment()]);
-        let post = self.post_encoded(op, class, How::Eager, head.bytes(), &segment, len)?;
+        let (class, how) = (Class::Message, How::Eager);
+        let post = self.post_encoded(op, class, how, head.bytes(), &[frame], len)?;
         self.message_posted(post, len);
         Ok(post)
     }
 
-    /// The same, of other than one frame.
-    #[inline(never)]
+    /// Posts the next message in order, which has no frame or several.
     fn post_frames(&mut self, op: OpId, message: &Message, len: usize) -> Result<Post, Error> {
         let seq = self.state.message_seq;
         let frames = message.frames();
@@ -310,10 +343,12 @@ impl Core {
     /// stays: it is as long as two cache lines.)
     #[inline]
     pub fn take_message(&mut self, to: &mut Option<Message>) -> bool {
+        debug_assert!(to.is_none(), "there is room for one");
         let State { inbox, message_charge, message_starved, .. } = &mut self.state;
-        let Some(next) = inbox.pop_front() else { return false };
-        let next = to.get_or_insert(next);
-        message_charge.consume(message_cost(next.len_bytes() as u64, next.frame_count() as u32));
+        let Some(cost) = inbox.front().map(Message::cost) else { return false };
+        // There is nothing in it that has to be dropped.
+        std::mem::forget(std::mem::replace(to, inbox.pop_front()));
+        message_charge.consume(cost);
         if message_charge.is_due(*message_starved) {
             self.report_consumed();
         }

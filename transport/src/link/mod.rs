@@ -153,6 +153,14 @@ pub(crate) struct Segment<'a> {
     pub shared: Option<&'a SharedBlock>,
 }
 
+impl<'a> Segment<'a> {
+    /// Of ordinary memory.
+    #[inline(always)]
+    pub fn host(bytes: &'a [u8]) -> Self {
+        Segment { ptr: bytes.as_ptr(), len: bytes.len(), kind: MemoryKind::Host, shared: None }
+    }
+}
+
 /// A piece of memory that a link may write until the operation is done.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SegmentMut {
