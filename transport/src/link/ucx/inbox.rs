@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 use thalweg_ffi::ucx::{Ucx, ucs_status_t};
 
 use crate::error::LinkError;
-use crate::link::{Budget, Class, Sink};
+use crate::link::{Budget, Sink};
 
 use super::bulk::Incomings;
 use super::gate::{Gate, Guarded, Key};
@@ -467,15 +467,10 @@ impl Delivery<'_> {
         }
     }
 
-    /// Whoever takes this message at once, if it is a parcel of so many bytes with all before them
-    /// handed up.
+    /// Whoever takes the message of this number at once, if all before it have been handed up.
     #[inline]
-    pub fn polled(&mut self, header: &Header, bytes: usize) -> Option<&mut Polled<'static>> {
-        let inbox = &self.inbox;
-        // Control may end the endpoint, which is told to a subscriber of `tracing`: code of others.
-        let fits =
-            header.kind == Kind::Eager && header.class != Class::Control && bytes <= AT_ONCE_MAX;
-        if !fits || !inbox.is_next(header.seq) || !inbox.queue.is_empty() {
+    pub fn polled(&mut self, seq: u32) -> Option<&mut Polled<'static>> {
+        if !self.inbox.is_next(seq) || !self.inbox.queue.is_empty() {
             return None;
         }
         self.polled

@@ -15,7 +15,8 @@ use std::sync::atomic::Ordering;
 use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_status_t};
 
 use super::inbox::{Dispatch, Mailbox};
-use super::wire::{Header, LONG_HEADER_BYTES};
+use super::wire::{HEADER_BYTES, Header, LAST_WORD, LONG_HEADER_BYTES};
+use super::worker::PACKED_MAX;
 use crate::link::few::copy_few;
 use crate::link::{Class, OpId, Segment};
 
@@ -73,6 +74,7 @@ impl SendOp {
 /// over at once: then it stays where it is and as it is.
 pub(super) struct Packed {
     /// Made by `Box::into_raw`, and ours. A pointer, because UCX is told of it while it is used here.
+    /// There is room for `PACKED_MAX` bytes in it.
     op: NonNull<SendOp>,
     params: ucp_request_param_t,
 }
@@ -84,6 +86,8 @@ impl Packed {
     /// In this box; what fails later is told to `to`.
     pub fn new(mut op: Box<SendOp>, to: &Arc<Mailbox>) -> Packed {
         op.to.get_or_insert_with(|| to.clone());
+        op.bytes.clear();
+        op.bytes.reserve(PACKED_MAX);
         let raw = Box::into_raw(op);
         // SAFETY: boxes are nowhere near zero.
         Packed { params: send_params(raw), op: unsafe { NonNull::new_unchecked(raw) } }
@@ -107,18 +111,31 @@ impl Packed {
         op.class = header.class;
         let bytes = &mut op.bytes;
         bytes.clear();
-        bytes.reserve(LONG_HEADER_BYTES + head.len() + len);
-        header.append_to(bytes);
-        // SAFETY: room was made for all of it; a slice is readable, and so is the payload.
+        let short = !header.kind.is_long();
+        let header_len = if short { HEADER_BYTES } else { LONG_HEADER_BYTES };
+        let whole = header_len + head.len() + len;
+        assert!(whole <= PACKED_MAX, "a parcel that is packed has a short payload");
+        if short {
+            let (first, last) = header.words();
+            let to = bytes.as_mut_ptr();
+            // SAFETY: there is room for `PACKED_MAX` bytes.
+            unsafe {
+                to.cast::<u64>().write_unaligned(first.to_le());
+                to.add(LAST_WORD).cast::<u64>().write_unaligned(last.to_le());
+            }
+        } else {
+            header.append_to(bytes);
+        }
+        // SAFETY: there is room for `PACKED_MAX` bytes; a slice is readable, and so is the payload.
         unsafe {
-            let mut to = bytes.as_mut_ptr().add(bytes.len());
+            let mut to = bytes.as_mut_ptr().add(header_len);
             copy_few(head.as_ptr(), to, head.len());
             to = to.add(head.len());
             for piece in payload {
                 copy_few(piece.ptr, to, piece.len);
                 to = to.add(piece.len);
             }
-            bytes.set_len(bytes.len() + head.len() + len);
+            bytes.set_len(whole);
         }
     }
 

@@ -68,7 +68,7 @@ pub(super) struct Address {
 const CLASSES: [Class; Class::COUNT] =
     [Class::Control, Class::Message, Class::Tag, Class::OneSided];
 
-fn class_number(class: Class) -> u8 {
+const fn class_number(class: Class) -> u8 {
     match class {
         Class::Control => 0,
         Class::Message => 1,
@@ -91,20 +91,30 @@ impl Header {
         Header { kind, class, head_len, id: 0, len: 0, seq, slot, secret }
     }
 
-    /// Writes it to the end of `bytes`.
+    /// The first eight bytes, and the last eight of those that every header has: two words that
+    /// overlap in one byte.
     #[inline(always)]
-    pub fn append_to(&self, bytes: &mut Vec<u8>) {
-        let kind = self.kind as u64 | (class_number(self.class) as u64) << 4;
+    pub fn words(&self) -> (u64, u64) {
+        let kind = self.kind as u64 | u64::from(class_number(self.class)) << 4;
         let first = kind | u64::from(self.head_len) << 8 | u64::from(self.seq) << 24;
-        // What is left of the first word, and the second.
-        let to = u128::from(self.slot) | u128::from(self.secret) << 24;
-        // Whole words, and one byte back: as bytes they would go through memory once more.
-        bytes.extend_from_slice(&(u128::from(first) | to << 56).to_le_bytes());
-        bytes.pop();
+        (first | u64::from(self.slot) << 56, u64::from(self.slot) | self.secret << 24)
+    }
+
+    /// Writes it to the end of `bytes`.
+    pub fn append_to(&self, bytes: &mut Vec<u8>) {
+        let (first, last) = self.words();
+        bytes.extend_from_slice(&first.to_le_bytes()[..LAST_WORD]);
+        bytes.extend_from_slice(&last.to_le_bytes());
         if self.kind.is_long() {
             bytes.extend_from_slice(&self.id.to_le_bytes());
             bytes.extend_from_slice(&self.len.to_le_bytes());
         }
+    }
+
+    /// Whether this is the first word of a parcel that comes with its payload, and is not control.
+    #[inline]
+    pub fn begins_eager(first: u64) -> bool {
+        first & 15 == Kind::Eager as u64 && first >> 4 & 15 != class_number(Class::Control).into()
     }
 
     /// The header without what only a long one has, of its first eight bytes and its last eight

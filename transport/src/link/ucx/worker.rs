@@ -766,12 +766,56 @@ unsafe extern "C" fn arrived(
         // SAFETY: UCX passes a live struct.
         let attributes = unsafe { (*param).recv_attr };
         // SAFETY: as this function's.
-        unsafe { take(dispatch, header.cast(), header_len, data, len, attributes) }
+        unsafe {
+            let packed = header_len == 0 && attributes & WAITS == 0;
+            if packed && take_at_once(dispatch, data.cast_const().cast(), len) {
+                return false;
+            }
+            take(dispatch, header.cast(), header_len, data, len, attributes)
+        }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(take)) {
         Ok(true) => ffi::UCS_INPROGRESS,
         Ok(false) | Err(_) => ffi::UCS_OK,
     }
+}
+
+/// Set where a message waits at its sender.
+const WAITS: u64 = ffi::UCP_AM_RECV_ATTR_FLAG_RNDV as u64;
+
+/// Hands a short parcel up at once, if its link is being polled and it is its turn. `false`: nothing
+/// was done with it.
+///
+/// # Safety
+///
+/// Called back by UCX; `len` bytes are readable at `data`.
+#[inline(always)]
+unsafe fn take_at_once(dispatch: &Dispatch, data: *const u8, len: usize) -> bool {
+    if !(HEADER_BYTES..=HEADER_BYTES + AT_ONCE_MAX).contains(&len) {
+        return false;
+    }
+    // SAFETY: as in `take`, for which see why they are copied first.
+    let word = |at| unsafe { u64::from_le(data.add(at).cast::<u64>().read_unaligned()) };
+    let (first, last) = (word(0), word(LAST_WORD));
+    // Control may end the endpoint, which is told to a subscriber of `tracing`: code of others.
+    if !Header::begins_eager(first) {
+        return false;
+    }
+    let Some(header) = Header::decode(first, last) else { return false };
+    let (head_len, rest) = (usize::from(header.head_len), len - HEADER_BYTES);
+    // SAFETY: called back, with no other reference to what the gate guards.
+    let found = unsafe { dispatch.find(header.slot, header.secret) };
+    let Some(mut delivery) = found.filter(|_| head_len <= rest) else { return false };
+    let Some(polled) = delivery.polled(header.seq) else { return false };
+    let mut bytes = [MaybeUninit::<u8>::uninit(); AT_ONCE_MAX];
+    // SAFETY: `rest` bytes are readable there, and there is room for them.
+    let bytes = unsafe {
+        copy_few(data.add(HEADER_BYTES), bytes.as_mut_ptr().cast(), rest);
+        std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), rest)
+    };
+    polled.hand_up(bytes, head_len);
+    delivery.was_taken();
+    true
 }
 
 /// `true`: the message's memory is kept, and will be received or released.
@@ -780,7 +824,7 @@ unsafe extern "C" fn arrived(
 ///
 /// `header` is valid for reads of its length, and so is `data` unless UCX says that it waits at
 /// its sender.
-#[inline]
+#[inline(never)]
 unsafe fn take(
     dispatch: &Dispatch,
     header: *const u8,
@@ -792,8 +836,7 @@ unsafe fn take(
     let packed = header_len == 0;
     let (first, first_len) =
         if packed { (data.cast::<u8>().cast_const(), len) } else { (header, header_len) };
-    let waits = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-    if waits || !(HEADER_BYTES..=PACKED_MAX).contains(&first_len) {
+    if attributes & WAITS != 0 || !(HEADER_BYTES..=PACKED_MAX).contains(&first_len) {
         // Not from this protocol: UCX tells a sender that waits that it may go on.
         return false;
     }
@@ -817,7 +860,7 @@ unsafe fn take(
     }
     // SAFETY: called back, with no other reference to what the gate guards.
     let found = unsafe { dispatch.find(header.slot, header.secret) };
-    let Some(mut delivery) = found else { return false };
+    let Some(delivery) = found else { return false };
     let head_len = usize::from(header.head_len);
     let rest = first_len - header_len;
     if rest < head_len || (!packed && rest != head_len) {
@@ -826,17 +869,6 @@ unsafe fn take(
     }
     // SAFETY: `rest` bytes follow the header.
     let behind = unsafe { first.add(header_len) };
-    if let Some(polled) = delivery.polled(&header, rest).filter(|_| packed) {
-        let mut bytes = [MaybeUninit::<u8>::uninit(); AT_ONCE_MAX];
-        // SAFETY: `rest` bytes are readable there, and there is room for them.
-        let bytes = unsafe {
-            copy_few(behind, bytes.as_mut_ptr().cast(), rest);
-            std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), rest)
-        };
-        polled.hand_up(bytes, head_len);
-        delivery.was_taken();
-        return false;
-    }
     let keepable = attributes & u64::from(ffi::UCP_AM_RECV_ATTR_FLAG_DATA) != 0;
     let (payload, len, keep) = match packed {
         true => (behind.wrapping_add(head_len), rest - head_len, None),
