@@ -710,12 +710,15 @@ impl ShmLink {
         self.ring.wake_up();
         // What wants attention is out of the way of short parcels, most of which find nothing that does.
         let mut moved = self.attention && self.move_backlog()?;
-        moved |= self.read_ring(budget, sink)?;
+        let read = self.read_ring(budget, sink)?;
+        moved |= read.moved;
         if self.attention {
             moved |= self.move_payloads(budget, sink)?;
         }
         self.ring.publish_if_wanted();
-        let more = !self.ring.is_empty() || self.has_work();
+        // What came since is for the next poll; but nothing may come after the end.
+        let late = self.dead.is_some() && !self.ring.is_empty();
+        let more = !read.emptied || late || self.has_work();
         self.attention = !self.backlog.is_empty()
             || self.ring.is_wanting()
             || self.dead.is_some()

@@ -367,7 +367,8 @@ impl<O: Deref<Target = Page>, P: Deref<Target = Page>, B: Bell> Ring<O, P, B> {
         if len > RECORD_MAX {
             return Err(Corrupt::Length);
         }
-        let slots = slots_for(len);
+        // Most have one; the others are divided for.
+        let slots = if len <= SLOT_DATA { 1 } else { slots_for(len) };
         self.read_in_a_row = self.read_in_a_row.saturating_add(1);
         if self.read_in_a_row < STREAM_MIN {
             fetch_for_reading(self.peer_slot(self.head.wrapping_add(slots)));

@@ -71,13 +71,23 @@ enum Turn {
     Waiting,
 }
 
+/// What reading the ring came to.
+#[derive(Clone, Copy)]
+pub(super) struct Read {
+    /// Something was there.
+    pub moved: bool,
+    /// Nothing was left; otherwise the budget ended.
+    pub emptied: bool,
+}
+
 impl ShmLink {
-    /// Reads records until the ring is empty or the budget ends. Whether anything moved.
+    /// Reads records until the ring is empty or the budget ends.
+    #[inline]
     pub(super) fn read_ring(
         &mut self,
         budget: &mut Budget,
         sink: &mut dyn Sink,
-    ) -> Result<bool, LinkError> {
+    ) -> Result<Read, LinkError> {
         let mut scratch = self.scratch.take().unwrap_or_else(|| Box::new([0; RECORD_MAX]));
         let read = self.read_records(&mut scratch, budget, sink);
         self.scratch = Some(scratch);
@@ -89,17 +99,17 @@ impl ShmLink {
         scratch: &mut [u8; RECORD_MAX],
         budget: &mut Budget,
         sink: &mut dyn Sink,
-    ) -> Result<bool, LinkError> {
+    ) -> Result<Read, LinkError> {
         let mut moved = false;
         while budget.parcels > 0 && budget.bytes > 0 {
             let Some((flags, len)) = self.ring.pop(scratch)? else {
-                break;
+                return Ok(Read { moved, emptied: true });
             };
             budget.parcels -= 1;
             moved = true;
             self.take_record(flags, &scratch[..len], budget, sink)?;
         }
-        Ok(moved)
+        Ok(Read { moved, emptied: false })
     }
 
     #[inline]
