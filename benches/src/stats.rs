@@ -48,15 +48,15 @@ impl Recorder {
     /// Starts the first lap now.
     #[inline]
     pub fn start(&mut self) {
+        self.began = self.counter.moment();
         self.last = self.counter.now();
-        self.began = (Instant::now(), self.last);
     }
 
     /// Ends a lap and starts the next.
     #[inline]
     pub fn lap(&mut self) {
         let now = self.counter.now();
-        self.counts.push(now.wrapping_sub(self.last));
+        self.counts.push(now.saturating_sub(self.last));
         self.last = now;
     }
 
@@ -214,7 +214,8 @@ fn disturbed(sides: &[Usage], wall: Duration) -> f64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Counter {
     /// The processor's own, which `ucx_perftest` reads as well: 9 ns a look, where the system's clock
-    /// takes 22, and a round trip of 8 B is 470.
+    /// takes 22, and a round trip of 8 B is 470. It may be read some cycles before what comes ahead of it
+    /// in the program is done, so a lap can be that much too short and the next too long.
     #[cfg(target_arch = "x86_64")]
     Processor,
     /// The system's clock, in nanoseconds since then.
@@ -246,18 +247,32 @@ impl Counter {
         }
     }
 
-    /// How long a count is: the processor's by what has passed since a look at both clocks.
+    /// What both clocks say at one moment: of several looks the one during which the least passed.
+    fn moment(self) -> (Instant, u64) {
+        let look = || {
+            let (before, instant, after) = (self.now(), Instant::now(), self.now());
+            (after.saturating_sub(before), (instant, before.midpoint(after)))
+        };
+        let mut best = look();
+        for _ in 0..4 {
+            let next = look();
+            if next.0 < best.0 {
+                best = next;
+            }
+        }
+        best.1
+    }
+
+    /// How long a count is: the processor's by what has passed since then.
     fn microseconds(self, (began, count): (Instant, u64)) -> f64 {
         match self {
             #[cfg(target_arch = "x86_64")]
             Counter::Processor => {
-                let counts = self.now().wrapping_sub(count).max(1);
-                began.elapsed().as_secs_f64() * 1e6 / counts as f64
+                let (now, counts) = self.moment();
+                let passed = now.duration_since(began).as_secs_f64() * 1e6;
+                passed / counts.saturating_sub(count).max(1) as f64
             }
-            Counter::System(_) => {
-                let _ = (began, count);
-                1e-3
-            }
+            Counter::System(_) => 1e-3,
         }
     }
 }

@@ -102,8 +102,7 @@ impl Frame {
         }
     }
 
-    /// The same, of bytes that lie elsewhere. Not in line, as with the other questions that each short
-    /// message is asked: of all cases the first is the one that counts.
+    /// The same, wherever the bytes are. Out of line: of all cases the first is the one that counts.
     #[inline(never)]
     fn len_outside(&self) -> usize {
         match &self.0 {

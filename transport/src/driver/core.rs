@@ -425,7 +425,7 @@ impl State {
     }
 
     #[inline]
-    fn parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
+    pub(super) fn parcel(&mut self, lane: u8, arrival: Arrival<'_>) -> Disposition {
         // Short messages of one frame make up most of small traffic; the general way is the same
         // with more steps.
         if let (Some(seq), Some(bytes)) = (one_frame_seq(arrival.head), arrival.inline)

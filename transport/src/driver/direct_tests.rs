@@ -158,14 +158,14 @@ impl OneSided for Lane {
 }
 
 /// An endpoint without a node.
-struct Meeting {
-    core: Core,
+pub(super) struct Meeting {
+    pub core: Core,
     keys: Arc<Keys>,
     seen: Shared,
 }
 
 impl Meeting {
-    fn new() -> Meeting {
+    pub fn new() -> Meeting {
         let limits = Limits {
             peer_message_window: 1000,
             peer_tag_window: 1000,
@@ -214,7 +214,7 @@ impl Meeting {
     }
 
     /// One turn. `true`: another one is needed.
-    fn drive(&mut self) -> bool {
+    pub fn drive(&mut self) -> bool {
         let mut budget = Budget::TURN;
         let mut cx = Context::from_waker(Waker::noop());
         let progress = self.core.drive(&mut cx, false, &mut budget);
@@ -232,8 +232,13 @@ impl Meeting {
         (seen.cut, seen.withdrawn)
     }
 
+    /// How much the peer was told.
+    pub fn said(&self) -> usize {
+        lock(&self.seen).heads.len()
+    }
+
     /// What the peer was told last.
-    fn says(&self, is_it: impl FnOnce(&Head<'_>) -> bool) -> bool {
+    pub fn says(&self, is_it: impl FnOnce(&Head<'_>) -> bool) -> bool {
         let seen = lock(&self.seen);
         let last = seen.heads.last().expect("something was said");
         is_it(&Head::decode(last).expect("a head"))

@@ -118,8 +118,8 @@ impl Core {
         })
     }
 
-    /// Posts a message of one inline frame, which every link copies at once, if it need not wait in
-    /// the queue. The general way is the same with more steps.
+    /// As `try_post`, a message of one inline frame, which every link copies at once. The general way is
+    /// the same with more steps.
     #[inline(always)]
     fn try_post_short(&mut self, bytes: &[u8], cost: u64) -> Result<Post, Error> {
         const { assert!(INLINE_MAX <= COPIED_MAX) };
@@ -135,7 +135,8 @@ impl Core {
         Ok(post)
     }
 
-    /// Posts a message if it need not wait in the queue.
+    /// Posts a message if it need not wait in the queue. `Full`: it has to, for credit, for others, or
+    /// because it may only leave from there.
     #[inline(never)]
     fn try_post(&mut self, message: &Message, cost: u64) -> Result<Post, Error> {
         let (len, frames) = (message.len_bytes(), message.frame_count());

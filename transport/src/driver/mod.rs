@@ -21,6 +21,8 @@ mod board_model;
 mod board_tests;
 pub(crate) mod bootstrap;
 pub(crate) mod core;
+#[cfg(test)]
+mod credit_tests;
 pub(crate) mod direct;
 #[cfg(test)]
 mod direct_tests;

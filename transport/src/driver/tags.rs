@@ -326,6 +326,8 @@ impl State {
             *matched = Some(Matched { seq, tag, len });
             *stage = Stage::Posted;
             self.tag_charge.consume(cost);
+            // Nothing else has to happen here for the sender to go on.
+            self.credit_due |= self.tag_charge.is_due(self.tag_starved);
             if let Some(bytes) = arrival.inline.or((len == 0).then_some(&[][..])) {
                 // SAFETY: the receive's `Op` or slot owns its memory, no link has been given it,
                 // and the length was checked above.

@@ -361,10 +361,7 @@ pub(super) fn ping(
     let mut packed = Packed::new(SendOp::new(), ep.mailbox());
     // SAFETY: it has no payload.
     unsafe { packed.pack(&header, &[], &[], 0) };
-    if worker.send_packed(ep, &packed)? {
-        packed.gone();
-    }
-    Ok(())
+    worker.send_packed(ep, &mut packed, SendOp::new).map(drop)
 }
 
 /// One turn of a worker, which is armed then. `true`: there is more to do.

@@ -697,26 +697,19 @@ impl UcxLink {
     ) -> Result<(), LinkError> {
         // SAFETY: the caller's promise.
         unsafe { self.packed.pack(header, head, payload, len) };
-        let sent = self.worker.lock().send_packed(&self.ep, &self.packed);
+        let Self { packed, spare, ep, .. } = self;
+        let spare = || spare.pop().unwrap_or_else(SendOp::new);
+        let sent = self.worker.lock().send_packed(ep, packed, spare);
         self.next_seq = self.next_seq.wrapping_add(1);
         self.messages_sent += 1;
         match sent {
             Ok(false) => Ok(()),
             Ok(true) => {
                 self.in_flight[header.class as usize] += 1;
-                self.renew_packed();
                 Ok(())
             }
             Err(status) => Err(self.status_error("sending", status)),
         }
-    }
-
-    /// UCX keeps the box.
-    #[inline(never)]
-    fn renew_packed(&mut self) {
-        let next = self.spare.pop().unwrap_or_else(SendOp::new);
-        let next = Packed::new(next, self.ep.mailbox());
-        std::mem::replace(&mut self.packed, next).gone();
     }
 
     #[inline]

@@ -1,7 +1,7 @@
 //! Operations that UCX is at work on.
 //!
 //! Each is a box that UCX gets as a raw pointer with the request and that comes back in the
-//! terminal callback, which is the only place where it is freed. So heads, lists of segments and
+//! terminal callback, or with the call if that says there will be none. So heads, lists of segments and
 //! short payloads live exactly as long as UCX may look at them. What they point to belongs to the
 //! driver's table until the operation is reported done.
 
@@ -16,7 +16,6 @@ use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_
 
 use super::inbox::{Dispatch, Mailbox};
 use super::wire::{HEADER_BYTES, Header, LAST_WORD, LONG_HEADER_BYTES};
-use super::worker::PACKED_MAX;
 use crate::link::few::copy_few;
 use crate::link::{Class, OpId, Segment};
 
@@ -73,8 +72,7 @@ impl SendOp {
 /// A box for the next parcel that leaves in one piece, and what UCX is told with it. Most of these are
 /// over at once: then it stays where it is and as it is.
 pub(super) struct Packed {
-    /// Made by `Box::into_raw`, and ours. A pointer, because UCX is told of it while it is used here.
-    /// There is room for `PACKED_MAX` bytes in it.
+    /// Made of a box, and ours. A pointer, because UCX is told of it while it is used here.
     op: NonNull<SendOp>,
     params: ucp_request_param_t,
 }
@@ -86,11 +84,8 @@ impl Packed {
     /// In this box; what fails later is told to `to`.
     pub fn new(mut op: Box<SendOp>, to: &Arc<Mailbox>) -> Packed {
         op.to.get_or_insert_with(|| to.clone());
-        op.bytes.clear();
-        op.bytes.reserve(PACKED_MAX);
-        let raw = Box::into_raw(op);
-        // SAFETY: boxes are nowhere near zero.
-        Packed { params: send_params(raw), op: unsafe { NonNull::new_unchecked(raw) } }
+        let op = NonNull::from(Box::leak(op));
+        Packed { params: send_params(op.as_ptr()), op }
     }
 
     /// Puts the parcel together: header, head and payload, which is `len` bytes in all its pieces.
@@ -114,11 +109,13 @@ impl Packed {
         let short = !header.kind.is_long();
         let header_len = if short { HEADER_BYTES } else { LONG_HEADER_BYTES };
         let whole = header_len + head.len() + len;
-        assert!(whole <= PACKED_MAX, "a parcel that is packed has a short payload");
+        if whole > bytes.capacity() {
+            grow(bytes, whole);
+        }
         if short {
             let (first, last) = header.words();
             let to = bytes.as_mut_ptr();
-            // SAFETY: there is room for `PACKED_MAX` bytes.
+            // SAFETY: there is room for `whole`.
             unsafe {
                 to.cast::<u64>().write_unaligned(first.to_le());
                 to.add(LAST_WORD).cast::<u64>().write_unaligned(last.to_le());
@@ -126,7 +123,7 @@ impl Packed {
         } else {
             header.append_to(bytes);
         }
-        // SAFETY: there is room for `PACKED_MAX` bytes; a slice is readable, and so is the payload.
+        // SAFETY: there is room for `whole`; a slice is readable, and so is the payload.
         unsafe {
             let mut to = bytes.as_mut_ptr().add(header_len);
             copy_few(head.as_ptr(), to, head.len());
@@ -135,6 +132,7 @@ impl Packed {
                 copy_few(piece.ptr, to, piece.len);
                 to = to.add(piece.len);
             }
+            debug_assert_eq!(to, bytes.as_mut_ptr().add(whole), "as long as it was said to be");
             bytes.set_len(whole);
         }
     }
@@ -147,17 +145,23 @@ impl Packed {
         (bytes.as_ptr().cast_mut().cast(), bytes.len(), &self.params)
     }
 
-    /// UCX has the box now: the callback will free it.
-    pub fn gone(self) {
-        std::mem::forget(self);
+    /// UCX has the box from now on, and the callback will free it: this one is for the next parcel.
+    #[cold]
+    pub fn renew(&mut self, op: Box<SendOp>, to: &Arc<Mailbox>) {
+        std::mem::forget(std::mem::replace(self, Packed::new(op, to)));
     }
 }
 
 impl Drop for Packed {
     fn drop(&mut self) {
-        // SAFETY: made by `Box::into_raw`, and ours.
+        // SAFETY: made of a box, and ours.
         drop(unsafe { Box::from_raw(self.op.as_ptr()) });
     }
+}
+
+#[cold]
+fn grow(bytes: &mut Vec<u8>, whole: usize) {
+    bytes.reserve(whole);
 }
 
 /// A flush of what was sent until it began.
@@ -316,4 +320,60 @@ pub(super) unsafe extern "C" fn closed(
         op.dispatch.ending.fetch_sub(1, Ordering::AcqRel);
         drop(op.mailbox);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::{Address, Kind};
+    use super::*;
+    use crate::link::ucx::library;
+
+    /// Packed in one go, it is what its parts are one after the other.
+    #[test]
+    fn a_packed_parcel_is_its_parts() {
+        let ucx = match library() {
+            Ok(ucx) => ucx,
+            Err(absent) => {
+                eprintln!("SKIPPED: a_packed_parcel_is_its_parts: {}", absent.reason);
+                return;
+            }
+        };
+        let to = Address { slot: 0x00A1_B2C3, secret: 0x12_3456_789A };
+        let mailbox = Arc::<Dispatch>::default().register(ucx, to.secret, 1 << 20).expect("a slot");
+        let mut packed = Packed::new(SendOp::new(), &mailbox);
+        let bytes: Vec<u8> = (0..4096u32).map(|n| n as u8).collect();
+        for kind in [Kind::Eager, Kind::Bulk, Kind::Ping, Kind::Pull] {
+            for (head, lens) in [
+                (0, &[][..]),
+                (5, &[8]),
+                (1, &[0]),
+                (4, &[3, 4]),
+                (17, &[7, 0, 16]),
+                (1024, &[2000, 48]),
+                (7, &[1]),
+            ] {
+                let header = Header {
+                    id: 0x0102_0304,
+                    len: 0x1122_3344_5566_7788,
+                    ..Header::new(kind, Class::Tag, head as u16, 0xFEDC_BA98, to)
+                };
+                let (head, mut at) = (&bytes[100..100 + head], 0);
+                let pieces = lens.iter().map(|len| {
+                    at += len;
+                    Segment::host(&bytes[at - len..at])
+                });
+                let pieces: Vec<_> = pieces.collect();
+                // SAFETY: the pieces are parts of `bytes`.
+                unsafe { packed.pack(&header, head, &pieces, at) };
+                let (start, len, _) = packed.parts();
+                // SAFETY: they lie in the box.
+                let whole = unsafe { std::slice::from_raw_parts(start.cast::<u8>(), len) };
+                let mut expected = Vec::new();
+                header.append_to(&mut expected);
+                expected.extend_from_slice(head);
+                expected.extend_from_slice(&bytes[..at]);
+                assert_eq!(whole, expected, "{kind:?}, {lens:?}");
+            }
+        }
+    }
 }

@@ -582,10 +582,15 @@ impl Locked<'_> {
         }
     }
 
-    /// Sends a parcel that leaves in one piece. `false`: it has left; `true`: UCX keeps the box until
-    /// the callback, and `packed` is gone.
+    /// Sends a parcel that leaves in one piece. `true`: UCX keeps the box until the callback, and
+    /// `packed` has another, of `spare`.
     #[inline(always)]
-    pub fn send_packed(&mut self, ep: &Ep, packed: &Packed) -> Result<bool, ucs_status_t> {
+    pub fn send_packed(
+        &mut self,
+        ep: &Ep,
+        packed: &mut Packed,
+        spare: impl FnOnce() -> Box<SendOp>,
+    ) -> Result<bool, ucs_status_t> {
         let (bytes, len, params) = packed.parts();
         // SAFETY: the endpoint is live and its worker locked; the parcel lies in the box, which lives
         // until the callback if there is one.
@@ -596,6 +601,7 @@ impl Locked<'_> {
         match begun(pointer) {
             Begun::Done => Ok(false),
             Begun::Pending => {
+                packed.renew(spare(), &ep.mailbox);
                 self.begins(ep);
                 Ok(true)
             }
