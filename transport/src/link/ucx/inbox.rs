@@ -614,6 +614,8 @@ impl Dispatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::ucx::library;
+    use crate::link::{Arrival, Class, Disposition, OpId};
 
     #[test]
     fn a_ping_that_has_not_left_holds_the_set_up_open() {
@@ -625,5 +627,62 @@ mod tests {
         assert!(inbox.works_both_ways());
         inbox.pinged = false;
         assert!(!inbox.works_both_ways());
+    }
+
+    struct Panics;
+
+    impl Sink for Panics {
+        fn parcel(&mut self, _: Arrival<'_>) -> Disposition {
+            panic!("a parcel that is not taken to its end");
+        }
+
+        fn done(&mut self, _: OpId, _: Result<(), LinkError>) {}
+
+        fn wake(&mut self, _: Waker) {}
+    }
+
+    /// As a link that is being polled lends it; for as long as the test runs.
+    fn polled(takes: Takes, parcels: u32) -> Polled<'static> {
+        let budget = Box::leak(Box::new(Budget { parcels, ..Budget::TURN }));
+        let (sink, count) = (Box::leak(Box::new(Panics)), Box::leak(Box::default()));
+        Polled { budget, sink, count, takes, result: Ok(()) }
+    }
+
+    #[test]
+    fn only_what_is_next_is_taken_at_once_and_only_by_whom_nothing_holds_up() {
+        let Ok(ucx) = library() else {
+            eprintln!("SKIPPED: only_what_is_next_is_taken_at_once: there is no libucp");
+            return;
+        };
+        let mailbox = Arc::<Dispatch>::default().register(ucx, 1, 1 << 20).expect("a slot");
+        let mut inbox = Inbox { next_seq: 3, ..Inbox::default() };
+        let mut takes = |takes, parcels, seq, queued| {
+            let (mut polled, mut wakes) = (polled(takes, parcels), Vec::new());
+            inbox.queue.clear();
+            if queued {
+                let to = Address { slot: 0, secret: 1 };
+                let header = Header::new(Kind::Eager, Class::Message, 0, 2, to);
+                let (bytes, len, body) = (SmallVec::new(), 0, Body::Inline);
+                inbox.queue.push_back(Entry { header, bytes, len, body });
+            }
+            let (mailbox, inbox, wakes) = (&*mailbox, &mut inbox, &mut wakes);
+            let mut delivery = Delivery { mailbox, inbox, wakes, polled: Some(&mut polled) };
+            delivery.polled(seq).is_some()
+        };
+        assert!(takes(Takes::Yes, 1, 3, false));
+        assert!(!takes(Takes::Yes, 1, 4, false), "it came before its turn");
+        assert!(!takes(Takes::Yes, 1, 3, true), "another waits before it");
+        assert!(!takes(Takes::Yes, 0, 3, false), "the budget is spent");
+        for held_up in [Takes::NotYet, Takes::Torn, Takes::Failed] {
+            assert!(!takes(held_up, 1, 3, false), "{held_up:?}");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_whoever_takes_it_leaves_the_link_torn() {
+        let mut polled = polled(Takes::Yes, 1);
+        let hand_up = std::panic::AssertUnwindSafe(|| polled.hand_up(&[1, 2, 3], 1));
+        assert!(std::panic::catch_unwind(hand_up).is_err());
+        assert_eq!(polled.takes, Takes::Torn);
     }
 }
