@@ -116,6 +116,9 @@ impl Context {
         let mut settings = Settings::read(ucx)?;
         // Without it UCX gives up shared memory on endpoints that report the death of a peer.
         settings.prefer(c"MM_ERROR_HANDLING", c"y")?;
+        // A chunk (`link::CHUNK_BYTES`) leaves in one piece: with 1.22 it is copied in pieces of 8 KiB
+        // otherwise, and 8 MiB move at 1.4 GB/s instead of 4.1. 1.13 moves it as it is.
+        settings.prefer(c"TCP_TX_SEG_SIZE", c"64k")?;
         let tls = match tls {
             Tls::Site => None,
             Tls::Without(names) => {
