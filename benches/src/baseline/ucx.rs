@@ -45,13 +45,8 @@ fn command(case: &Case, settings: Settings, port: u16) -> Command {
             command.env("UCX_TLS", "posix,cma,self");
         }
         Settings::OfTheLink => {
-            command.arg("-e");
-            // What the link sets, unless the site has.
-            for (name, value) in [("UCX_MM_ERROR_HANDLING", "y"), ("UCX_TCP_TX_SEG_SIZE", "64k")] {
-                if std::env::var_os(name).is_none() {
-                    command.env(name, value);
-                }
-            }
+            let set = std::env::var_os("UCX_MM_ERROR_HANDLING").unwrap_or_else(|| "y".into());
+            command.arg("-e").env("UCX_MM_ERROR_HANDLING", set);
         }
     }
     for (option, value) in

@@ -249,7 +249,7 @@ pub(crate) struct State {
     pub(super) direct: Option<Box<Direct>>,
 
     pub(super) outbox: VecDeque<Control>,
-    /// The peer asked for credit: report what there is at the next flush.
+    /// The peer asked for credit, or enough of it is used up: report what there is at the next flush.
     pub(super) credit_due: bool,
     pub end_waiters: Waiters,
     pub spin: SpinTracker,

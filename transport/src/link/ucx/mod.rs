@@ -24,7 +24,7 @@
 //!
 //! What UCX may still touch is owned by the request: a [`request::SendOp`] owns head and short
 //! payloads, and the driver's table owns the rest until `Sink::done`. Both end only in the
-//! terminal callback. A link that is killed closes its endpoint by force, which ends requests in a
+//! terminal callback, or with the call where there will be none. A link that is killed closes its endpoint by force, which ends requests in a
 //! few turns of progress; until then it lingers, and so does the memory.
 //!
 //! # Locks

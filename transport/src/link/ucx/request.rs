@@ -16,6 +16,7 @@ use thalweg_ffi::ucx::{self as ffi, Ucx, ucp_dt_iov_t, ucp_request_param_t, ucs_
 
 use super::inbox::{Dispatch, Mailbox};
 use super::wire::{HEADER_BYTES, Header, LAST_WORD, LONG_HEADER_BYTES};
+use super::worker::PACKED_MAX;
 use crate::link::few::copy_few;
 use crate::link::{Class, OpId, Segment};
 
@@ -161,6 +162,7 @@ impl Drop for Packed {
 
 #[cold]
 fn grow(bytes: &mut Vec<u8>, whole: usize) {
+    debug_assert!(whole <= PACKED_MAX, "the peer takes no longer ones");
     bytes.reserve(whole);
 }
 
