@@ -40,9 +40,7 @@ impl Recorder {
         let mut counts = buffer::filled(laps, 1u64)?;
         std::hint::black_box(counts.as_mut_slice());
         counts.clear();
-        let mut recorder = Recorder { counts, counter, began: (Instant::now(), 0), last: 0, lap };
-        recorder.start();
-        Ok(recorder)
+        Ok(Recorder { counts, counter, began: counter.moment(), last: counter.now(), lap })
     }
 
     /// Starts the first lap now.

@@ -102,43 +102,41 @@ impl Core {
         let Some(held) = message.as_ref() else {
             return Err(Error::new(ErrorKind::InvalidInput, Phase::Transfer, "nothing to send"));
         };
-        let cost = held.cost();
-        let posted = match held.short() {
-            Some(bytes) => self.try_post_short(bytes, cost)?,
-            None => self.try_post(held, cost)?,
+        let (cost, short) = (held.cost(), held.short());
+        match short {
+            // Every link copies it at once.
+            Some(bytes) => {
+                const { assert!(INLINE_MAX <= COPIED_MAX) };
+                self.check_limits(bytes.len(), 1)?;
+            }
+            None if self.may_leave_at_once(held)? => {}
+            None => return Ok(None),
+        }
+        if !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost) {
+            return Ok(None);
+        }
+        let id = self.state.ops.next_id();
+        let post = match short {
+            Some(bytes) => self.post_one_frame(id, Segment::host(bytes))?,
+            None => self.post_message(id, held, held.len_bytes())?,
         };
-        Ok(match posted {
-            Post::Done => Some(Sent::Done),
+        match post {
+            Post::Done => Ok(Some(Sent::Done)),
             Post::Pending => {
                 let message = message.take().map(|message| self.state.boxes.wrap(message));
                 let slot = Slot::new(Stage::Posted, What::Send { message, cost });
-                Some(Sent::Waits(self.state.ops.insert(slot)))
+                Ok(Some(Sent::Waits(self.state.ops.insert(slot))))
             }
-            Post::Full => None,
-        })
+            Post::Full => {
+                self.state.message_credit.give_back(cost);
+                Ok(None)
+            }
+        }
     }
 
-    /// As `try_post`, a message of one inline frame, which every link copies at once. The general way is
-    /// the same with more steps.
-    #[inline(always)]
-    fn try_post_short(&mut self, bytes: &[u8], cost: u64) -> Result<Post, Error> {
-        const { assert!(INLINE_MAX <= COPIED_MAX) };
-        self.check_limits(bytes.len(), 1)?;
-        if !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost) {
-            return Ok(Post::Full);
-        }
-        let id = self.state.ops.next_id();
-        let post = self.post_one_frame(id, Segment::host(bytes))?;
-        if post == Post::Full {
-            self.state.message_credit.give_back(cost);
-        }
-        Ok(post)
-    }
-
-    /// Posts a message if it need not wait in the queue. `Full`: it has to, for credit, for others, or
-    /// because it may only leave from there.
+    /// Whether a message may leave from elsewhere than the queue. An error: the peer does not take it.
     #[inline(never)]
-    fn try_post(&mut self, message: &Message, cost: u64) -> Result<Post, Error> {
+    fn may_leave_at_once(&self, message: &Message) -> Result<bool, Error> {
         let (len, frames) = (message.len_bytes(), message.frame_count());
         self.check_limits(len, frames)?;
         // Inline frames move with the message: unless the link copies them at once, they need an
@@ -146,17 +144,7 @@ impl Core {
         let stable = len <= COPIED_MAX || !message.frames().iter().any(Frame::is_inline);
         // One with a frame table goes from the queue as well: its table leaves once, whatever
         // becomes of the message.
-        let simple = stable && frames <= INLINE_LENS_MAX;
-        if !simple || !self.state.send_queue.is_empty() || !self.state.message_credit.try_take(cost)
-        {
-            return Ok(Post::Full);
-        }
-        let id = self.state.ops.next_id();
-        let post = self.post_message(id, message, len)?;
-        if post == Post::Full {
-            self.state.message_credit.give_back(cost);
-        }
-        Ok(post)
+        Ok(stable && frames <= INLINE_LENS_MAX)
     }
 
     /// Sends, if need be from the queue.
